@@ -1,0 +1,113 @@
+"""All numba policy in one place: how kernels are compiled, and where compiled code is kept.
+
+`@entry` makes a function that Python calls; its machine code is cached on disk. `@inner` makes one that only other jitted
+functions call; it becomes part of their code. Both release the GIL and leave floating point strict (no fast-math), because
+the same input must give the same bits whatever the compiler reorders.
+
+numba's own cache keys a function by its own file's time stamp, so editing a helper elsewhere leaves stale code behind
+(and two processes that compile at once can swap each other's entries). Ours keys every file by the content of all kernel
+sources, the versions of numba and LLVM, the CPU and the signature: one file an overload, written aside and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding
+import numba
+from numba.core import caching
+from numba.core.compiler import CompileResult
+
+from edgemistral.paths import cache_dir
+
+_OPTIONS = {"nogil": True, "error_model": "numpy"}
+
+on_compile: Callable[[str], None] | None = None
+"""Called with a function's name when it is about to be compiled because no cached code fits; for progress messages."""
+
+
+def entry(function: Callable[..., Any]) -> Any:
+    """Jit a function that Python calls; cached on disk."""
+    dispatcher = numba.njit(**_OPTIONS)(function)
+    dispatcher._cache = _DiskCache(function)
+    return dispatcher
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """Jit a function that only jitted functions call."""
+    return numba.njit(**_OPTIONS, no_cpython_wrapper=True)(function)
+
+
+def digest_of(*parts: object) -> str:
+    """A short hexadecimal name for the `str` of all parts."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
+
+
+@cache
+def _environment() -> str:
+    """Whatever can change the code that is made from the same function."""
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return digest_of(*sources, numba.__version__, llvmlite.__version__, llvmlite.binding.llvm_version_info)
+
+
+class _DiskCache(caching._Cache):
+    """One file for every overload of one function: a checksum, then the pickled compile result."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._name = function.__qualname__
+        source = getattr(function, "__unrolled_source__", None) or Path(inspect.getfile(function)).read_bytes()
+        self._key = digest_of(_environment(), function.__module__, self._name, source)
+        self._enabled = True
+
+    @property
+    def cache_path(self) -> str:
+        return str(cache_dir() / "kernels")
+
+    def _path(self, signature: object, codegen: Any) -> Path:
+        key = digest_of(self._key, signature, codegen.magic_tuple())
+        return Path(self.cache_path) / f"{self._name}-{key}.kernel"
+
+    def load_overload(self, sig: object, target_context: Any) -> Any:
+        target_context.refresh()
+        data = b""
+        if self._enabled:
+            with contextlib.suppress(OSError):
+                data = self._path(sig, target_context.codegen()).read_bytes()
+        if data[:32] == hashlib.sha256(data[32:]).digest():
+            return CompileResult._rebuild(target_context, *pickle.loads(data[32:]))
+        if on_compile is not None:
+            on_compile(self._name)
+        return None
+
+    def save_overload(self, sig: object, data: Any) -> None:
+        if not self._enabled:
+            return
+        path, body = self._path(sig, data.codegen), pickle.dumps(data._reduce(), protocol=pickle.HIGHEST_PROTOCOL)
+        with contextlib.suppress(OSError):          # a full disk or a read-only home costs the next start its time, no more
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(hashlib.sha256(body).digest() + body)
+                os.replace(partial, path)
+            except OSError:
+                os.unlink(partial)
+                raise
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def flush(self) -> None:
+        """Nothing is held back."""

@@ -1,0 +1,115 @@
+"""Unrolled kernels from ordinary Python: loops over registers become straight code before numba sees them.
+
+    @unrolled(ROWS=4)
+    def scale(x, factor):
+        v = registers()
+        for r in unroll(ROWS):
+            v[r] = load_f32(x, 16 * r)
+        for r in unroll(ROWS):
+            store_f32(x, 16 * r, mul(v[r], factor))
+
+A vector register cannot be an element of an array, so `v[r]` becomes the variable `v_0`, `v_1`, ...; `for r in unroll(n)`
+repeats its body with r = 0 ... n - 1; `if static(condition)` keeps one branch. Everything inside `unroll`, `static` and
+the indices of registers is computed here, from the constants given to the decorator and the loops around.
+`function.__unrolled_source__` is what numba compiles.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import linecache
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+
+def unrolled(**constants: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: rewrite the function for these constants. Needs the source file beside the code (as numba's tracebacks do)."""
+
+    def rewrite(function: Callable[..., Any]) -> Callable[..., Any]:
+        definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        assert isinstance(definition, ast.FunctionDef)
+        suffix = "".join(f"_{name}{value}" for name, value in constants.items())
+        definition.name += suffix
+        definition.decorator_list = []
+        definition = _Unroller(constants).visit(definition)
+        source = ast.unparse(ast.fix_missing_locations(definition))
+        filename = f"<unrolled {function.__module__}.{definition.name}>"
+        linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+        scope: dict[str, Any] = {}
+        exec(compile(source, filename, "exec"), function.__globals__, scope)
+        result: Callable[..., Any] = scope[definition.name]
+        result.__module__, result.__doc__ = function.__module__, function.__doc__
+        result.__unrolled_source__ = source   # type: ignore[attr-defined]
+        return result
+
+    return rewrite
+
+
+class _Unroller(ast.NodeTransformer):
+    def __init__(self, constants: dict[str, int]) -> None:
+        self.values = dict(constants)
+        self.registers: set[str] = set()
+
+    def compute(self, node: ast.expr) -> Any:
+        return eval(compile(ast.Expression(ast.fix_missing_locations(node)), "<unroll>", "eval"), {"range": range}, self.values)
+
+    def body(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        result: list[ast.stmt] = []
+        for statement in statements:
+            new = self.visit(ast.parse(ast.unparse(statement)).body[0])   # a fresh copy: bodies are visited many times
+            result.extend(new if isinstance(new, list) else [] if new is None else [new])
+        return result
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        node.body = self.body(node.body)
+        return node
+
+    def visit_For(self, node: ast.For) -> ast.stmt | list[ast.stmt]:
+        if not _calls(node.iter, "unroll"):
+            node.iter = self.visit(node.iter)
+            node.body = self.body(node.body)
+            return node
+        assert isinstance(node.target, ast.Name) and isinstance(node.iter, ast.Call)
+        result: list[ast.stmt] = []
+        for value in range(*(self.compute(argument) for argument in node.iter.args)):
+            self.values[node.target.id] = value
+            result += self.body(node.body)
+        self.values.pop(node.target.id, None)
+        return result
+
+    def visit_While(self, node: ast.While) -> ast.stmt:
+        node.test, node.body = self.visit(node.test), self.body(node.body)
+        return node
+
+    def visit_If(self, node: ast.If) -> ast.stmt | list[ast.stmt]:
+        if _calls(node.test, "static"):
+            assert isinstance(node.test, ast.Call)
+            return self.body(node.body if self.compute(node.test.args[0]) else node.orelse)
+        node.test, node.body, node.orelse = self.visit(node.test), self.body(node.body), self.body(node.orelse)
+        return node
+
+    def visit_Assign(self, node: ast.Assign) -> ast.stmt | None:
+        if _calls(node.value, "registers"):
+            self.registers.update(target.id for target in node.targets if isinstance(target, ast.Name))
+            return None
+        self.generic_visit(node)
+        return node
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        if isinstance(node.value, ast.Name) and node.value.id in self.registers:
+            index = self.compute(node.slice)
+            parts = index if isinstance(index, tuple) else (index,)
+            return ast.Name("_".join(map(str, (node.value.id, *parts))), node.ctx)
+        self.generic_visit(node)
+        return node
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if isinstance(node.ctx, ast.Load) and node.id in self.values:
+            return ast.Constant(self.values[node.id])
+        return node
+
+
+def _calls(node: ast.expr, name: str) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
