@@ -192,7 +192,7 @@ class BlobWriter:
 
     A context manager. Killed at any moment it leaves no DST (or the old one) and a DST.partial from which `resume` goes
     on. Raises BadInput when DST exists (unless `force`), when a DST.partial exists (unless `resume` or `force`) or was
-    begun with another config, recipe or size of tokenizer, when the disk is too small, and for whatever the system refuses.
+    begun with another config, recipe or size of tokenizer, when the disk is too small and whenever the system refuses.
     """
 
     def __init__(
