@@ -55,7 +55,8 @@ def digest_of(*parts: object) -> str:
 @cache
 def _environment() -> str:
     """Whatever can change the code that is made from the same function."""
-    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    here = Path(__file__).parent
+    sources = [path.read_bytes() for path in (*sorted(here.glob("*.py")), here.parent / "layout.py")]
     return digest_of(*sources, numba.__version__, llvmlite.__version__, llvmlite.binding.llvm_version_info)
 
 

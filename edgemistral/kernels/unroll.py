@@ -113,3 +113,18 @@ class _Unroller(ast.NodeTransformer):
 
 def _calls(node: ast.expr, name: str) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+
+
+def registers() -> Any:
+    """Declares a family of vector variables; means something only inside `unrolled`."""
+    raise TypeError("registers() outside of an unrolled function")
+
+
+def unroll(*bounds: int) -> range:
+    """Marks a loop to unroll; means something only inside `unrolled`."""
+    raise TypeError("unroll() outside of an unrolled function")
+
+
+def static(condition: bool) -> bool:
+    """Marks a condition that the unrolling decides; means something only inside `unrolled`."""
+    raise TypeError("static() outside of an unrolled function")

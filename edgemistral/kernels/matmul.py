@@ -1,0 +1,217 @@
+"""Weights (4 or 8 bits) times quantized activations: y = W x for one token or many, from the same bytes in the same order.
+
+Every output is reduced in one fixed sequence, whatever the number of tokens or threads:
+
+    for each block of 128 columns:   f = 0
+        for each group of 32:        f = fma(float(exact integer dot), group_scale, f)
+                                     y = fma(f, activation_scale, y)
+    y * row_scale
+
+One token streams the weights once, at the speed of memory: codes are looked up in registers. Many tokens unpack one block
+of a pair of panels to 8 bits (it stays in L1) and let every tile of tokens meet it; all that streams is sequential.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemistral.kernels.activations import TILE
+from edgemistral.kernels.jit import inner
+from edgemistral.kernels.simd import (
+    add_i32,
+    broadcast4,
+    dot4,
+    dot4_7bit,
+    fma,
+    high_nibbles,
+    load_bytes,
+    load_f32,
+    load_i8_as_f32,
+    look_up,
+    low_nibbles,
+    mul,
+    prefetch,
+    splat_f32,
+    splat_i32,
+    store_bytes,
+    store_f32,
+    to_f32,
+    zero_f32,
+    zero_i32,
+)
+from edgemistral.kernels.unroll import registers, static, unroll, unrolled
+from edgemistral.layout import BLOCK, BLOCK_BYTES, CODE_ZERO, GROUPS, LEVEL_ZERO, PANEL, SCALE_BYTES
+
+PAIR = 2 * PANEL         # rows of two panels, the unit of work
+AHEAD = 2048             # bytes between a load and its prefetch
+BLOCK4, BLOCK8 = BLOCK_BYTES[4], BLOCK_BYTES[8]
+
+
+class MatrixScratch(NamedTuple):
+    """What one thread needs beside the weights; every array starts at a multiple of 64 bytes."""
+
+    weights: NDArray[np.uint8]     # (2 * 2048,) one block of a pair of panels, unpacked to 8 bits
+    scales: NDArray[np.float32]    # (4 * 32,) its group scales
+    result: NDArray[np.float32]    # (tokens * 32,) the pair's outputs of every token
+
+
+@inner
+def zero_of(bits):
+    """What a stored weight is larger by than the value it stands for."""
+    return np.int32(LEVEL_ZERO) if bits == 4 else np.int32(CODE_ZERO)
+
+
+# ---- one token -------------------------------------------------------------------------------------------------------
+
+@inner
+@unrolled()
+def _panel_4bit(blob, at, blocks, levels, x):
+    y = zero_f32()
+    for block in range(blocks):
+        base = at + block * BLOCK4
+        for line in unroll(17):
+            prefetch(blob, base + AHEAD + 64 * line)
+        f = zero_f32()
+        for g in unroll(4):
+            even, odd = splat_i32(x.sums[block * GROUPS + g]), zero_i32()
+            for c in unroll(4):
+                codes = load_bytes(blob, base + SCALE_BYTES + 64 * (4 * g + c))
+                even = dot4_7bit(even, look_up(levels, low_nibbles(codes)), broadcast4(x.codes, block * BLOCK + 32 * g + 8 * c))
+                odd = dot4_7bit(odd, look_up(levels, high_nibbles(codes)), broadcast4(x.codes, block * BLOCK + 32 * g + 8 * c + 4))
+            f = fma(to_f32(add_i32(even, odd)), load_i8_as_f32(blob, base + 16 * g), f)
+        y = fma(f, splat_f32(x.scales[block]), y)
+    return y
+
+
+@inner
+@unrolled()
+def _panel_8bit(blob, at, blocks, x):
+    y = zero_f32()
+    for block in range(blocks):
+        base = at + block * BLOCK8
+        for line in unroll(33):
+            prefetch(blob, base + AHEAD + 64 * line)
+        f = zero_f32()
+        for g in unroll(4):
+            even, odd = splat_i32(x.sums[block * GROUPS + g]), zero_i32()
+            for c in unroll(4):
+                at_codes = base + SCALE_BYTES + 64 * (8 * g + 2 * c)
+                even = dot4(even, load_bytes(blob, at_codes), broadcast4(x.codes, block * BLOCK + 32 * g + 8 * c))
+                odd = dot4(odd, load_bytes(blob, at_codes + 64), broadcast4(x.codes, block * BLOCK + 32 * g + 8 * c + 4))
+            f = fma(to_f32(add_i32(even, odd)), load_i8_as_f32(blob, base + 16 * g), f)
+        y = fma(f, splat_f32(x.scales[block]), y)
+    return y
+
+
+# ---- many tokens -----------------------------------------------------------------------------------------------------
+
+@inner
+@unrolled()
+def _unpack_4bit(blob, at, panel_bytes, levels, scratch):
+    """One block of two panels -> unsigned bytes [group][8 chunks][panel][64] and float scales [group][panel][16]."""
+    for panel in range(2):
+        base = at + panel * panel_bytes
+        for line in unroll(17):
+            prefetch(blob, base + BLOCK4 + 64 * line)
+        for g in unroll(4):
+            store_f32(scratch.scales, PAIR * g + PANEL * panel, load_i8_as_f32(blob, base + 16 * g))
+            for c in unroll(4):
+                codes = load_bytes(blob, base + SCALE_BYTES + 64 * (4 * g + c))
+                store_bytes(scratch.weights, 128 * (8 * g + 2 * c) + 64 * panel, look_up(levels, low_nibbles(codes)))
+                store_bytes(scratch.weights, 128 * (8 * g + 2 * c + 1) + 64 * panel, look_up(levels, high_nibbles(codes)))
+
+
+@inner
+@unrolled()
+def _unpack_8bit(blob, at, panel_bytes, scratch):
+    for panel in range(2):
+        base = at + panel * panel_bytes
+        for line in unroll(33):
+            prefetch(blob, base + BLOCK8 + 64 * line)
+        for g in unroll(4):
+            store_f32(scratch.scales, PAIR * g + PANEL * panel, load_i8_as_f32(blob, base + 16 * g))
+            for c in unroll(8):
+                codes = load_bytes(blob, base + SCALE_BYTES + 64 * (8 * g + c))
+                store_bytes(scratch.weights, 128 * (8 * g + c) + 64 * panel, codes)
+
+
+def _make_tiles(seven_bits):
+    @inner
+    @unrolled(T=TILE, SEVEN_BITS=seven_bits)
+    def tiles(x, first, count, scratch):
+        """The unpacked block meets `count` tiles of activations from tile `first` on; adds to scratch.result."""
+        i = registers()
+        f = registers()
+        w = registers()
+        for n in range(count):
+            tile = first + n
+            for t in unroll(T):
+                for p in unroll(2):
+                    f[t, p] = zero_f32()
+            for g in range(GROUPS):
+                for t in unroll(T):
+                    for p in unroll(2):
+                        i[t, p] = splat_i32(x.sums[(tile * GROUPS + g) * T + t])
+                for c in unroll(8):
+                    for p in unroll(2):
+                        w[p] = load_bytes(scratch.weights, 128 * (8 * g + c) + 64 * p)
+                    for t in unroll(T):
+                        four = broadcast4(x.codes, ((tile * GROUPS + g) * 8 + c) * 4 * T + 4 * t)
+                        for p in unroll(2):
+                            if static(SEVEN_BITS):
+                                i[t, p] = dot4_7bit(i[t, p], w[p], four)
+                            else:
+                                i[t, p] = dot4(i[t, p], w[p], four)
+                for p in unroll(2):
+                    scale = load_f32(scratch.scales, PAIR * g + PANEL * p)
+                    for t in unroll(T):
+                        f[t, p] = fma(to_f32(i[t, p]), scale, f[t, p])
+            for t in unroll(T):
+                scale = splat_f32(x.scales[tile * T + t])
+                for p in unroll(2):
+                    at = PAIR * (n * T + t) + PANEL * p
+                    store_f32(scratch.result, at, fma(f[t, p], scale, load_f32(scratch.result, at)))
+    return tiles
+
+
+_tiles_4bit, _tiles_8bit = _make_tiles(1), _make_tiles(0)
+
+
+# ---- a pair of panels ------------------------------------------------------------------------------------------------
+
+@inner
+def multiply_pair(blob, matrix, pair, x, tokens, scratch):
+    """scratch.result[token][32] = rows 32 pair ... 32 pair + 31 of the matrix times every token.
+
+    matrix: (bits, blocks, and the byte offsets of codes, row scales and levels in the blob), a row of `weights.Weights`.
+    """
+    bits, blocks, codes_at, row_scales_at, levels_at = matrix
+    result = scratch.result
+    panel_bytes = blocks * (BLOCK4 if bits == 4 else BLOCK8)
+    at = codes_at + 2 * pair * panel_bytes
+    low, high = load_f32(blob, row_scales_at + 4 * PAIR * pair), load_f32(blob, row_scales_at + 4 * PAIR * pair + 64)
+    if tokens == 1:
+        if bits == 4:
+            levels = load_bytes(blob, levels_at)
+            store_f32(result, 0, mul(_panel_4bit(blob, at, blocks, levels, x), low))
+            store_f32(result, PANEL, mul(_panel_4bit(blob, at + panel_bytes, blocks, levels, x), high))
+        else:
+            store_f32(result, 0, mul(_panel_8bit(blob, at, blocks, x), low))
+            store_f32(result, PANEL, mul(_panel_8bit(blob, at + panel_bytes, blocks, x), high))
+        return
+    tiles = (tokens + TILE - 1) // TILE
+    for row in range(0, tiles * TILE * PAIR, PANEL):
+        store_f32(result, row, zero_f32())
+    for block in range(blocks):
+        if bits == 4:
+            _unpack_4bit(blob, at + block * BLOCK4, panel_bytes, load_bytes(blob, levels_at), scratch)
+            _tiles_4bit(x, block * tiles, tiles, scratch)
+        else:
+            _unpack_8bit(blob, at + block * BLOCK8, panel_bytes, scratch)
+            _tiles_8bit(x, block * tiles, tiles, scratch)
+    for token in range(tokens):
+        store_f32(result, PAIR * token, mul(load_f32(result, PAIR * token), low))
+        store_f32(result, PAIR * token + PANEL, mul(load_f32(result, PAIR * token + PANEL), high))
