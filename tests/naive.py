@@ -1,0 +1,252 @@
+"""One slow, obvious NumPy reference for every kernel, and for the whole model. The kernels are compared with these.
+
+The first half is the model as the paper has it, in float32; the second half is the arithmetic of the kernels: int8
+activations, packed weights, an 8-bit KV cache. T counts tokens, S cached positions, H query heads, K key/value heads,
+D the dimensions of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemistral import layout
+from edgemistral.config import ModelConfig
+
+Array = NDArray[Any]
+F32 = np.float32
+
+
+# The model in float32 -----------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """(..., n) scaled to unit root mean square, then by `weight` (n,)."""
+    mean_square = np.mean(x.astype(np.float64) ** 2, axis=-1, keepdims=True)
+    return (x / np.sqrt(mean_square + eps) * weight).astype(F32)
+
+
+def rope(x: Array, positions: Array, theta: float) -> Array:
+    """Rotate the pairs (i, i + D / 2) of x (T, heads, D) by position * theta ** (-2 i / D)."""
+    half = x.shape[-1] // 2
+    angle = positions[:, None, None] * theta ** (-np.arange(half) / half)
+    a, b, cos, sin = x[..., :half], x[..., half:], np.cos(angle), np.sin(angle)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(F32)
+
+
+def silu(x: Array) -> Array:
+    return (x / (1 + np.exp(-x.astype(np.float64)))).astype(F32)
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    return silu(gate) * up
+
+
+def softmax(x: Array) -> Array:
+    """Along the last axis."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def first_visible(position: int, sliding_window: int | None) -> int:
+    """The first position that the query at `position` attends to; the last is itself."""
+    return 0 if sliding_window is None else max(0, position - sliding_window + 1)
+
+
+def attention(q: Array, k: Array, v: Array, sliding_window: int | None = None) -> Array:
+    """Grouped-query attention of q (T, H, D), the last T of S positions, over k and v (S, K, D) -> (T, H, D)."""
+    n_tokens, n_heads, head_dim = q.shape
+    n_past, group = len(k) - n_tokens, n_heads // k.shape[1]
+    out = np.empty_like(q)
+    for t in range(n_tokens):
+        low, high = first_visible(n_past + t, sliding_window), n_past + t + 1
+        for h in range(n_heads):
+            scores = k[low:high, h // group] @ q[t, h] / np.sqrt(head_dim)
+            out[t, h] = softmax(scores) @ v[low:high, h // group]
+    return out
+
+
+def forward(
+    weights: Mapping[str, Array], config: ModelConfig, ids: Sequence[int] | Array, at: Sequence[int] | None = None
+) -> Array:
+    """Logits (len(ids), vocab_size), or only the rows of the positions in `at`.
+
+    `weights` float32 by the blob's names, unfused: tok_embeddings, norm, output, and LAYER_TENSORS after "layers.N.";
+    the rows of wq and wk have rotary pairs as (i, i + D / 2).
+    """
+    c, n = config, len(ids)
+    positions = np.arange(n)
+    x = weights["tok_embeddings"][np.asarray(ids)]
+    for i in range(c.n_layers):
+        w = {name: weights[f"layers.{i}.{name}"] for name in LAYER_TENSORS}
+        h = rms_norm(x, w["attention_norm"], c.norm_eps)
+        q = rope((h @ w["wq"].T).reshape(n, c.n_heads, c.head_dim), positions, c.rope_theta)
+        k = rope((h @ w["wk"].T).reshape(n, c.n_kv_heads, c.head_dim), positions, c.rope_theta)
+        v = (h @ w["wv"].T).reshape(n, c.n_kv_heads, c.head_dim)
+        x = x + attention(q, k, v, c.sliding_window).reshape(n, c.q_dim) @ w["wo"].T
+        h = rms_norm(x, w["ffn_norm"], c.norm_eps)
+        x = x + swiglu(h @ w["w1"].T, h @ w["w3"].T) @ w["w2"].T
+    if at is not None:
+        x = x[np.asarray(at)]
+    return rms_norm(x, weights["norm"], c.norm_eps) @ weights["output"].T
+
+
+LAYER_TENSORS = ("attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3")
+
+
+def mean_kl(reference: Array, logits: Array) -> float:
+    """Mean over the rows of KL(reference || logits), in nats."""
+    p, q = log_softmax(reference), log_softmax(logits)
+    return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
+
+
+def top1_agreement(reference: Array, logits: Array) -> float:
+    """Share of the rows where both have their highest logit at the same token."""
+    return float((reference.argmax(axis=-1) == logits.argmax(axis=-1)).mean())
+
+
+def log_softmax(x: Array) -> Array:
+    x = x.astype(np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+# The weights of a blob ----------------------------------------------------------------------------------------------
+
+
+def bf16_to_f32(bits: Array) -> Array:
+    """uint16 bits of bfloat16 -> float32."""
+    return (bits.astype(np.uint32) << 16).view(F32)
+
+
+def blob_weights(blob: Any) -> dict[str, Array]:
+    """What `forward` needs, dequantized from an open `edgemistral.blob.Blob`."""
+    c: ModelConfig = blob.config
+
+    def matrix(m: layout.Matrix) -> Array:
+        levels = blob.array(m.name + ".levels") if m.bits == 4 else None
+        return layout.dequantize(blob.array(m.name), blob.array(m.name + ".row_scales"), levels)[:, : m.cols]
+
+    weights = {"tok_embeddings": bf16_to_f32(blob.array("tok_embeddings")), "norm": blob.array("norm")}
+    for i in range(c.n_layers):
+        at = f"layers.{i}."
+        wqkv, wo, w13, w2 = layout.layer_matrices(c, i, blob.recipe.bits)
+        weights[at + "wq"], weights[at + "wk"], weights[at + "wv"], _ = np.split(
+            matrix(wqkv), [c.q_dim, c.q_dim + c.kv_dim, c.q_dim + 2 * c.kv_dim]
+        )
+        pairs = matrix(w13).reshape(-1, 2, layout.PANEL, c.dim)
+        weights[at + "w1"] = pairs[:, 0].reshape(-1, c.dim)[: c.hidden_dim]
+        weights[at + "w3"] = pairs[:, 1].reshape(-1, c.dim)[: c.hidden_dim]
+        weights[at + "wo"], weights[at + "w2"] = matrix(wo)[: c.dim], matrix(w2)[: c.dim]
+        for norm in ("attention_norm", "ffn_norm"):
+            weights[at + norm] = blob.array(at + norm)
+    weights["output"] = matrix(layout.output_matrix(c, blob.recipe))[: c.vocab_size]
+    return weights
+
+
+# Weights as llama.cpp's Q4_0 rounds them, to compare with -------------------------------------------------------------
+
+
+def q4_0(w: Array) -> Array:
+    """w (rows, cols) as Q4_0 keeps it: groups of 32, float16 scale = (value of largest magnitude) / -8, codes 0..15.
+
+    Source: quantize_row_q4_0_ref of ggml. Columns that do not fill a group are padded with zeros, as this project does.
+    """
+    rows, cols = w.shape
+    x = np.pad(w, ((0, 0), (0, -cols % 32))).reshape(rows, -1, 32).astype(F32)
+    extreme = np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)
+    scale = extreme / F32(-8)
+    inverse = np.divide(F32(1), scale, out=np.zeros_like(scale), where=scale != 0)
+    codes = np.minimum(np.trunc(x * inverse + F32(8.5)), 15) - 8
+    return (codes * scale.astype(np.float16)).astype(F32).reshape(rows, -1)[:, :cols]
+
+
+# The arithmetic of the kernels --------------------------------------------------------------------------------------
+
+
+def fma(a: Array, b: Array, c: Array) -> Array:
+    """float32 a * b + c with one rounding (the product of two float32 is exact in float64)."""
+    return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(F32)
+
+
+def quantize_int8(x: Array) -> tuple[Array, Array]:
+    """x float32 (..., n) -> int8 codes (..., n) and float32 scales (...,), one for all n: absmax / 127, 0 for zeros."""
+    highest = np.abs(x).max(axis=-1).astype(F32)
+    inverse = np.divide(F32(127), highest, out=np.zeros_like(highest), where=highest > 0)
+    return np.rint(x.astype(F32) * inverse[..., None]).astype(np.int8), highest / F32(127)
+
+
+def quantize_activations(x: Array) -> tuple[Array, Array]:
+    """x float32 (m, n) -> int8 codes (m, n padded to whole blocks of 128) and float32 scales (m, blocks)."""
+    m, n = x.shape
+    padded = np.pad(x, ((0, 0), (0, -n % layout.BLOCK)))
+    codes, scales = quantize_int8(padded.reshape(m, -1, layout.BLOCK))
+    return codes.reshape(m, -1), scales
+
+
+def matmul(packed: Array, row_scales: Array, levels: Array | None, codes: Array, scales: Array) -> Array:
+    """x W^T: packed (panels, blocks, block bytes) by quantized activations (m, cols) -> float32 (m, panels * 16).
+
+    Within a block of 128 columns everything is an exact integer, group scales included (|sum| < 2 ** 29); then the
+    blocks are added one after another: acc = fma(float(integer), activation scale, acc). The row scale comes last.
+    `levels` None means 8 bits.
+    """
+    stored, group_scales = layout.unpack(packed, 8 if levels is None else 4)
+    if levels is None:
+        values = stored.astype(np.int64) - layout.CODE_ZERO
+    else:
+        values = levels[:16].astype(np.int64)[stored] - layout.LEVEL_ZERO
+    (m, cols), rows = codes.shape, len(values)
+    weights = values.reshape(rows, -1, layout.GROUP) * group_scales.astype(np.int64)[:, :, None]
+    weights = weights.reshape(rows, -1, layout.BLOCK)
+    activations = codes.astype(np.int64).reshape(m, -1, layout.BLOCK)
+    acc = np.zeros((m, rows), F32)
+    for block in range(cols // layout.BLOCK):
+        integers = activations[:, block] @ weights[:, block].T
+        acc = fma(integers.astype(F32), scales[:, block, None], acc)
+    return acc * row_scales[None, :]
+
+
+def attention_8bit(
+    q: Array, k: Array, k_scales: Array, v: Array, v_scales: Array, sliding_window: int | None = None, block: int = 64
+) -> Array:
+    """`attention` over an 8-bit KV cache: k, v int8 (S, K, D), scales float32 (S, K); q float32 (T, H, D) -> (T, H, D).
+
+    Queries are rounded to int8, one scale per token and head. Aligned blocks of 64 positions are merged in order with a
+    running maximum. In a block, each probability is multiplied by its V scale and rounded to 8 bits under one scale;
+    the denominator sums the rounded probabilities, so that their errors cancel in part.
+    """
+    n_tokens, n_heads, head_dim = q.shape
+    n_past, group = len(k) - n_tokens, n_heads // k.shape[1]
+    q_codes, q_scales = quantize_int8(q)
+    out = np.empty((n_tokens, n_heads, head_dim), F32)
+    for t in range(n_tokens):
+        low, high = first_visible(n_past + t, sliding_window), n_past + t + 1
+        for h in range(n_heads):
+            highest, total, acc = -np.inf, 0.0, np.zeros(head_dim)
+            for begin in range(low // block * block, high, block):
+                at = slice(max(begin, low), min(begin + block, high))
+                dots = k[at, h // group].astype(np.int64) @ q_codes[t, h].astype(np.int64)
+                scores = dots * k_scales[at, h // group] * (q_scales[t, h] / np.sqrt(head_dim))
+                raised = max(highest, scores.max())
+                p = np.exp(scores - raised)
+                scale_of_v = v_scales[at, h // group]
+                codes, scale, p = _round_probabilities(p, scale_of_v)
+                shrink = np.exp(highest - raised)
+                acc = acc * shrink + scale * (codes @ v[at, h // group].astype(np.int64))
+                total, highest = total * shrink + p.sum(), raised
+            out[t, h] = acc / total
+    return out
+
+
+def _round_probabilities(p: Array, scale_of_v: Array) -> tuple[Array, float, Array]:
+    """p * scale_of_v as codes 0..255 and their scale, and the probabilities that those codes stand for."""
+    weighted = p * scale_of_v
+    scale = weighted.max() / 255
+    if scale == 0:
+        return np.zeros(len(p), np.int64), 0.0, p
+    codes = np.rint(weighted / scale).astype(np.int64)
+    return codes, scale, np.divide(codes * scale, scale_of_v, out=p.astype(np.float64), where=scale_of_v > 0)
