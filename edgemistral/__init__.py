@@ -1,0 +1,83 @@
+"""Quantized Mistral-7B-family models on the CPU.
+
+    import edgemistral
+
+    with edgemistral.load("mistral-q4.safetensors") as model:
+        for piece in model.chat([{"role": "user", "content": "What should I see in Paris?"}]):
+            print(piece, end="", flush=True)
+
+Importing this package is fast: numba and the rest are imported when a model is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from edgemistral.errors import (
+    BadBlob,
+    BadCheckpoint,
+    BadConfig,
+    BadInput,
+    BadRequest,
+    Cancelled,
+    ContextOverflow,
+    DamagedBlob,
+    EdgeMistralError,
+    OutOfMemoryBudget,
+)
+
+if TYPE_CHECKING:
+    from edgemistral.config import ModelConfig
+    from edgemistral.demo import demo_model
+    from edgemistral.engine import Generation, Usage
+    from edgemistral.model import Model, Reply, load
+    from edgemistral.sampler import SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BadBlob",
+    "BadCheckpoint",
+    "BadConfig",
+    "BadInput",
+    "BadRequest",
+    "Cancelled",
+    "ContextOverflow",
+    "DamagedBlob",
+    "EdgeMistralError",
+    "Generation",
+    "Model",
+    "ModelConfig",
+    "OutOfMemoryBudget",
+    "Reply",
+    "SamplingParams",
+    "Usage",
+    "__version__",
+    "demo_model",
+    "load",
+]
+
+# What is imported on first use (PEP 562): name -> module.
+_LAZY = {
+    "Generation": "engine",
+    "Model": "model",
+    "ModelConfig": "config",
+    "Reply": "model",
+    "SamplingParams": "sampler",
+    "Usage": "engine",
+    "demo_model": "demo",
+    "load": "model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
