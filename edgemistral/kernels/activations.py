@@ -85,7 +85,10 @@ def normalize_block(x, at, weight, weight_at, factor, size, result):
 
 @inner
 def quantize_block(x, at, zero, activations, tokens, token, block, scratch):
-    """x[at:at + 128] -> codes, sums and scale of one token's block. scratch: (bytes, the same as words), 128 bytes."""
+    """x[at:at + 128] -> codes, sums and scale of one token's block; returns the scale.
+
+    scratch: (bytes, the same as words), 128 bytes, which keep the codes in column order.
+    """
     peak = zero_f32()
     for i in range(0, BLOCK, 16):
         peak = maximum(absolute(load_f32(x, at + i)), peak)
@@ -104,7 +107,9 @@ def quantize_block(x, at, zero, activations, tokens, token, block, scratch):
         activations.sums[(tile * GROUPS + g) * t + slot] = -zero * total_i32(add_i32(a, b))
     for chunk in range(BLOCK // 4):
         activations.words[(tile * (BLOCK // 4) + chunk) * t + slot] = words[chunk]
-    activations.scales[tile * t + slot] = top / np.float32(127)
+    step = top / np.float32(127)
+    activations.scales[tile * t + slot] = step
+    return step
 
 
 @inner

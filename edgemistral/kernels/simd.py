@@ -1,7 +1,8 @@
 """A vocabulary of vector values for jitted code: 64 bytes, 16 x int32 and 16 x float32, whatever the machine's own width.
 
 Every operation is one explicit sequence, so results are the same bits on every instruction set; only the operations of
-`lowering` differ. Loads and stores take a one-dimensional array and an element index, and check nothing.
+`lowering` differ. Loads and stores take a one-dimensional array and an index in its own elements (so bytes in an array of bytes, whatever is
+loaded), and check nothing.
 """
 
 from __future__ import annotations

@@ -1,0 +1,365 @@
+"""Rotary embedding, the KV cache's blocks, and grouped-query attention over them.
+
+The cache holds 64 positions of one key/value head in one block of bytes, which a kernel reads from front to back:
+
+    8 bits    float32 scales of K (64) and V (64), then int8 codes
+              K: 4 panels of 16 positions: head_dim / 4 chunks of [16 positions][4 dims]
+              V: 16 groups of 4 positions: [head_dim dims][4 positions]
+    16 bits   half floats
+              K: 4 panels of 16 positions: [head_dim dims][16 positions]
+              V: [64 positions][head_dim dims]
+
+so that scores come from the same dot-product instruction as the weights' products: 16 positions side by side, no horizontal
+sums. Attention is one pass over the blocks in order with an online softmax (Milakov and Gimelshein 2018; Dao et al. 2022),
+in fixed blocks of 64 from position 0: a query meets the same numbers in the same order whether its prompt came at once, in
+chunks or token by token. In 8 bits the products of probability and V's scale are rounded to u8 in each block, and the
+denominator is summed from the rounded values, which lowers the error of the output by a third.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemistral.kernels.jit import inner
+from edgemistral.kernels.simd import (
+    absolute,
+    add,
+    add_i32,
+    broadcast4,
+    div,
+    dot4,
+    exp,
+    first_lane,
+    flip_top_bits,
+    fma,
+    highest,
+    lane_numbers,
+    load_bytes,
+    load_f16_as_f32,
+    load_f32,
+    maximum,
+    mul,
+    prefetch,
+    round_to_i32,
+    splat_f32,
+    splat_i32,
+    store_f32,
+    store_f32_as_f16,
+    store_low_bytes,
+    sub,
+    to_f32,
+    total,
+    total_i32,
+    where_between,
+    zero_f32,
+    zero_i32,
+)
+from edgemistral.kernels.unroll import registers, static, unroll, unrolled
+
+POSITIONS = 64            # of one block
+ROWS = 4                  # query rows (token x query head of one KV head) that meet a block in registers
+SPAN = 32                 # tokens whose rows one thread takes through the cache together, so that a block is read once for all
+LOWEST = np.float32(-1e30)
+
+
+class KVLayout(NamedTuple):
+    """Where the block of (layer, KV head, number) lies in the file; see `kv_cache`. Sizes in bytes."""
+
+    bits: int
+    first: int              # offset of the first segment
+    segment_blocks: int     # blocks of one head in a segment
+    block_bytes: int
+    segment_bytes: int
+
+
+class Cache(NamedTuple):
+    """The mapped KV file as the kernels see it: one run of bytes under four types."""
+
+    bytes: NDArray[np.uint8]
+    halves: NDArray[np.uint16]
+    words: NDArray[np.int32]
+    floats: NDArray[np.float32]
+
+
+class AttentionScratch(NamedTuple):
+    """One thread's workspace; rows = SPAN * group, rounded up to whole tiles of ROWS."""
+
+    values: NDArray[np.float32]        # (rows * head_dim,) unnormalized outputs
+    peaks: NDArray[np.float32]         # (rows,) running maximum of the scores
+    sums: NDArray[np.float32]          # (rows,) running denominators
+    probabilities: NDArray[np.float32]  # (ROWS * 64,) of one tile and block; its bytes hold the u8 codes in 8 bits
+    codes: NDArray[np.uint8]           # the same bytes
+    inverse_scales: NDArray[np.float32]  # (64,) 1 / V's scales of the block at hand
+    first_seen: NDArray[np.int64]      # (ROWS,) what each row of the tile at hand may see of the block
+    last_seen: NDArray[np.int64]       # (ROWS,)
+    head_bytes: NDArray[np.int8]       # (head_dim,) one head's codes
+    head_words: NDArray[np.int32]      # the same bytes
+    head_halves: NDArray[np.uint16]    # (head_dim,) one head in half floats
+
+
+class Queries(NamedTuple):
+    """Rotated queries of a chunk: [KV head][tile of ROWS rows]; a row is token * group + query head within the group."""
+
+    codes: NDArray[np.int8]        # [head][tile][head_dim / 4][ROWS][4]
+    words: NDArray[np.int32]       # the same bytes
+    sums: NDArray[np.int32]        # [head][tile][ROWS] -128 * sum of the codes
+    scales: NDArray[np.float32]    # [head][tile][ROWS] with 1 / sqrt(head_dim)
+    floats: NDArray[np.float32]    # [head][tile][ROWS][head_dim], scaled; what 16 bits use
+
+
+@inner
+def block_at(kv, layer, n_layers, n_kv_heads, head, block):
+    """Byte offset of a block in the file."""
+    segment, within = block // kv.segment_blocks, block % kv.segment_blocks
+    return kv.first + segment * kv.segment_bytes + ((layer * n_kv_heads + head) * kv.segment_blocks + within) * kv.block_bytes
+
+
+# ---- on the way in ---------------------------------------------------------------------------------------------------
+
+@inner
+def rotate(x, at, head_dim, cos, sin, angle_at):
+    """RoPE (Su et al. 2021) in place on the head at x[at]; pairs are (i, i + head_dim / 2)."""
+    half = head_dim // 2
+    for i in range(0, half, 16):
+        a, b = load_f32(x, at + i), load_f32(x, at + half + i)
+        c, s = load_f32(cos, angle_at + i), load_f32(sin, angle_at + i)
+        store_f32(x, at + i, fma(a, c, sub(zero_f32(), mul(b, s))))
+        store_f32(x, at + half + i, fma(a, s, mul(b, c)))
+
+
+@inner
+def _quantize_head(x, at, head_dim, codes):
+    """x[at:at + head_dim] -> int8 codes; returns the scale and the sum of the codes."""
+    peak = zero_f32()
+    for i in range(0, head_dim, 16):
+        peak = maximum(absolute(load_f32(x, at + i)), peak)
+    top = max(highest(peak), np.float32(1e-30))
+    factor, sums = splat_f32(np.float32(127) / top), zero_i32()
+    for i in range(0, head_dim, 16):
+        n = round_to_i32(mul(load_f32(x, at + i), factor))
+        store_low_bytes(codes, i, n)
+        sums = add_i32(sums, n)
+    return top / np.float32(127), total_i32(sums)
+
+
+@inner
+def append_key_value(cache, at, bits, position, x, key_at, value_at, head_dim, scratch):
+    """Write one position's rotated key and its value into the block at byte `at`."""
+    lane, panel = position % 16, position % POSITIONS // 16
+    bytes_, words = scratch.head_bytes, scratch.head_words
+    if bits == 8:
+        scales = cache.floats
+        scale, _ = _quantize_head(x, key_at, head_dim, bytes_)
+        scales[at // 4 + position % POSITIONS] = scale
+        keys = (at + 8 * POSITIONS) // 4 + panel * head_dim * 4 + lane
+        for chunk in range(head_dim // 4):
+            cache.words[keys + 16 * chunk] = words[chunk]
+        scale, _ = _quantize_head(x, value_at, head_dim, bytes_)
+        scales[at // 4 + POSITIONS + position % POSITIONS] = scale
+        values = at + (8 + head_dim) * POSITIONS + position % POSITIONS // 4 * head_dim * 4 + position % 4
+        for i in range(head_dim):
+            cache.bytes[values + 4 * i] = bytes_[i]
+    else:
+        halves = cache.halves
+        keys = at // 2 + panel * head_dim * 16 + lane
+        values = at // 2 + POSITIONS * head_dim + position % POSITIONS * head_dim
+        for i in range(0, head_dim, 16):
+            store_f32_as_f16(halves, values + i, load_f32(x, value_at + i))
+        for i in range(0, head_dim, 16):
+            store_f32_as_f16(scratch.head_halves, i, load_f32(x, key_at + i))
+        for i in range(head_dim):
+            halves[keys + 16 * i] = scratch.head_halves[i]
+
+
+@inner
+def take_query(x, at, head_dim, bits, queries, row_at, scratch):
+    """The rotated query at x[at] -> row `row_at` of the packed queries (counted over all heads and tiles)."""
+    scale = np.float32(1) / np.sqrt(np.float32(head_dim))
+    if bits == 8:
+        words = scratch.head_words
+        step, codes_sum = _quantize_head(x, at, head_dim, scratch.head_bytes)
+        tile, slot = row_at // ROWS, row_at % ROWS
+        for chunk in range(head_dim // 4):
+            queries.words[(tile * (head_dim // 4) + chunk) * ROWS + slot] = words[chunk]
+        queries.sums[row_at] = np.int32(-128) * codes_sum
+        queries.scales[row_at] = step * scale
+    else:
+        for i in range(0, head_dim, 16):
+            store_f32(queries.floats, row_at * head_dim + i, mul(load_f32(x, at + i), splat_f32(scale)))
+
+
+# ---- one tile of rows meets one block ----------------------------------------------------------------------------------
+
+def _make_tile(bits):
+    @inner
+    @unrolled(R=ROWS, BITS=bits)
+    def tile(cache, at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch):
+        """Attend with rows `row` ... `row + R - 1` of the scratch (tile `tile_at` of the queries) to the block at byte `at`.
+
+        first_seen, last_seen: for each of the R rows the positions that it may see, counted from the block's first;
+        `masked` says whether that matters in this block. `ahead`: the byte offset of the block to prefetch.
+        """
+        i = registers()
+        s = registers()
+        k = registers()
+        n = registers()
+        step = registers()
+        # Scores: 16 positions side by side, four panels, R rows.
+        if static(BITS == 8):
+            keys, values = at + 8 * 64, at + (8 + head_dim) * 64
+            for r in unroll(R):
+                for p in unroll(4):
+                    i[r, p] = splat_i32(queries.sums[tile_at * R + r])
+            for c in range(head_dim // 4):
+                for p in unroll(4):
+                    k[p] = flip_top_bits(load_bytes(cache.bytes, keys + 16 * head_dim * p + 64 * c))
+                    prefetch(cache.bytes, ahead + 16 * head_dim * p + 64 * c)
+                for r in unroll(R):
+                    q = broadcast4(queries.codes, (tile_at * (head_dim // 4) + c) * 4 * R + 4 * r)
+                    for p in unroll(4):
+                        i[r, p] = dot4(i[r, p], k[p], q)
+        else:
+            keys, values = at // 2, at // 2 + 64 * head_dim
+            for r in unroll(R):
+                for p in unroll(4):
+                    s[r, p] = zero_f32()
+            for c in range(head_dim):
+                for p in unroll(4):
+                    k[p] = load_f16_as_f32(cache.halves, keys + 16 * head_dim * p + 16 * c)
+                for r in unroll(R):
+                    q = splat_f32(queries.floats[(tile_at * R + r) * head_dim + c])
+                    for p in unroll(4):
+                        s[r, p] = fma(k[p], q, s[r, p])
+        # Online softmax, a row at a time.
+        for r in unroll(R):
+            if static(BITS == 8):
+                scale = splat_f32(queries.scales[tile_at * R + r])
+                for p in unroll(4):
+                    s[r, p] = mul(to_f32(i[r, p]), mul(load_f32(cache.bytes, at + 64 * p), scale))
+            first, last = first_seen[r], last_seen[r]
+            if masked:
+                for p in unroll(4):
+                    seen_from, seen_to = np.int32(first - 16 * p), np.int32(last - 16 * p)
+                    s[r, p] = where_between(lane_numbers(), seen_from, seen_to, s[r, p], splat_f32(LOWEST))
+            top = highest(maximum(maximum(s[r, 0], s[r, 1]), maximum(s[r, 2], s[r, 3])))
+            peak, denominator = scratch.peaks[row + r], scratch.sums[row + r]
+            if top > peak:
+                shrink = exp(splat_f32(peak - top))
+                for d in range(0, head_dim, 16):
+                    v = (row + r) * head_dim + d
+                    store_f32(scratch.values, v, mul(load_f32(scratch.values, v), shrink))
+                denominator = denominator * first_lane(shrink)
+                peak = top
+                scratch.peaks[row + r] = top
+            for p in unroll(4):
+                s[r, p] = exp(sub(s[r, p], splat_f32(peak)))
+            if static(BITS == 8):
+                for p in unroll(4):
+                    s[r, p] = mul(s[r, p], load_f32(cache.bytes, at + 256 + 64 * p))
+            if masked:
+                for p in unroll(4):
+                    seen_from, seen_to = np.int32(first - 16 * p), np.int32(last - 16 * p)
+                    s[r, p] = where_between(lane_numbers(), seen_from, seen_to, s[r, p], zero_f32())
+            t = zero_f32()
+            if static(BITS == 8):
+                top = max(highest(maximum(maximum(s[r, 0], s[r, 1]), maximum(s[r, 2], s[r, 3]))), np.float32(1e-30))
+                step[r] = top / np.float32(255)
+                factor = splat_f32(np.float32(255) / top)
+                for p in unroll(4):
+                    n[p] = round_to_i32(mul(s[r, p], factor))
+                    store_low_bytes(scratch.codes, 64 * r + 16 * p, n[p])
+                    t = fma(to_f32(n[p]), load_f32(scratch.inverse_scales, 16 * p), t)
+                scratch.sums[row + r] = denominator + total(t) * step[r]
+            else:
+                for p in unroll(4):
+                    store_f32(scratch.probabilities, 64 * r + 16 * p, s[r, p])
+                    t = add(s[r, p], t)
+                scratch.sums[row + r] = denominator + total(t)
+        # Values: 64 dims at a time.
+        for d in range(0, head_dim, 64):
+            if static(BITS == 8):
+                for r in unroll(R):
+                    for p in unroll(4):
+                        i[r, p] = zero_i32()
+                for c in range(16):
+                    for p in unroll(4):
+                        k[p] = load_bytes(cache.bytes, values + 4 * head_dim * c + 4 * d + 64 * p)
+                        prefetch(cache.bytes, ahead + 64 * head_dim + 4 * head_dim * c + 4 * d + 64 * p)
+                    for r in unroll(R):
+                        q = broadcast4(scratch.codes, 64 * r + 4 * c)
+                        for p in unroll(4):
+                            i[r, p] = dot4(i[r, p], q, k[p])
+                for r in unroll(R):
+                    for p in unroll(4):
+                        if 16 * p < head_dim - d:
+                            v = (row + r) * head_dim + d + 16 * p
+                            store_f32(scratch.values, v, fma(to_f32(i[r, p]), splat_f32(step[r]), load_f32(scratch.values, v)))
+            else:
+                for r in unroll(R):
+                    for p in unroll(4):
+                        s[r, p] = zero_f32()
+                for c in range(64):
+                    for p in unroll(4):
+                        k[p] = load_f16_as_f32(cache.halves, values + head_dim * c + d + 16 * p)
+                    for r in unroll(R):
+                        q = splat_f32(scratch.probabilities[64 * r + c])
+                        for p in unroll(4):
+                            s[r, p] = fma(k[p], q, s[r, p])
+                for r in unroll(R):
+                    for p in unroll(4):
+                        if 16 * p < head_dim - d:
+                            v = (row + r) * head_dim + d + 16 * p
+                            store_f32(scratch.values, v, add(s[r, p], load_f32(scratch.values, v)))
+    return tile
+
+
+_tile_8bit, _tile_16bit = _make_tile(8), _make_tile(16)
+
+
+@inner
+def attend(cache, kv, layer, n_layers, n_kv_heads, head, group, head_dim, window, position, tokens, first, last, queries, out,
+           stride, scratch):
+    """Query heads of KV head `head` for tokens first ... last - 1 of a chunk that starts at `position`, over all they may see.
+
+    tokens: of the whole chunk, all of which the cache already holds. window: positions a query sees, itself included.
+    out[token * stride + query head * head_dim + i] receives the result, float32.
+    """
+    rows_of_head = (tokens * group + ROWS - 1) // ROWS * ROWS
+    rows = (last - first) * group
+    for r in range(0, rows + ROWS - 1):
+        scratch.peaks[r], scratch.sums[r] = LOWEST, np.float32(0)
+    for i in range(0, (rows + ROWS - 1) // ROWS * ROWS * head_dim, 16):
+        store_f32(scratch.values, i, zero_f32())
+    first_seen, last_seen = scratch.first_seen, scratch.last_seen
+    end = (position + last - 1) // POSITIONS
+    for block in range(max(0, position + first - window + 1) // POSITIONS, end + 1):
+        at = block_at(kv, layer, n_layers, n_kv_heads, head, block)
+        ahead = block_at(kv, layer, n_layers, n_kv_heads, head, min(block + 1, end))
+        if kv.bits == 8:
+            written = np.int32(position + tokens - 1 - POSITIONS * block)
+            for p in range(0, POSITIONS, 16):      # positions never written hold anything, even 0 whose inverse is not finite
+                inverse = div(splat_f32(np.float32(1)), load_f32(cache.bytes, at + 4 * (POSITIONS + p)))
+                inverse = where_between(lane_numbers(), np.int32(0), np.int32(written - p), inverse, zero_f32())
+                store_f32(scratch.inverse_scales, p, inverse)
+        for row in range(0, rows, ROWS):
+            masked, any_seen = False, False
+            for r in range(ROWS):
+                seen = position + first + min(row + r, rows - 1) // group - POSITIONS * block
+                first_seen[r], last_seen[r] = max(seen - window + 1, -1), min(seen, POSITIONS)
+                masked |= seen < POSITIONS - 1 or seen - window + 1 > 0
+                any_seen |= seen >= 0 and seen - window + 1 < POSITIONS
+            if not any_seen:
+                continue
+            tile_at = (head * rows_of_head + first * group + row) // ROWS
+            if kv.bits == 8:
+                _tile_8bit(cache, at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch)
+            else:
+                _tile_16bit(cache, at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch)
+    for r in range(rows):
+        to = (first + r // group) * stride + (head * group + r % group) * head_dim
+        factor = splat_f32(np.float32(1) / scratch.sums[r])
+        for i in range(0, head_dim, 16):
+            store_f32(out, to + i, mul(load_f32(scratch.values, r * head_dim + i), factor))
