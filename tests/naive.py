@@ -173,10 +173,10 @@ def fma(a: Array, b: Array, c: Array) -> Array:
 
 
 def quantize_int8(x: Array) -> tuple[Array, Array]:
-    """x float32 (..., n) -> int8 codes (..., n) and float32 scales (...,), one for all n: absmax / 127, 0 for zeros."""
-    highest = np.abs(x).max(axis=-1).astype(F32)
-    inverse = np.divide(F32(127), highest, out=np.zeros_like(highest), where=highest > 0)
-    return np.rint(x.astype(F32) * inverse[..., None]).astype(np.int8), highest / F32(127)
+    """x float32 (..., n) -> int8 codes (..., n) and float32 scales (...,), one for all n: absmax / 127, never zero."""
+    highest = np.maximum(np.abs(x).max(axis=-1).astype(F32), F32(1e-30))
+    codes = np.rint(x.astype(F32) * (F32(127) / highest)[..., None])
+    return codes.astype(np.int8), highest / F32(127)
 
 
 def quantize_activations(x: Array) -> tuple[Array, Array]:
@@ -190,24 +190,23 @@ def quantize_activations(x: Array) -> tuple[Array, Array]:
 def matmul(packed: Array, row_scales: Array, levels: Array | None, codes: Array, scales: Array) -> Array:
     """x W^T: packed (panels, blocks, block bytes) by quantized activations (m, cols) -> float32 (m, panels * 16).
 
-    Within a block of 128 columns everything is an exact integer, group scales included (|sum| < 2 ** 29); then the
-    blocks are added one after another: acc = fma(float(integer), activation scale, acc). The row scale comes last.
-    `levels` None means 8 bits.
+    The sequence of the kernels, bit for bit: exact integer dots of 32 columns; a block's 4 times their group scales;
+    the blocks times their activation scales; the row scale last. `levels` None means 8 bits.
     """
     stored, group_scales = layout.unpack(packed, 8 if levels is None else 4)
     if levels is None:
         values = stored.astype(np.int64) - layout.CODE_ZERO
     else:
         values = levels[:16].astype(np.int64)[stored] - layout.LEVEL_ZERO
-    (m, cols), rows = codes.shape, len(values)
-    weights = values.reshape(rows, -1, layout.GROUP) * group_scales.astype(np.int64)[:, :, None]
-    weights = weights.reshape(rows, -1, layout.BLOCK)
-    activations = codes.astype(np.int64).reshape(m, -1, layout.BLOCK)
-    acc = np.zeros((m, rows), F32)
-    for block in range(cols // layout.BLOCK):
-        integers = activations[:, block] @ weights[:, block].T
-        acc = fma(integers.astype(F32), scales[:, block, None], acc)
-    return acc * row_scales[None, :]
+    y = np.zeros((len(codes), len(values)), F32)
+    for block in range(codes.shape[1] // layout.BLOCK):
+        f = np.zeros_like(y)
+        for group in range(layout.GROUPS * block, layout.GROUPS * (block + 1)):
+            at = slice(layout.GROUP * group, layout.GROUP * (group + 1))
+            dots = codes[:, at].astype(np.int64) @ values[:, at].T
+            f = fma(dots.astype(F32), group_scales[:, group].astype(F32), f)
+        y = fma(f, scales[:, block, None], y)
+    return y * row_scales
 
 
 def attention_8bit(
@@ -216,8 +215,9 @@ def attention_8bit(
     """`attention` over an 8-bit KV cache: k, v int8 (S, K, D), scales float32 (S, K); q float32 (T, H, D) -> (T, H, D).
 
     Queries are rounded to int8, one scale per token and head. Aligned blocks of 64 positions are merged in order with a
-    running maximum. In a block, each probability is multiplied by its V scale and rounded to 8 bits under one scale;
-    the denominator sums the rounded probabilities, so that their errors cancel in part.
+    running maximum. In a block, the probabilities times their V scales are rounded to codes 0..255, and the unit of the
+    codes is chosen such that they keep the sum of what was rounded. (Summing the denominator from the codes instead
+    would divide by V scales, which trained models make tiny exactly where most of the attention goes.)
     """
     n_tokens, n_heads, head_dim = q.shape
     n_past, group = len(k) - n_tokens, n_heads // k.shape[1]
@@ -228,25 +228,16 @@ def attention_8bit(
         for h in range(n_heads):
             highest, total, acc = -np.inf, 0.0, np.zeros(head_dim)
             for begin in range(low // block * block, high, block):
-                at = slice(max(begin, low), min(begin + block, high))
-                dots = k[at, h // group].astype(np.int64) @ q_codes[t, h].astype(np.int64)
-                scores = dots * k_scales[at, h // group] * (q_scales[t, h] / np.sqrt(head_dim))
+                at = (slice(max(begin, low), min(begin + block, high)), h // group)
+                dots = k[at].astype(np.int64) @ q_codes[t, h].astype(np.int64)
+                scores = dots * k_scales[at].astype(np.float64) * q_scales[t, h] / np.sqrt(head_dim)
                 raised = max(highest, scores.max())
-                p = np.exp(scores - raised)
-                scale_of_v = v_scales[at, h // group]
-                codes, scale, p = _round_probabilities(p, scale_of_v)
-                shrink = np.exp(highest - raised)
-                acc = acc * shrink + scale * (codes @ v[at, h // group].astype(np.int64))
-                total, highest = total * shrink + p.sum(), raised
+                shrink, p = np.exp(highest - raised), np.exp(scores - raised)
+                weighted = p * v_scales[at]
+                codes = np.rint(weighted * (255 / max(weighted.max(), 1e-30))).astype(np.int64)
+                unit = weighted.sum() / max(codes.sum(), 1)
+                acc = acc * shrink + unit * (codes @ v[at].astype(np.int64))
+                total = total * shrink + p.sum()
+                highest = raised
             out[t, h] = acc / total
     return out
-
-
-def _round_probabilities(p: Array, scale_of_v: Array) -> tuple[Array, float, Array]:
-    """p * scale_of_v as codes 0..255 and their scale, and the probabilities that those codes stand for."""
-    weighted = p * scale_of_v
-    scale = weighted.max() / 255
-    if scale == 0:
-        return np.zeros(len(p), np.int64), 0.0, p
-    codes = np.rint(weighted / scale).astype(np.int64)
-    return codes, scale, np.divide(codes * scale, scale_of_v, out=p.astype(np.float64), where=scale_of_v > 0)
