@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 
 from edgemistral import layout, strict_json
 from edgemistral.config import ModelConfig
-from edgemistral.container import METADATA, Header, read_header
+from edgemistral.container import METADATA, Header, make_header, read_header
 from edgemistral.errors import BadBlob, BadConfig, BadInput, DamagedBlob
 from edgemistral.layout import ALIGNMENT, Recipe, TensorSpec
 
@@ -51,7 +51,7 @@ SEAL = "header_sha256"
 NO_DIGEST = "0" * 64
 HASH_PIECE = 1 << 22   # bytes read at a time
 
-DTYPES = {"U8": np.dtype("u1"), "F32": np.dtype("<f4"), "BF16": np.dtype("<u2")}   # numpy has no bfloat16: its bits
+DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("u1"), "F32": np.dtype("<f4"), "BF16": np.dtype("<u2")}
 
 
 class Blob:
@@ -333,15 +333,10 @@ def _blank_header(config: ModelConfig, recipe: Recipe, specs: Iterable[TensorSpe
         "recipe": json.dumps(asdict(recipe)),
         SEAL: NO_DIGEST,
     }
-    header: dict[str, Any] = {METADATA: metadata}
-    end = 0
-    for spec in specs:
-        metadata["sha256:" + spec.name] = metadata["source_sha256:" + spec.name] = NO_DIGEST
-        header[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [end, end + spec.n_bytes]}
-        end += spec.n_bytes
-    text = json.dumps(header, separators=(",", ":")).encode("ascii")
-    text = text.ljust(layout.round_up(8 + len(text), ALIGNMENT) - 8)
-    return bytearray(len(text).to_bytes(8, "little") + text)
+    tensors = [(spec.name, spec.dtype, spec.shape) for spec in specs]
+    for name, _, _ in tensors:
+        metadata["sha256:" + name] = metadata["source_sha256:" + name] = NO_DIGEST
+    return bytearray(make_header(tensors, metadata, ALIGNMENT))
 
 
 def _digest_position(header: bytearray, key: str) -> int:

@@ -10,8 +10,10 @@ Both the checkpoints that we read and the blobs that we write are such files.
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,6 +48,23 @@ class Header:
     metadata: dict[str, str]
     tensors: dict[str, Entry]
     data_start: int               # bytes from the start of the file
+
+
+def make_header(
+    tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str], alignment: int = 64
+) -> bytes:
+    """The first bytes of a file that holds these tensors (name, dtype, shape) one after another.
+
+    Padded so that the data, which follows, starts at a multiple of `alignment` bytes.
+    """
+    header: dict[str, Any] = {METADATA: metadata} if metadata else {}
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-(8 + len(text)) % alignment)
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_header(file: BinaryIO, path: Path, error: type[BadInput]) -> Header:

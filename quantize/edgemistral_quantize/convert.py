@@ -1,0 +1,171 @@
+"""From checkpoint to blob, a strip of rows at a time: read, check, widen, quantize, write, resume."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from edgemistral.blob import BlobWriter
+from edgemistral.errors import BadInput
+from edgemistral.layout import BLOCK_BYTES, PANEL, Matrix, Recipe, TensorSpec, matrices, matrix_tensors
+from edgemistral_quantize.checkpoint import Checkpoint, Strip
+from edgemistral_quantize.groups import default_levels, quantize_rows
+
+STRIP_BYTES = 1 << 24   # of rows as float32: large enough to keep all threads busy, small beside the caches of the disk
+STRIPS_IN_WORK = 8      # strips' worth of memory at any time: two being read and widened, one being quantized, copies
+
+T = TypeVar("T")
+
+
+def quantize(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    bits: int = 4,
+    output_bits: int = 8,
+    max_ram: int = 2 << 30,
+    resume: bool = False,
+    force: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Make a blob of a checkpoint directory in Hugging Face or Mistral layout; returns its path.
+
+    `bits` (4 or 8) are those of the layers' matrices, `output_bits` those of the output head; embeddings become
+    bfloat16. `max_ram` bounds the bytes of working memory, beside what Python and the compiled kernels take.
+
+    The blob grows as DST.partial and gets its name when it is whole and on the disk. After a crash or an error
+    `resume=True` goes on behind the tensors that are already in DST.partial, once their checksums and those of their
+    sources are found to match; `force=True` starts again and replaces an existing DST.
+
+    Raises BadConfig and BadCheckpoint when the checkpoint cannot be used (before anything is written, but for a NaN, an
+    infinity or an unreadable file in the middle), BadInput for everything about DST and the arguments, a full disk too.
+    """
+    for name, value in (("bits", bits), ("output_bits", output_bits)):
+        if value not in BLOCK_BYTES:
+            raise BadInput(f"{name} is {value}; supported are {' and '.join(map(str, BLOCK_BYTES))}")
+    checkpoint, dst = Checkpoint(Path(src)), Path(dst)
+    if dst.exists() and any(dst.samefile(file) for file in checkpoint.files):
+        raise BadInput(f"{dst}: a part of the checkpoint itself")
+    if max_ram < (needed := STRIPS_IN_WORK * checkpoint.min_strip_bytes):
+        raise BadInput(f"max_ram is {max_ram} bytes; this checkpoint needs {needed}")
+    strip_bytes = min(STRIP_BYTES, max_ram // STRIPS_IN_WORK)
+
+    recipe = Recipe(bits, output_bits)
+    by_name = {matrix.name: matrix for matrix in matrices(checkpoint.config, recipe)}
+    in_matrices = {tensor.name for matrix in by_name.values() for tensor in matrix_tensors(matrix)}
+    with (
+        BlobWriter(
+            dst, checkpoint.config, recipe, len(checkpoint.tokenizer), resume=resume, force=force
+        ) as writer,
+        tqdm(
+            total=checkpoint.n_bytes, desc=dst.name, unit="B", unit_scale=True, unit_divisor=1024,
+            disable=None if progress else True,   # None: only where a terminal shows it
+        ) as bar,
+    ):
+        conversion = _Conversion(checkpoint, writer, strip_bytes, bar.update)
+        for spec in writer.tensors.values():
+            if spec.name in by_name:
+                conversion.write_matrix(by_name[spec.name])
+            elif spec.name == "tokenizer":
+                conversion.write_tokenizer()
+            elif spec.name not in in_matrices:
+                conversion.write_plain(spec)
+        return writer.finish()
+
+
+class _Conversion:
+    """Writes single tensors of a blob, unless an earlier run did."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, writer: BlobWriter, strip_bytes: int, progress: Callable[[int], object]
+    ) -> None:
+        self.checkpoint, self.writer, self.strip_bytes, self.progress = checkpoint, writer, strip_bytes, progress
+
+    def write_matrix(self, matrix: Matrix) -> None:
+        """Codes, row scales and levels of one matrix."""
+        if self._is_done(matrix.name, *(spec.name for spec in matrix_tensors(matrix))):
+            return
+        levels = default_levels() if matrix.bits == 4 else None
+        digest = hashlib.sha256()
+        row_scales: list[NDArray[np.float32]] = []
+
+        def panels() -> Iterator[NDArray[np.uint8]]:
+            n_panels = 0
+            for rows in _one_ahead(_widen(strip) for strip in self._read(matrix.name, digest)):
+                packed, scales = quantize_rows(rows, matrix.bits, levels)
+                n_panels += len(packed)
+                row_scales.append(scales)
+                yield packed
+            if padding := matrix.panels - n_panels:
+                zeros = np.zeros((padding * PANEL, matrix.cols), np.float32)
+                packed, scales = quantize_rows(zeros, matrix.bits, levels)
+                row_scales.append(scales)
+                yield packed
+
+        self.writer.write(matrix.name, panels(), digest.hexdigest)
+        self.writer.write(matrix.name + ".row_scales", row_scales, digest.hexdigest)
+        if levels is not None:
+            self.writer.write(matrix.name + ".levels", [levels], digest.hexdigest)
+
+    def write_plain(self, spec: TensorSpec) -> None:
+        """A tensor that is not quantized: float32 or bfloat16."""
+        if not self._is_done(spec.name):
+            digest = hashlib.sha256()
+            convert = _round_to_bf16 if spec.dtype == "BF16" else _widen
+            self.writer.write(spec.name, map(convert, self._read(spec.name, digest)), digest.hexdigest)
+
+    def write_tokenizer(self) -> None:
+        """The SentencePiece model as it is."""
+        tokenizer = self.checkpoint.tokenizer
+        self.writer.write("tokenizer", [tokenizer], hashlib.sha256(tokenizer).hexdigest)
+
+    def _read(self, name: str, digest: Any) -> Iterator[Strip]:
+        for strip in self.checkpoint.strips(name, self.strip_bytes):
+            digest.update(strip)
+            self.progress(strip.nbytes)
+            yield strip
+
+    def _is_done(self, name: str, *stored: str) -> bool:
+        """Whether an earlier run wrote all tensors that are made of source `name`, and of the same weights."""
+        if not all(self.writer.done(each) for each in (name, *stored)):
+            return False
+        digest = hashlib.sha256()
+        for _ in self._read(name, digest):
+            pass
+        if digest.hexdigest() != self.writer.source_sha256(name):
+            raise BadInput(f"{self.writer.partial}: tensor {name} was made of other weights; pass force to start again")
+        return True
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, the next one made in another thread while the caller works on this one."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item   # type: ignore[misc]   # not the sentinel
+
+
+def _widen(strip: Strip) -> NDArray[np.float32]:
+    """Any source dtype -> float32, exactly."""
+    if strip.dtype == np.uint16:   # the bits of bfloat16, the upper half of a float32
+        bits = strip.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
+    return strip.astype(np.float32, copy=False)
+
+
+def _round_to_bf16(strip: Strip) -> NDArray[np.uint16]:
+    """Any source dtype -> bits of the nearest bfloat16, ties to even."""
+    if strip.dtype == np.uint16:
+        return strip
+    bits = _widen(strip).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
