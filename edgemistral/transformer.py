@@ -36,7 +36,7 @@ from edgemistral.kernels.attention import (
     take_query,
 )
 from edgemistral.kernels.jit import entry, inner
-from edgemistral.kernels.matmul import PAIR, MatrixScratch, multiply_pair, zero_of
+from edgemistral.kernels.matmul import PAIR, MatrixAt, MatrixScratch, multiply_pair, zero_of
 from edgemistral.kernels.simd import add, load_bf16_as_f32, load_f32, store_f32
 from edgemistral.kernels.team import barrier, take
 from edgemistral.kv_cache import KVCache
@@ -130,7 +130,7 @@ def _normalize(rank, threads, sync, phase, shape, weights, norm, zero, tokens, s
 def _project(rank, threads, sync, phase, weights, matrix, x, tokens, out, stride, own):
     """out[token * stride + row] = (W x[token])[row]."""
     while True:
-        first, last = take(sync, phase, threads, matrix[2], 2)
+        first, last = take(sync, phase, threads, matrix.pairs, 2)
         if first >= last:
             break
         for pair in range(first, last):
@@ -146,7 +146,7 @@ def _project(rank, threads, sync, phase, weights, matrix, x, tokens, out, stride
 def _project_and_add(rank, threads, sync, phase, shape, weights, matrix, x, tokens, state, own):
     """state.x[token] += W x[token]."""
     while True:
-        first, last = take(sync, phase, threads, matrix[2], 2)
+        first, last = take(sync, phase, threads, matrix.pairs, 2)
         if first >= last:
             break
         for pair in range(first, last):
@@ -216,7 +216,7 @@ def _quantize_mixed(rank, threads, sync, phase, shape, zero, tokens, state, own)
 def _gate_and_up(rank, threads, sync, phase, weights, matrix, zero, tokens, state, own):
     """wide = quantize(silu(w1 narrow) * w3 narrow); a unit is one block of hidden columns."""
     while True:
-        first, last = take(sync, phase, threads, matrix[2] // PAIRS_OF_HIDDEN, 1)
+        first, last = take(sync, phase, threads, matrix.pairs // PAIRS_OF_HIDDEN, 1)
         if first >= last:
             break
         for block in range(first, last):
@@ -257,9 +257,8 @@ def _normalize_in_two_digits(rank, threads, sync, phase, shape, weights, norm, z
 
 @inner
 def _matrix(weights, index):
-    """Row `index` of weights.matrices as a tuple of scalars."""
     m = weights.matrices
-    return m[index, 0], m[index, 1], m[index, 2], m[index, 3], m[index, 4], m[index, 5]
+    return MatrixAt(m[index, 0], m[index, 1], m[index, 2], m[index, 3], m[index, 4], m[index, 5])
 
 
 @entry
@@ -271,7 +270,7 @@ def forward(rank, threads, sync, shape, weights, ids, position, n_logits, state,
     for layer in range(shape.n_layers):
         wqkv, wo = _matrix(weights, 4 * layer), _matrix(weights, 4 * layer + 1)
         w13, w2 = _matrix(weights, 4 * layer + 2), _matrix(weights, 4 * layer + 3)
-        norm, zero = weights.norms[2 * layer], zero_of(wqkv[0])
+        norm, zero = weights.norms[2 * layer], zero_of(wqkv.bits)
         _normalize(rank, threads, sync, phase + 1, shape, weights, norm, zero, tokens, state, own)
         _project(rank, threads, sync, phase + 2, weights, wqkv, state.narrow, tokens, state.qkv, shape.qkv_dim, own)
         _rotate_and_append(rank, threads, sync, phase + 3, shape, layer, position, tokens, state, cache, kv, own)
@@ -285,7 +284,7 @@ def forward(rank, threads, sync, shape, weights, ids, position, n_logits, state,
         phase += 9
     if n_logits > 0:
         output, norm, skip = _matrix(weights, 4 * shape.n_layers), weights.norms[2 * shape.n_layers], tokens - n_logits
-        zero, stride = zero_of(output[0]), PAIR * output[2]
+        zero, stride = zero_of(output.bits), PAIR * output.pairs
         _normalize_in_two_digits(rank, threads, sync, phase + 1, shape, weights, norm, zero, skip, n_logits, state, own)
         _project(rank, threads, sync, phase + 2, weights, output, state.narrow, 2 * n_logits, state.logits, stride, own)
 

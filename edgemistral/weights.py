@@ -18,7 +18,7 @@ class Weights(NamedTuple):
     blob: NDArray[np.uint8]         # (bytes of the file,), read-only
     tok_embeddings: int             # bf16 (vocab_size, dim)
     matrices: NDArray[np.int64]     # (4 * n_layers + 1, 6): wqkv, wo, w13, w2 of every layer, then the output head;
-                                    # each bits, blocks, pairs of panels, and the offsets of codes, row scales, levels
+                                    # each a `kernels.matmul.MatrixAt`
     norms: NDArray[np.int64]        # (2 * n_layers + 1,): attention_norm, ffn_norm of every layer, then the last norm; float32
 
 

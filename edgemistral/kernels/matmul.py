@@ -50,6 +50,17 @@ AHEAD = 2048             # bytes between a load and its prefetch
 BLOCK4, BLOCK8 = BLOCK_BYTES[4], BLOCK_BYTES[8]
 
 
+class MatrixAt(NamedTuple):
+    """Where one matrix lies in the blob."""
+
+    bits: int
+    blocks: int           # of 128 columns
+    pairs: int            # of panels of 16 rows
+    codes: int            # byte offsets
+    row_scales: int
+    levels: int           # 4 bits only
+
+
 class MatrixScratch(NamedTuple):
     """What one thread needs beside the weights; every array starts at a multiple of 64 bytes."""
 
@@ -184,18 +195,14 @@ _tiles_4bit, _tiles_8bit = _make_tiles(1), _make_tiles(0)
 
 @inner
 def multiply_pair(blob, matrix, pair, x, tokens, scratch):
-    """scratch.result[token][32] = rows 32 pair ... 32 pair + 31 of the matrix times every token.
-
-    matrix: (bits, blocks, and the byte offsets of codes, row scales and levels in the blob), a row of `weights.Weights`.
-    """
-    bits, blocks, codes_at, row_scales_at, levels_at = matrix
-    result = scratch.result
+    """scratch.result[token][32] = rows 32 pair ... 32 pair + 31 of the matrix times every token. matrix: a MatrixAt."""
+    bits, blocks, result = matrix.bits, matrix.blocks, scratch.result
     panel_bytes = blocks * (BLOCK4 if bits == 4 else BLOCK8)
-    at = codes_at + 2 * pair * panel_bytes
-    low, high = load_f32(blob, row_scales_at + 4 * PAIR * pair), load_f32(blob, row_scales_at + 4 * PAIR * pair + 64)
+    at, row_scales = matrix.codes + 2 * pair * panel_bytes, matrix.row_scales + 4 * PAIR * pair
+    low, high = load_f32(blob, row_scales), load_f32(blob, row_scales + 4 * PANEL)
     if tokens == 1:
         if bits == 4:
-            levels = load_bytes(blob, levels_at)
+            levels = load_bytes(blob, matrix.levels)
             store_f32(result, 0, mul(_panel_4bit(blob, at, blocks, levels, x), low))
             store_f32(result, PANEL, mul(_panel_4bit(blob, at + panel_bytes, blocks, levels, x), high))
         else:
@@ -207,7 +214,7 @@ def multiply_pair(blob, matrix, pair, x, tokens, scratch):
         store_f32(result, row, zero_f32())
     for block in range(blocks):
         if bits == 4:
-            _unpack_4bit(blob, at + block * BLOCK4, panel_bytes, load_bytes(blob, levels_at), scratch)
+            _unpack_4bit(blob, at + block * BLOCK4, panel_bytes, load_bytes(blob, matrix.levels), scratch)
             _tiles_4bit(x, block * tiles, tiles, scratch)
         else:
             _unpack_8bit(blob, at + block * BLOCK8, panel_bytes, scratch)
