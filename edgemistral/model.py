@@ -34,7 +34,7 @@ def load(
     kv_bits: 8, or 16 for reference. threads: None means all cores this process may use. max_ram: bytes.
     Raises BadBlob, BadRequest (its `field` names the argument) or OutOfMemoryBudget before anything is allocated.
     """
-    from edgemistral.transformer import Transformer   # imports numba
+    from edgemistral.transformer import Transformer  # imports numba
 
     blob = Blob.open(path)
     try:
@@ -83,7 +83,7 @@ class Model:
         cancel: Cancel | None = None,
         **sampling: Any,
     ) -> Generation:
-        """Token ids that continue `ids`, until </s> (which is not given), `max_new_tokens` or the end of the context."""
+        """Token ids that continue `ids`, until </s> (which is not given), `max_new_tokens` or a full context."""
         return self.engine.generate(ids, SamplingParams(**sampling), max_new_tokens, progress, cancel)
 
     def chat(

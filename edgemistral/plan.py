@@ -38,7 +38,7 @@ def plan(blob: Blob, context: int | None = None, kv_bits: int = 8, threads: int 
     context: positions, None for the model's longest. threads: None for all cores that this process may use.
     Raises BadRequest, whose `field` names the argument, for a value that the model cannot run with.
     """
-    from edgemistral.kv_cache import KV_BITS, kv_file_bytes   # imports numba
+    from edgemistral.kv_cache import KV_BITS, kv_file_bytes  # imports numba
     from edgemistral.transformer import workspace_bytes
 
     longest = blob.config.context

@@ -1,0 +1,145 @@
+"""The sample JSON of the Mistral model cards: a request with input_data becomes answers under the keys "0", "1", ...
+
+    {"input_data": {"input_string": ..., "parameters": {...}}}  ->  [{"0": "the answer"}]
+
+`input_string` is one of
+    [{"role": ..., "content": ...}, ...]     one conversation, one answer
+    ["text", ...]                            prompts: each one a user's message of its own
+    [[{"role": ..., ...}, ...], ...]         conversations
+and with "per_message": true in the parameters, every message of a single conversation is a prompt of its own: that is
+how the card's sample output came to have an answer for each of three messages, the third of which never saw the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from edgemistral.engine import Cancel
+from edgemistral.errors import BadRequest
+from edgemistral.model import Messages, Model
+from edgemistral.sampler import SamplingParams
+from edgemistral.tokenizer import ROLES, check_text
+
+INPUT = "input_data.input_string"
+PARAMETERS = "input_data.parameters"
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+OTHERS = ("do_sample", "max_new_tokens", "stop", "return_full_text", "per_message")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One conversation to answer, and its path in the request."""
+
+    messages: Messages
+    field: str
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """A checked request: what to answer, and how."""
+
+    prompts: list[Prompt]
+    options: dict[str, Any]   # arguments of Model.chat
+    return_full_text: bool
+    warnings: list[str]       # a line for each name in the request that means nothing here
+
+
+def parse(data: object) -> SampleRequest:
+    """Check a decoded request. Raises BadRequest whose `field` is a path such as input_data.parameters.top_p."""
+    request = _typed(data, dict, "the request")
+    body = _typed(request.get("input_data"), dict, "input_data")
+    parameters = _typed(body.get("parameters", {}), dict, PARAMETERS)
+    flags = {
+        name: _typed(parameters.get(name, default), bool, f"{PARAMETERS}.{name}")
+        for name, default in (("do_sample", True), ("return_full_text", False), ("per_message", False))
+    }
+    options = {name: parameters[name] for name in SAMPLING if name in parameters}
+    with _renamed({name: f"{PARAMETERS}.{name}" for name in SAMPLING}):
+        SamplingParams(**options)
+    if not flags["do_sample"]:
+        options["temperature"] = 0
+    options["max_new_tokens"] = parameters.get("max_new_tokens")
+    options["stop"] = parameters.get("stop", ())
+    prompts = _prompts(_typed(body.get("input_string"), list, INPUT), flags["per_message"])
+    known = (("", request, ("input_data",)), ("input_data.", body, ("input_string", "parameters")),
+             (f"{PARAMETERS}.", parameters, SAMPLING + OTHERS))
+    warnings = [f"{at}{name} is not known and was ignored" for at, given, names in known for name in given
+                if name not in names]
+    return SampleRequest(prompts, options, flags["return_full_text"], warnings)
+
+
+def answer(model: Model, request: SampleRequest, cancel: Cancel | None = None) -> list[dict[str, str]]:
+    """Answer all prompts, one after another: [{"0": text, "1": text, ...}].
+
+    Everything is checked before the first is answered: BadRequest as in `parse`, and ContextOverflow.
+    """
+    names = {name: f"{PARAMETERS}.{name}" for name in ("stop", "max_new_tokens")}
+    replies = []
+    for prompt in request.prompts:
+        with _renamed({"messages": prompt.field, **names}):
+            replies.append(model.chat(prompt.messages, cancel=cancel, **request.options))
+    answers = {}
+    for i, (prompt, reply) in enumerate(zip(request.prompts, replies, strict=True)):
+        text = "".join(reply)
+        if request.return_full_text:
+            text = f"{_text_of(prompt.messages, model)} {text}"
+        answers[str(i)] = text
+    return [answers]
+
+
+def _text_of(messages: Messages, model: Model) -> str:
+    """A single message as it was given, a conversation as the chat template spells it."""
+    if len(messages) == 1:
+        return str(messages[0]["content"])
+    return model.tokenizer.decode(model.tokenizer.encode_chat(messages))
+
+
+def _prompts(items: list[Any], per_message: bool) -> list[Prompt]:
+    """The items of input_string, all of one kind, as conversations."""
+    kind = type(items[0]) if items else None
+    if kind not in (dict, str, list):
+        raise BadRequest(f"{INPUT} must be a list of messages, of strings or of conversations, and not empty", INPUT)
+    fields = [f"{INPUT}[{i}]" for i in range(len(items))]
+    for field, item in zip(fields, items, strict=True):
+        _typed(item, kind, field)
+    if per_message and kind is not dict:
+        field = f"{PARAMETERS}.per_message"
+        raise BadRequest(f"{field} needs {INPUT} to be a list of messages", field)
+    if kind is dict and not per_message:
+        return [Prompt(items, INPUT)]
+    if kind is list:
+        return [Prompt(item, field) for field, item in zip(fields, items, strict=True)]
+    texts = [_content(item, field) if per_message else check_text(item, field)
+             for field, item in zip(fields, items, strict=True)]
+    return [Prompt([{"role": "user", "content": text}], field) for field, text in zip(fields, texts, strict=True)]
+
+
+def _content(message: dict[str, Any], field: str) -> str:
+    if message.get("role") not in ROLES:
+        raise BadRequest(f"{field}.role must be one of {', '.join(ROLES)}", f"{field}.role")
+    return check_text(message.get("content"), f"{field}.content")
+
+
+def _typed(value: object, kind: type, field: str) -> Any:
+    """The value if it is of this JSON type."""
+    if type(value) is not kind:
+        name = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}[kind]
+        found = "missing" if value is None else f"{value!r:.40}"
+        raise BadRequest(f"{field} is {found}: it must be {name}", field)
+    return value
+
+
+@contextmanager
+def _renamed(names: dict[str, str]) -> Iterator[None]:
+    """Let a BadRequest about a field that begins with one of these names call it by its path in the request."""
+    try:
+        yield
+    except BadRequest as error:
+        for name, path in names.items():
+            if error.field.startswith(name):
+                field = path + error.field[len(name):]
+                raise BadRequest(str(error).replace(error.field, field), field) from None
+        raise
