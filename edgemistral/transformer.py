@@ -401,9 +401,8 @@ def _workspace(shape: Shape, chunk: int, threads: int) -> tuple[State, Sequence[
         return Own(
             MatrixScratch(_aligned(2 * PANEL * BLOCK, np.uint8), _aligned(4 * PAIR, np.float32), _aligned(tokens * PAIR, np.float32)),
             AttentionScratch(
-                _aligned(rows_of_span * hd, np.float32), _aligned(rows_of_span, np.float32), _aligned(rows_of_span, np.float32),
-                probabilities, probabilities.view(np.uint8), _aligned(64, np.float32),
-                _aligned(ROWS, np.int64), _aligned(ROWS, np.int64), head, head.view(np.int32), _aligned(hd, np.uint16),
+                _aligned(rows_of_span * hd, np.float32), _aligned(rows_of_span, np.float32),
+                _aligned(rows_of_span * 16, np.float32), probabilities, probabilities.view(np.uint8), _aligned(ROWS, np.int64), _aligned(ROWS, np.int64), head, head.view(np.int32), _aligned(hd, np.uint16),
             ),
             _aligned(chunk * BLOCK, np.float32), _aligned(BLOCK, np.float32), _aligned(BLOCK, np.float32),
             codes, codes.view(np.int32),

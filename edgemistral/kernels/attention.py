@@ -12,8 +12,9 @@ The cache holds 64 positions of one key/value head in one block of bytes, which 
 so that scores come from the same dot-product instruction as the weights' products: 16 positions side by side, no horizontal
 sums. Attention is one pass over the blocks in order with an online softmax (Milakov and Gimelshein 2018; Dao et al. 2022),
 in fixed blocks of 64 from position 0: a query meets the same numbers in the same order whether its prompt came at once, in
-chunks or token by token. In 8 bits the products of probability and V's scale are rounded to u8 in each block, and the
-denominator is summed from the rounded values, which lowers the error of the output by a third.
+chunks or token by token. In 8 bits the products of probability and V's scale are rounded to u8 in each block, in a unit
+chosen so that they keep their sum. (Summing the denominator from the rounded values does as well on random data, but
+divides by V's scales, which trained models make tiny exactly where most of the attention goes.)
 """
 
 from __future__ import annotations
@@ -29,10 +30,8 @@ from edgemistral.kernels.simd import (
     add,
     add_i32,
     broadcast4,
-    div,
     dot4,
     exp,
-    first_lane,
     flip_top_bits,
     fma,
     highest,
@@ -89,10 +88,9 @@ class AttentionScratch(NamedTuple):
 
     values: NDArray[np.float32]        # (rows * head_dim,) unnormalized outputs
     peaks: NDArray[np.float32]         # (rows,) running maximum of the scores
-    sums: NDArray[np.float32]          # (rows,) running denominators
+    sums: NDArray[np.float32]          # (rows * 16,) running denominators, in 16 parts
     probabilities: NDArray[np.float32]  # (ROWS * 64,) of one tile and block; its bytes hold the u8 codes in 8 bits
     codes: NDArray[np.uint8]           # the same bytes
-    inverse_scales: NDArray[np.float32]  # (64,) 1 / V's scales of the block at hand
     first_seen: NDArray[np.int64]      # (ROWS,) what each row of the tile at hand may see of the block
     last_seen: NDArray[np.int64]       # (ROWS,)
     head_bytes: NDArray[np.int8]       # (head_dim,) one head's codes
@@ -206,7 +204,7 @@ def _make_tile(bits):
         s = registers()
         k = registers()
         n = registers()
-        step = registers()
+        unit = registers()
         # Scores: 16 positions side by side, four panels, R rows.
         if static(BITS == 8):
             keys, values = at + 8 * 64, at + (8 + head_dim) * 64
@@ -244,40 +242,42 @@ def _make_tile(bits):
                 for p in unroll(4):
                     seen_from, seen_to = np.int32(first - 16 * p), np.int32(last - 16 * p)
                     s[r, p] = where_between(lane_numbers(), seen_from, seen_to, s[r, p], splat_f32(LOWEST))
-            top = highest(maximum(maximum(s[r, 0], s[r, 1]), maximum(s[r, 2], s[r, 3])))
-            peak, denominator = scratch.peaks[row + r], scratch.sums[row + r]
+            top, peak = highest(maximum(maximum(s[r, 0], s[r, 1]), maximum(s[r, 2], s[r, 3]))), scratch.peaks[row + r]
+            denominator = load_f32(scratch.sums, 16 * (row + r))
             if top > peak:
                 shrink = exp(splat_f32(peak - top))
                 for d in range(0, head_dim, 16):
                     v = (row + r) * head_dim + d
                     store_f32(scratch.values, v, mul(load_f32(scratch.values, v), shrink))
-                denominator = denominator * first_lane(shrink)
+                denominator = mul(denominator, shrink)
                 peak = top
                 scratch.peaks[row + r] = top
             for p in unroll(4):
                 s[r, p] = exp(sub(s[r, p], splat_f32(peak)))
-            if static(BITS == 8):
-                for p in unroll(4):
-                    s[r, p] = mul(s[r, p], load_f32(cache.bytes, at + 256 + 64 * p))
             if masked:
                 for p in unroll(4):
                     seen_from, seen_to = np.int32(first - 16 * p), np.int32(last - 16 * p)
                     s[r, p] = where_between(lane_numbers(), seen_from, seen_to, s[r, p], zero_f32())
-            t = zero_f32()
+            sum_of_four = add(add(s[r, 0], s[r, 1]), add(s[r, 2], s[r, 3]))
+            store_f32(scratch.sums, 16 * (row + r), add(denominator, sum_of_four))
             if static(BITS == 8):
+                for p in unroll(4):
+                    s[r, p] = mul(s[r, p], load_f32(cache.bytes, at + 256 + 64 * p))
+                if masked:                                   # scales that were never written may not be numbers
+                    for p in unroll(4):
+                        seen_from, seen_to = np.int32(first - 16 * p), np.int32(last - 16 * p)
+                        s[r, p] = where_between(lane_numbers(), seen_from, seen_to, s[r, p], zero_f32())
                 top = max(highest(maximum(maximum(s[r, 0], s[r, 1]), maximum(s[r, 2], s[r, 3]))), np.float32(1e-30))
-                step[r] = top / np.float32(255)
                 factor = splat_f32(np.float32(255) / top)
                 for p in unroll(4):
                     n[p] = round_to_i32(mul(s[r, p], factor))
                     store_low_bytes(scratch.codes, 64 * r + 16 * p, n[p])
-                    t = fma(to_f32(n[p]), load_f32(scratch.inverse_scales, 16 * p), t)
-                scratch.sums[row + r] = denominator + total(t) * step[r]
+                codes = total_i32(add_i32(add_i32(n[0], n[1]), add_i32(n[2], n[3])))
+                weight = total(add(add(s[r, 0], s[r, 1]), add(s[r, 2], s[r, 3])))
+                unit[r] = weight / np.float32(max(codes, np.int32(1)))
             else:
                 for p in unroll(4):
                     store_f32(scratch.probabilities, 64 * r + 16 * p, s[r, p])
-                    t = add(s[r, p], t)
-                scratch.sums[row + r] = denominator + total(t)
         # Values: 64 dims at a time.
         for d in range(0, head_dim, 64):
             if static(BITS == 8):
@@ -296,7 +296,7 @@ def _make_tile(bits):
                     for p in unroll(4):
                         if 16 * p < head_dim - d:
                             v = (row + r) * head_dim + d + 16 * p
-                            store_f32(scratch.values, v, fma(to_f32(i[r, p]), splat_f32(step[r]), load_f32(scratch.values, v)))
+                            store_f32(scratch.values, v, fma(to_f32(i[r, p]), splat_f32(unit[r]), load_f32(scratch.values, v)))
             else:
                 for r in unroll(R):
                     for p in unroll(4):
@@ -329,8 +329,9 @@ def attend(cache, kv, layer, n_layers, n_kv_heads, head, group, head_dim, window
     """
     rows_of_head = (tokens * group + ROWS - 1) // ROWS * ROWS
     rows = (last - first) * group
-    for r in range(0, rows + ROWS - 1):
-        scratch.peaks[r], scratch.sums[r] = LOWEST, np.float32(0)
+    for r in range(rows + ROWS - 1):
+        scratch.peaks[r] = LOWEST
+        store_f32(scratch.sums, 16 * r, zero_f32())
     for i in range(0, (rows + ROWS - 1) // ROWS * ROWS * head_dim, 16):
         store_f32(scratch.values, i, zero_f32())
     first_seen, last_seen = scratch.first_seen, scratch.last_seen
@@ -338,12 +339,6 @@ def attend(cache, kv, layer, n_layers, n_kv_heads, head, group, head_dim, window
     for block in range(max(0, position + first - window + 1) // POSITIONS, end + 1):
         at = block_at(kv, layer, n_layers, n_kv_heads, head, block)
         ahead = block_at(kv, layer, n_layers, n_kv_heads, head, min(block + 1, end))
-        if kv.bits == 8:
-            written = np.int32(position + tokens - 1 - POSITIONS * block)
-            for p in range(0, POSITIONS, 16):      # positions never written hold anything, even 0 whose inverse is not finite
-                inverse = div(splat_f32(np.float32(1)), load_f32(cache.bytes, at + 4 * (POSITIONS + p)))
-                inverse = where_between(lane_numbers(), np.int32(0), np.int32(written - p), inverse, zero_f32())
-                store_f32(scratch.inverse_scales, p, inverse)
         for row in range(0, rows, ROWS):
             masked, any_seen = False, False
             for r in range(ROWS):
@@ -360,6 +355,6 @@ def attend(cache, kv, layer, n_layers, n_kv_heads, head, group, head_dim, window
                 _tile_16bit(cache, at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch)
     for r in range(rows):
         to = (first + r // group) * stride + (head * group + r % group) * head_dim
-        factor = splat_f32(np.float32(1) / scratch.sums[r])
+        factor = splat_f32(np.float32(1) / total(load_f32(scratch.sums, 16 * r)))
         for i in range(0, head_dim, 16):
             store_f32(out, to + i, mul(load_f32(scratch.values, r * head_dim + i), factor))

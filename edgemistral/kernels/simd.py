@@ -285,11 +285,6 @@ def _fold(builder, value, combine):
 
 
 @_operation(types.float32, f32x16)
-def first_lane(builder, a):
-    return builder.extract_element(a, ir.Constant(I32, 0))
-
-
-@_operation(types.float32, f32x16)
 def highest(builder, a):
     return _fold(builder, a, lambda x, y: _select(builder, ">", x, y))
 
