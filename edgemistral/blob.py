@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import mmap
 import os
@@ -41,7 +42,7 @@ from numpy.typing import NDArray
 
 from edgemistral import layout, strict_json
 from edgemistral.config import ModelConfig
-from edgemistral.container import METADATA, Header, make_header, read_header
+from edgemistral.container import MAX_HEADER, METADATA, Header, make_header, read_header
 from edgemistral.errors import BadBlob, BadConfig, BadInput, DamagedBlob
 from edgemistral.layout import ALIGNMENT, Recipe, TensorSpec
 
@@ -227,8 +228,18 @@ class BlobWriter:
             already = self.partial.stat().st_size if resume else 0
             if self.size - already > (free := shutil.disk_usage(self.dst.parent).free):
                 raise BadInput(f"{self.dst}: needs {self.size - already} bytes of disk, {free} are free")
-            self._file = self.partial.open("r+b" if resume else "w+b" if force else "x+b")
-            self._read_journal()
+            self._file = self.partial.open("r+b" if resume else "w+b" if force else "x+b", buffering=0)
+        try:
+            with self._system_errors():
+                if resume:
+                    self._read_journal()
+                else:
+                    self._write_at(0, self._header)
+        except BaseException:
+            self._file.close()
+            if not resume:
+                self.partial.unlink(missing_ok=True)
+            raise
 
     def _read_journal(self) -> None:
         """Take over the checksums of an unfinished file whose header is otherwise the one that we would write."""
@@ -240,8 +251,8 @@ class BlobWriter:
         for at in _digest_positions(self._header):
             blank[at : at + len(NO_DIGEST)] = NO_DIGEST.encode()
         if blank != self._header:
-            self._file.close()
-            raise BadInput(f"{self.partial}: begun with {_difference(blank, self._header)}; pass force to start again")
+            difference = _difference(self._file, self._header)
+            raise BadInput(f"{self.partial}: begun with {difference}; pass force to start again")
         self._header = found
 
     def done(self, name: str) -> bool:
@@ -304,8 +315,9 @@ class BlobWriter:
 
     def _write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         self._file.seek(offset)
-        self._file.write(data)
-        self._file.flush()
+        rest = memoryview(data)
+        while rest:   # the file has no buffer, and the system may take less than all at once
+            rest = rest[self._file.write(rest) :]
 
     @contextlib.contextmanager
     def _system_errors(self) -> Iterator[None]:
@@ -318,8 +330,7 @@ class BlobWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):   # a full disk refuses the flush of close() too; that error is under way
-            self._file.close()
+        self._file.close()
         if all(self._digest("sha256:" + name) == NO_DIGEST for name in self.tensors):
             self.partial.unlink(missing_ok=True)   # nothing in it to resume from
 
@@ -349,10 +360,12 @@ def _digest_positions(header: bytearray) -> Iterator[int]:
         yield match.end()
 
 
-def _difference(found: bytearray, wanted: bytearray) -> str:
-    """What distinguishes the headers of two unfinished files, for a message."""
+def _difference(file: io.FileIO, header: bytearray) -> str:
+    """What distinguishes an unfinished file from the one that would begin with `header`, for a message."""
+    file.seek(0)
+    length = min(int.from_bytes(file.read(8), "little"), MAX_HEADER)
     try:
-        theirs, ours = (json.loads(bytes(header[8:]))[METADATA] for header in (found, wanted))
+        theirs, ours = (json.loads(text)[METADATA] for text in (file.read(length), bytes(header[8:])))
         changed = [key for key in ("format_version", "config", "recipe") if theirs[key] != ours[key]]
     except (ValueError, KeyError, TypeError):
         return "something else than a blob"
@@ -368,7 +381,9 @@ def _seal_of(text: bytes, seal: str) -> str:
     return hashlib.sha256(text.replace(seal.encode(), NO_DIGEST.encode(), 1)).hexdigest()
 
 
-def _sha256(file: BinaryIO, offset: int, n_bytes: int, progress: Callable[[int], object] | None = None) -> str:
+def _sha256(
+    file: BinaryIO | io.FileIO, offset: int, n_bytes: int, progress: Callable[[int], object] | None = None
+) -> str:
     """Of a stretch of a file, or of as much of it as there is."""
     digest = hashlib.sha256()
     file.seek(offset)
