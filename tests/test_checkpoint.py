@@ -251,8 +251,8 @@ def test_files_that_change_while_they_are_read(tmp_path: Path) -> None:
         end = max(entry.offset for entry in read_header(file, path, BadCheckpoint).tensors.values())
     with path.open("r+b") as file:
         file.truncate(end + 100)
-    with pytest.raises(BadCheckpoint, match="model.safetensors: tensor lm_head.weight ends early"):
+    with pytest.raises(BadCheckpoint, match=r"model.safetensors: tensor lm_head.weight ends early"):
         read(checkpoint, "output")
     path.unlink()
-    with pytest.raises(BadCheckpoint, match="tensor model.norm.weight cannot be read: No such file"):
+    with pytest.raises(BadCheckpoint, match=r"tensor model.norm.weight cannot be read: No such file"):
         read(checkpoint, "norm")
