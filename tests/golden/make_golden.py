@@ -16,22 +16,20 @@ import sentencepiece
 import torch
 import transformers
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from golden.models import MODELS, TOKENIZER, GoldenModel, hf_config, sha256, tensors  # noqa: E402
-from naive import bf16_to_f32  # noqa: E402
+from checkpoints import hf_fields, hf_name
+from golden.models import MODELS, TOKENIZER, GoldenModel
 
 
 def golden_logits(model: GoldenModel) -> np.ndarray:
     """float32 (n_ids, vocab_size)."""
-    oracle = transformers.MistralForCausalLM(
-        transformers.MistralConfig(**hf_config(model.config), attn_implementation="eager")
-    )
-    oracle = oracle.float().eval()
-    state = {name: torch.from_numpy(bf16_to_f32(bits)) for name, bits in tensors(model).items()}
+    config = transformers.MistralConfig(**hf_fields(model.config), attn_implementation="eager")
+    # Versions of transformers disagree on where it belongs; ignored, it would be 10000.
+    assert (getattr(config, "rope_parameters", None) or config.to_dict())["rope_theta"] == model.config.rope_theta
+    oracle = transformers.MistralForCausalLM(config).float().eval()
+    state = {hf_name(name): torch.from_numpy(values) for name, values in model.weights.items()}
     oracle.load_state_dict(state, strict=True)
-    rope = oracle.config.to_dict().get("rope_parameters") or oracle.config.to_dict()
-    assert rope["rope_theta"] == model.config.rope_theta   # versions of transformers disagree on where it belongs
     with torch.no_grad():
         return oracle(torch.from_numpy(model.ids.astype(np.int64))[None]).logits[0].numpy()
 
@@ -51,7 +49,7 @@ def main() -> None:
         train_tokenizer()
     for model in MODELS:
         logits = golden_logits(model)
-        np.savez_compressed(model.path, logits=logits, sha256=sha256(tensors(model)))
+        np.savez_compressed(model.path, logits=logits, sha256=model.sha256)
         print(f"{model.path.name}: logits {logits.shape}, std {logits.std():.3f}, {model.path.stat().st_size} bytes")
 
 
