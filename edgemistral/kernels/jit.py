@@ -6,7 +6,8 @@ the same input must give the same bits whatever the compiler reorders.
 
 numba's own cache keys a function by its own file's time stamp, so editing a helper elsewhere leaves stale code behind
 (and two processes that compile at once can swap each other's entries). Ours keys every file by the content of all kernel
-sources, the versions of numba and LLVM, the CPU and the signature: one file an overload, written aside and renamed.
+sources, the versions of Python, numba and LLVM, the CPU, the lowering and the signature: one file an overload, written
+aside and renamed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import inspect
 import os
 import pickle
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -27,6 +29,7 @@ import numba
 from numba.core import caching
 from numba.core.compiler import CompileResult
 
+from edgemistral.kernels.lowering import choose
 from edgemistral.paths import cache_dir
 
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
@@ -57,7 +60,8 @@ def _environment() -> str:
     """Whatever can change the code that is made from the same function."""
     here = Path(__file__).parent
     sources = [path.read_bytes() for path in (*sorted(here.glob("*.py")), here.parent / "layout.py")]
-    return digest_of(*sources, numba.__version__, llvmlite.__version__, llvmlite.binding.llvm_version_info)
+    versions = sys.implementation.cache_tag, numba.__version__, llvmlite.__version__, llvmlite.binding.llvm_version_info
+    return digest_of(*sources, *versions, type(choose()).__name__)
 
 
 class _DiskCache(caching._Cache):
