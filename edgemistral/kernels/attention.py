@@ -191,6 +191,65 @@ def take_query(x, at, head_dim, bits, queries, row_at, scratch):
 
 # ---- one tile of rows meets one block ----------------------------------------------------------------------------------
 
+def _make_softmax(bits):
+    @inner
+    @unrolled(BITS=bits)
+    def soften(s0, s1, s2, s3, first, last, masked, cache, at, r, row, head_dim, scratch):
+        """One step of the online softmax: the scores of a row with the 64 positions of a block -> weights of their values.
+
+        Row `row` of the scratch may see the positions first ... last of the block; `masked` says whether that leaves some
+        out. The weights go to row r of the tile's probabilities; in 8 bits as codes, and the value of a code is returned.
+        """
+        s = registers()
+        n = registers()
+        s[0], s[1], s[2], s[3] = s0, s1, s2, s3
+        if masked:
+            for p in unroll(4):
+                s[p] = _where_seen(p, first, last, s[p], splat_f32(LOWEST))
+        top, peak = highest(maximum(maximum(s[0], s[1]), maximum(s[2], s[3]))), scratch.peaks[row]
+        denominator = load_f32(scratch.sums, 16 * row)
+        if top > peak:
+            shrink = exp(splat_f32(peak - top))
+            for d in range(row * head_dim, row * head_dim + head_dim, 16):
+                store_f32(scratch.values, d, mul(load_f32(scratch.values, d), shrink))
+            denominator = mul(denominator, shrink)
+            peak = top
+            scratch.peaks[row] = top
+        for p in unroll(4):
+            s[p] = exp(sub(s[p], splat_f32(peak)))
+        if masked:
+            for p in unroll(4):
+                s[p] = _where_seen(p, first, last, s[p], zero_f32())
+        store_f32(scratch.sums, 16 * row, add(denominator, add(add(s[0], s[1]), add(s[2], s[3]))))
+        if static(BITS == 16):
+            for p in unroll(4):
+                store_f32(scratch.probabilities, 64 * r + 16 * p, s[p])
+            return np.float32(1)
+        for p in unroll(4):
+            s[p] = mul(s[p], load_f32(cache.bytes, at + 256 + 64 * p))
+        if masked:                                   # scales that were never written may not be numbers
+            for p in unroll(4):
+                s[p] = _where_seen(p, first, last, s[p], zero_f32())
+        top = max(highest(maximum(maximum(s[0], s[1]), maximum(s[2], s[3]))), np.float32(1e-30))
+        factor = splat_f32(np.float32(255) / top)
+        for p in unroll(4):
+            n[p] = round_to_i32(mul(s[p], factor))
+            store_low_bytes(scratch.codes, 64 * r + 16 * p, n[p])
+        codes = total_i32(add_i32(add_i32(n[0], n[1]), add_i32(n[2], n[3])))
+        weight = total(add(add(s[0], s[1]), add(s[2], s[3])))
+        return weight / np.float32(max(codes, np.int32(1)))
+    return soften
+
+
+@inner
+def _where_seen(panel, first, last, a, b):
+    """a at the positions first ... last of a block, b elsewhere, of the 16 positions of one panel."""
+    return where_between(lane_numbers(), np.int32(first - 16 * panel), np.int32(last - 16 * panel), a, b)
+
+
+_soften_8bit, _soften_16bit = _make_softmax(8), _make_softmax(16)
+
+
 def _make_tile(bits):
     @inner
     @unrolled(R=ROWS, BITS=bits)
@@ -203,7 +262,6 @@ def _make_tile(bits):
         i = registers()
         s = registers()
         k = registers()
-        n = registers()
         unit = registers()
         # Scores: 16 positions side by side, four panels, R rows.
         if static(BITS == 8):
@@ -231,53 +289,16 @@ def _make_tile(bits):
                     q = splat_f32(queries.floats[(tile_at * R + r) * head_dim + c])
                     for p in unroll(4):
                         s[r, p] = fma(k[p], q, s[r, p])
-        # Online softmax, a row at a time.
         for r in unroll(R):
             if static(BITS == 8):
                 scale = splat_f32(queries.scales[tile_at * R + r])
                 for p in unroll(4):
                     s[r, p] = mul(to_f32(i[r, p]), mul(load_f32(cache.bytes, at + 64 * p), scale))
-            first, last = first_seen[r], last_seen[r]
-            if masked:
-                for p in unroll(4):
-                    seen_from, seen_to = np.int32(first - 16 * p), np.int32(last - 16 * p)
-                    s[r, p] = where_between(lane_numbers(), seen_from, seen_to, s[r, p], splat_f32(LOWEST))
-            top, peak = highest(maximum(maximum(s[r, 0], s[r, 1]), maximum(s[r, 2], s[r, 3]))), scratch.peaks[row + r]
-            denominator = load_f32(scratch.sums, 16 * (row + r))
-            if top > peak:
-                shrink = exp(splat_f32(peak - top))
-                for d in range(0, head_dim, 16):
-                    v = (row + r) * head_dim + d
-                    store_f32(scratch.values, v, mul(load_f32(scratch.values, v), shrink))
-                denominator = mul(denominator, shrink)
-                peak = top
-                scratch.peaks[row + r] = top
-            for p in unroll(4):
-                s[r, p] = exp(sub(s[r, p], splat_f32(peak)))
-            if masked:
-                for p in unroll(4):
-                    seen_from, seen_to = np.int32(first - 16 * p), np.int32(last - 16 * p)
-                    s[r, p] = where_between(lane_numbers(), seen_from, seen_to, s[r, p], zero_f32())
-            sum_of_four = add(add(s[r, 0], s[r, 1]), add(s[r, 2], s[r, 3]))
-            store_f32(scratch.sums, 16 * (row + r), add(denominator, sum_of_four))
-            if static(BITS == 8):
-                for p in unroll(4):
-                    s[r, p] = mul(s[r, p], load_f32(cache.bytes, at + 256 + 64 * p))
-                if masked:                                   # scales that were never written may not be numbers
-                    for p in unroll(4):
-                        seen_from, seen_to = np.int32(first - 16 * p), np.int32(last - 16 * p)
-                        s[r, p] = where_between(lane_numbers(), seen_from, seen_to, s[r, p], zero_f32())
-                top = max(highest(maximum(maximum(s[r, 0], s[r, 1]), maximum(s[r, 2], s[r, 3]))), np.float32(1e-30))
-                factor = splat_f32(np.float32(255) / top)
-                for p in unroll(4):
-                    n[p] = round_to_i32(mul(s[r, p], factor))
-                    store_low_bytes(scratch.codes, 64 * r + 16 * p, n[p])
-                codes = total_i32(add_i32(add_i32(n[0], n[1]), add_i32(n[2], n[3])))
-                weight = total(add(add(s[r, 0], s[r, 1]), add(s[r, 2], s[r, 3])))
-                unit[r] = weight / np.float32(max(codes, np.int32(1)))
+                unit[r] = _soften_8bit(s[r, 0], s[r, 1], s[r, 2], s[r, 3], first_seen[r], last_seen[r], masked, cache, at, r,
+                                       row + r, head_dim, scratch)
             else:
-                for p in unroll(4):
-                    store_f32(scratch.probabilities, 64 * r + 16 * p, s[r, p])
+                _soften_16bit(s[r, 0], s[r, 1], s[r, 2], s[r, 3], first_seen[r], last_seen[r], masked, cache, at, r,
+                              row + r, head_dim, scratch)
         # Values: 64 dims at a time.
         for d in range(0, head_dim, 64):
             if static(BITS == 8):

@@ -90,16 +90,22 @@ def _f16_to_f32(builder, value):
 
 
 def _f32_to_f16(builder, value):
-    """Round to nearest even, after clamping to the largest half."""
+    """Round to nearest even, after clamping to the largest half.
+
+    Below 2**-14, where halves are multiples of 2**-24, the addition of 0.5 rounds to one: rounding the product with
+    2**-112 would round twice, because that is subnormal too.
+    """
     f, i, c = f32x16.llvm, i32x16.llvm, lambda x: _constant(i32x16.llvm, x)
     bits = builder.bitcast(value, i)
     magnitude = builder.bitcast(builder.and_(bits, c(0x7FFFFFFF)), f)
-    largest = _constant(f, 65504.0)
+    largest, half = _constant(f, 65504.0), _constant(f, 0.5)
     magnitude = builder.select(builder.fcmp_ordered("<", magnitude, largest), magnitude, largest)
-    scaled = builder.bitcast(builder.fmul(magnitude, _constant(f, 2.0**-112)), i)
+    scaled = builder.sub(builder.bitcast(magnitude, i), c(112 << 23))
     even = builder.and_(builder.lshr(scaled, c(13)), c(1))
-    half = builder.lshr(builder.add(builder.add(scaled, c(0xFFF)), even), c(13))
-    return builder.trunc(builder.or_(half, builder.and_(builder.lshr(bits, c(16)), c(0x8000))), vector(ir.IntType(16), 16))
+    normal = builder.lshr(builder.add(builder.add(scaled, c(0xFFF)), even), c(13))
+    subnormal = builder.sub(builder.bitcast(builder.fadd(magnitude, half), i), builder.bitcast(half, i))
+    result = builder.select(builder.fcmp_ordered("<", magnitude, _constant(f, 2.0**-14)), subnormal, normal)
+    return builder.trunc(builder.or_(result, builder.and_(builder.lshr(bits, c(16)), c(0x8000))), vector(ir.IntType(16), 16))
 
 
 load_bytes = _load(i8x64.llvm, i8x64)
