@@ -121,7 +121,7 @@ class Checkpoint:
         except BadInput as problem:
             raise BadCheckpoint(f"{directory}: {problem}") from None
         self._neighbours_rotate = naming.neighbours_rotate
-        expected = _expected(self.config, naming, tied=fields.get(naming.tied) is True)
+        expected = expected_tensors(self.config, naming, tied=fields.get(naming.tied) is True)
         spare = naming.names["output"] + ".weight"   # stored all the same by some who tie it to the embeddings
         self._sources = _match(expected, _list_tensors(shards), spare, directory)
         self.n_bytes = sum(source.entry.n_bytes for source in self._sources.values())
@@ -185,7 +185,7 @@ def _halve_pairs(rows: Strip, head_dim: int) -> Strip:
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(rows.shape)
 
 
-def _expected(config: ModelConfig, naming: Naming, tied: bool) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def expected_tensors(config: ModelConfig, naming: Naming, tied: bool) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Every source tensor: its name here, its name in the checkpoint, its shape."""
     c = config
     shapes = {
@@ -195,12 +195,12 @@ def _expected(config: ModelConfig, naming: Naming, tied: bool) -> Iterator[tuple
     }
     names = {ours: theirs + ".weight" for ours, theirs in naming.names.items()}
     yield "tok_embeddings", names["tok_embeddings"], (c.vocab_size, c.dim)
-    yield "norm", names["norm"], (c.dim,)
-    yield "output", names["tok_embeddings" if tied else "output"], (c.vocab_size, c.dim)
     for layer in range(c.n_layers):
         for part, shape in shapes.items():
             ours = "layers.{}." + part
             yield ours.format(layer), names[ours].format(layer), shape
+    yield "norm", names["norm"], (c.dim,)
+    yield "output", names["tok_embeddings" if tied else "output"], (c.vocab_size, c.dim)
 
 
 def _match(
