@@ -1,0 +1,84 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from edgemistral.errors import BadInput
+from edgemistral.terminal import compile_notice
+
+if TYPE_CHECKING:
+    from edgemistral.blob import Blob
+
+F = TypeVar("F", bound=Callable[..., Any])
+DEMO = "demo"
+
+
+def size(text: str) -> int:
+    """A number of bytes: 2GiB, 2G (the same), 2GB (10 ** 9 each), 4096."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(I?B)?|B)?", text.strip().upper())
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no size such as 2GiB or 512M")
+    base = 1000 if match[3] == "B" else 1024
+    return int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order of the help page."""
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+    return decorate
+
+
+model_argument = click.argument("model")
+json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+context_option = click.option(
+    "--context", type=int, metavar="N", help="Positions to make room for.  [default: the model's own]"
+)
+kv_bits_option = click.option(
+    "--kv-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits of a stored key or value."
+)
+threads_option = click.option("--threads", type=int, metavar="N", help="Threads to compute with.  [default: all cores]")
+max_ram_option = click.option(
+    "--max-ram", type=size, metavar="SIZE", help="Refuse to start when the plan is over this size."
+)
+
+
+def model_path(name: str | None) -> Path:
+    """The path of MODEL. Nothing and the word demo mean the demo model, which is made on first use."""
+    if name is None or name == DEMO:
+        from edgemistral.demo import demo_model
+
+        with compile_notice():
+            return demo_model()
+    path = Path(name)
+    if not path.exists():
+        raise BadInput(f"there is no file {name} (MODEL is a path, or the word demo)")
+    return path
+
+
+def open_blob(name: str) -> Blob:
+    """The blob that MODEL names."""
+    from edgemistral.blob import Blob
+
+    return Blob.open(model_path(name))
+
+
+def read_text(source: str) -> str:
+    """The text of a file, or of standard input for "-". Raises BadInput if it cannot be read or is no UTF-8."""
+    name = "standard input" if source == "-" else source
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{name} is no UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise BadInput(f"{name}: {error.strerror}") from None

@@ -1,0 +1,91 @@
+"""What command line and chat need of a terminal: one changing line, text that cannot harm it, Ctrl-C as a wish."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# A model may write any character, and a terminal obeys some: all control characters but tab and line feed.
+_CONTROLS = {code: REPLACEMENT for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+
+
+def printable(text: str) -> str:
+    """The text without characters that could move the cursor, change colours or worse."""
+    return text.translate(_CONTROLS)
+
+
+class StatusLine:
+    """A line on standard error that is overwritten and leaves nothing behind; silent when that is no terminal."""
+
+    def __init__(self) -> None:
+        self._shown = 0
+        self._enabled = sys.stderr.isatty()
+
+    def show(self, text: str) -> None:
+        if self._enabled:
+            print(f"\r{text.ljust(self._shown)}", end="", file=sys.stderr, flush=True)
+            self._shown = len(text)
+
+    def clear(self) -> None:
+        if self._shown:
+            print(f"\r{' ' * self._shown}\r", end="", file=sys.stderr, flush=True)
+            self._shown = 0
+
+    def prompt_progress(self, done: int, total: int) -> None:
+        """A `progress` for the engine: shown while there is more to read, for a prompt of more than one chunk."""
+        if done < total:
+            self.show(f"reading the prompt: {done} of {total} tokens")
+        else:
+            self.clear()
+
+    def __enter__(self) -> StatusLine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.clear()
+
+
+@contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """While inside, Ctrl-C raises nothing: it makes the yielded function return True. Main thread only."""
+    pressed = False
+
+    def on_interrupt(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def compile_notice() -> Iterator[None]:
+    """While inside, say so on standard error when kernels have to be compiled."""
+    from edgemistral.kernels import jit  # imports numba
+
+    def tell(_: str) -> None:
+        jit.on_compile = None   # once is enough: the kernels follow each other
+        print("compiling for this processor, once: about half a minute ...", file=sys.stderr, flush=True)
+
+    jit.on_compile = tell
+    try:
+        yield
+    finally:
+        jit.on_compile = None
+
+
+def human_bytes(n: int) -> str:
+    """12345678 -> "11.8 MiB"."""
+    size, unit = float(n), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{n} bytes" if unit == "bytes" else f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
