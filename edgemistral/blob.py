@@ -102,15 +102,14 @@ class Blob:
 
         `progress` is called with the number of bytes that were read since the last call.
         """
-        # Read through the file, not the mapping: a disk error is then an exception and not the end of the process.
-        with self.path.open("rb") as file:
-            for name, spec in self.tensors.items():
-                try:
+        for name, spec in self.tensors.items():
+            try:   # through the file, not the mapping: a disk error is then an exception and not the end of the process
+                with self.path.open("rb") as file:
                     digest = _sha256(file, self.offsets[name], spec.n_bytes, progress)
-                except OSError as problem:
-                    raise DamagedBlob(f"{self.path}: tensor {name} cannot be read: {problem.strerror}", name) from None
-                if digest != self.metadata["sha256:" + name]:
-                    raise DamagedBlob(f"{self.path}: tensor {name} is damaged: its checksum does not match", name)
+            except OSError as problem:
+                raise DamagedBlob(f"{self.path}: tensor {name} cannot be read: {problem.strerror}", name) from None
+            if digest != self.metadata["sha256:" + name]:
+                raise DamagedBlob(f"{self.path}: tensor {name} is damaged: its checksum does not match", name)
 
     def close(self) -> None:
         """Let go of the mapping; it goes when the last array made from it goes."""

@@ -145,6 +145,9 @@ def test_verify_reads_everything_and_names_the_damaged_tensor(path: Path, tmp_pa
                 assert caught.value.tensor == name
                 file.seek(-1, 1)
                 file.write(byte)
+        damaged.unlink()
+        with pytest.raises(DamagedBlob, match="tensor tok_embeddings cannot be read: No such file"):
+            blob.verify()
 
 
 # ---- refusing ----

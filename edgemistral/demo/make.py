@@ -13,14 +13,14 @@ import numpy as np
 
 import edgemistral
 from edgemistral.blob import Blob
+from edgemistral.config import ModelConfig
 from edgemistral.container import make_header
 from edgemistral.errors import BadBlob, BadInput
 from edgemistral.paths import cache_dir
+from edgemistral.tokenizer import Tokenizer
 
 TOKENIZER = Path(__file__).with_name("tokenizer.model")
 REVISION = 1   # counts changes of what is made here, so that no older file in a cache is taken for it
-
-DIM, LAYERS, HEADS, KV_HEADS, HIDDEN_DIM, CONTEXT = 256, 4, 8, 2, 704, 4096
 SEED = 0
 
 
@@ -58,35 +58,22 @@ def _is_blob(path: Path) -> bool:
 
 def _write_checkpoint(directory: Path) -> Path:
     """A random checkpoint in Mistral layout, float32."""
-    from sentencepiece import SentencePieceProcessor
+    from edgemistral_quantize.checkpoint import MISTRAL, expected_tensors
 
-    vocab_size = SentencePieceProcessor(model_file=str(TOKENIZER)).vocab_size()
-    head_dim = DIM // HEADS
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (vocab_size, DIM)}
-    for layer in range(LAYERS):
-        shapes |= {
-            f"layers.{layer}.attention_norm": (DIM,),
-            f"layers.{layer}.attention.wq": (DIM, DIM),
-            f"layers.{layer}.attention.wk": (KV_HEADS * head_dim, DIM),
-            f"layers.{layer}.attention.wv": (KV_HEADS * head_dim, DIM),
-            f"layers.{layer}.attention.wo": (DIM, DIM),
-            f"layers.{layer}.ffn_norm": (DIM,),
-            f"layers.{layer}.feed_forward.w1": (HIDDEN_DIM, DIM),
-            f"layers.{layer}.feed_forward.w2": (DIM, HIDDEN_DIM),
-            f"layers.{layer}.feed_forward.w3": (HIDDEN_DIM, DIM),
-        }
-    shapes |= {"norm": (DIM,), "output": (vocab_size, DIM)}
-
+    tokenizer = TOKENIZER.read_bytes()
+    config = ModelConfig(
+        dim=256, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=32, hidden_dim=704,
+        vocab_size=Tokenizer(tokenizer).n_words, context=4096, norm_eps=1e-5, rope_theta=1e6, sliding_window=None,
+        bos_id=1, eos_id=2,
+    )
+    tensors = [(name, shape) for _, name, shape in expected_tensors(config, MISTRAL, tied=False)]
     rng = np.random.default_rng(SEED)
     with (directory / "consolidated.safetensors").open("wb") as file:
-        file.write(make_header(((name + ".weight", "F32", shape) for name, shape in shapes.items()), {}))
-        for shape in shapes.values():
+        file.write(make_header(((name, "F32", shape) for name, shape in tensors), {}))
+        for _, shape in tensors:
             values = np.ones(shape) if len(shape) == 1 else rng.standard_normal(shape) * 0.7 / shape[1] ** 0.5
             file.write(values.astype("<f4").tobytes())
-    params = {
-        "dim": DIM, "n_layers": LAYERS, "n_heads": HEADS, "n_kv_heads": KV_HEADS, "head_dim": head_dim,
-        "hidden_dim": HIDDEN_DIM, "vocab_size": vocab_size, "norm_eps": 1e-5, "rope_theta": 1e6, "max_seq_len": CONTEXT,
-    }
+    params = {**config.to_dict(), "max_seq_len": config.context}
     (directory / "params.json").write_text(json.dumps(params), encoding="utf-8")
-    (directory / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
+    (directory / "tokenizer.model").write_bytes(tokenizer)
     return directory
