@@ -34,6 +34,7 @@ class GoldenModel:
     n_ids: int
     config: ModelConfig
     embedding_std: float = 1.0
+    output_std: float = 0.7   # of the logits
 
     @cached_property
     def weights(self) -> Weights:
@@ -80,7 +81,8 @@ class GoldenModel:
         x = _normal(seed, int(np.prod(shape))).reshape(shape)
         if name == "tok_embeddings":
             return x * self.embedding_std
-        return 1 + x / 8 if len(shape) == 1 else x * (0.7 / np.sqrt(shape[1]))
+        std = self.output_std if name == "output" else 0.7
+        return 1 + x / 8 if len(shape) == 1 else x * (std / np.sqrt(shape[1]))
 
 
 def _config(**fields: Any) -> ModelConfig:
