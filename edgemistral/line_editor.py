@@ -10,6 +10,7 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.shortcuts import CompleteStyle
 
 PROMPT, CONTINUED = "> ", "... "
 
@@ -22,6 +23,8 @@ def line_editor(commands: Sequence[str]) -> Callable[[], str]:
         prompt_continuation=CONTINUED,
         history=_history(),
         completer=WordCompleter(commands, sentence=True),
+        complete_while_typing=False,
+        complete_style=CompleteStyle.READLINE_LIKE,   # Tab; a menu would keep eight lines of the screen free
         key_bindings=_key_bindings(),
     )
     return session.prompt
