@@ -44,7 +44,7 @@ from edgemistral.kernels.simd import (
 )
 from edgemistral.layout import BLOCK, GROUP, GROUPS
 
-TILE = 4     # tokens that meet a pair of panels in registers; a single token has a path of its own
+TILE = 4     # tokens that meet a pair of panels in registers; one and two have a path of their own
 
 
 class Activations(NamedTuple):
@@ -59,7 +59,7 @@ class Activations(NamedTuple):
 @inner
 def tile_size(tokens):
     """T of the packing for so many tokens."""
-    return 1 if tokens == 1 else TILE
+    return tokens if tokens <= 2 else TILE
 
 
 @inner

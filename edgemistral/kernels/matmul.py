@@ -7,7 +7,7 @@ Every output is reduced in one fixed sequence, whatever the number of tokens or 
                                      y = fma(f, activation_scale, y)
     y * row_scale
 
-One token streams the weights once, at the speed of memory: codes are looked up in registers. Many tokens unpack one block
+One token (or two) streams the weights at the speed of memory: codes are looked up in registers. Many tokens unpack one block
 of a pair of panels to 8 bits (it stays in L1) and let every tile of tokens meet it; all that streams is sequential.
 """
 
@@ -46,7 +46,7 @@ from edgemistral.kernels.unroll import registers, static, unroll, unrolled
 from edgemistral.layout import BLOCK, BLOCK_BYTES, CODE_ZERO, GROUPS, LEVEL_ZERO, PANEL, SCALE_BYTES
 
 PAIR = 2 * PANEL         # rows of two panels, the unit of work
-AHEAD = 2048             # bytes between a load and its prefetch
+AHEAD = 6528             # bytes between a load and its prefetch
 BLOCK4, BLOCK8 = BLOCK_BYTES[4], BLOCK_BYTES[8]
 
 
@@ -75,46 +75,60 @@ def zero_of(bits):
     return np.int32(LEVEL_ZERO) if bits == 4 else np.int32(CODE_ZERO)
 
 
-# ---- one token -------------------------------------------------------------------------------------------------------
+# ---- one or two tokens -----------------------------------------------------------------------------------------------
 
-@inner
-@unrolled()
-def _panel_4bit(blob, at, blocks, levels, x):
-    y = zero_f32()
-    for block in range(blocks):
-        base = at + block * BLOCK4
-        for line in unroll(17):
-            prefetch(blob, base + AHEAD + 64 * line)
-        f = zero_f32()
-        for g in unroll(4):
-            even, odd = splat_i32(x.sums[block * GROUPS + g]), zero_i32()
-            for c in unroll(4):
-                codes = load_bytes(blob, base + SCALE_BYTES + 64 * (4 * g + c))
-                even = dot4_7bit(even, look_up(levels, low_nibbles(codes)), broadcast4(x.codes, block * BLOCK + 32 * g + 8 * c))
-                odd = dot4_7bit(odd, look_up(levels, high_nibbles(codes)), broadcast4(x.codes, block * BLOCK + 32 * g + 8 * c + 4))
-            f = fma(to_f32(add_i32(even, odd)), load_i8_as_f32(blob, base + 16 * g), f)
-        y = fma(f, splat_f32(x.scales[block]), y)
-    return y
+def _make_panel(bits, tokens):
+    """The kernel of one panel for 1 or 2 tokens: codes go from memory through registers, never through a buffer."""
+
+    @inner
+    @unrolled(BITS=bits, T=tokens, LINES=BLOCK_BYTES[bits] // 64, BYTES=BLOCK_BYTES[bits])
+    def panel(blob, at, blocks, levels_at, row_scales, x, result, column):
+        """result[token * 32 + column ...] = the 16 rows of the panel at byte `at` times every token."""
+        even = registers()
+        odd = registers()
+        f = registers()
+        y = registers()
+        if static(BITS == 4):
+            levels = load_bytes(blob, levels_at)
+        for t in unroll(T):
+            y[t] = zero_f32()
+        for block in range(blocks):
+            base = at + block * BYTES
+            for line in unroll(LINES):
+                prefetch(blob, base + AHEAD + 64 * line)
+            for t in unroll(T):
+                f[t] = zero_f32()
+            for g in unroll(4):
+                for t in unroll(T):
+                    even[t], odd[t] = splat_i32(x.sums[(block * GROUPS + g) * T + t]), zero_i32()
+                for c in unroll(4):
+                    if static(BITS == 4):
+                        codes = load_bytes(blob, base + SCALE_BYTES + 64 * (4 * g + c))
+                        w0, w1 = look_up(levels, low_nibbles(codes)), look_up(levels, high_nibbles(codes))
+                    else:
+                        w0 = load_bytes(blob, base + SCALE_BYTES + 128 * (4 * g + c))
+                        w1 = load_bytes(blob, base + SCALE_BYTES + 128 * (4 * g + c) + 64)
+                    for t in unroll(T):
+                        four = (block * BLOCK + 32 * g + 8 * c) * T + 4 * t
+                        if static(BITS == 4):
+                            even[t] = dot4_7bit(even[t], w0, broadcast4(x.codes, four))
+                            odd[t] = dot4_7bit(odd[t], w1, broadcast4(x.codes, four + 4 * T))
+                        else:
+                            even[t] = dot4(even[t], w0, broadcast4(x.codes, four))
+                            odd[t] = dot4(odd[t], w1, broadcast4(x.codes, four + 4 * T))
+                scale = load_i8_as_f32(blob, base + 16 * g)
+                for t in unroll(T):
+                    f[t] = fma(to_f32(add_i32(even[t], odd[t])), scale, f[t])
+            for t in unroll(T):
+                y[t] = fma(f[t], splat_f32(x.scales[block * T + t]), y[t])
+        for t in unroll(T):
+            store_f32(result, PAIR * t + column, mul(y[t], row_scales))
+
+    return panel
 
 
-@inner
-@unrolled()
-def _panel_8bit(blob, at, blocks, x):
-    y = zero_f32()
-    for block in range(blocks):
-        base = at + block * BLOCK8
-        for line in unroll(33):
-            prefetch(blob, base + AHEAD + 64 * line)
-        f = zero_f32()
-        for g in unroll(4):
-            even, odd = splat_i32(x.sums[block * GROUPS + g]), zero_i32()
-            for c in unroll(4):
-                at_codes = base + SCALE_BYTES + 64 * (8 * g + 2 * c)
-                even = dot4(even, load_bytes(blob, at_codes), broadcast4(x.codes, block * BLOCK + 32 * g + 8 * c))
-                odd = dot4(odd, load_bytes(blob, at_codes + 64), broadcast4(x.codes, block * BLOCK + 32 * g + 8 * c + 4))
-            f = fma(to_f32(add_i32(even, odd)), load_i8_as_f32(blob, base + 16 * g), f)
-        y = fma(f, splat_f32(x.scales[block]), y)
-    return y
+_panel_4bit_1, _panel_4bit_2 = _make_panel(4, 1), _make_panel(4, 2)
+_panel_8bit_1, _panel_8bit_2 = _make_panel(8, 1), _make_panel(8, 2)
 
 
 # ---- many tokens -----------------------------------------------------------------------------------------------------
@@ -199,15 +213,17 @@ def multiply_pair(blob, matrix, pair, x, tokens, scratch):
     bits, blocks, result = matrix.bits, matrix.blocks, scratch.result
     panel_bytes = blocks * (BLOCK4 if bits == 4 else BLOCK8)
     at, row_scales = matrix.codes + 2 * pair * panel_bytes, matrix.row_scales + 4 * PAIR * pair
-    low, high = load_f32(blob, row_scales), load_f32(blob, row_scales + 4 * PANEL)
-    if tokens == 1:
-        if bits == 4:
-            levels = load_bytes(blob, matrix.levels)
-            store_f32(result, 0, mul(_panel_4bit(blob, at, blocks, levels, x), low))
-            store_f32(result, PANEL, mul(_panel_4bit(blob, at + panel_bytes, blocks, levels, x), high))
-        else:
-            store_f32(result, 0, mul(_panel_8bit(blob, at, blocks, x), low))
-            store_f32(result, PANEL, mul(_panel_8bit(blob, at + panel_bytes, blocks, x), high))
+    if tokens <= 2:
+        for half in range(2):
+            scales = load_f32(blob, row_scales + 4 * PANEL * half)
+            if bits == 4 and tokens == 1:
+                _panel_4bit_1(blob, at + half * panel_bytes, blocks, matrix.levels, scales, x, result, PANEL * half)
+            elif bits == 4:
+                _panel_4bit_2(blob, at + half * panel_bytes, blocks, matrix.levels, scales, x, result, PANEL * half)
+            elif tokens == 1:
+                _panel_8bit_1(blob, at + half * panel_bytes, blocks, 0, scales, x, result, PANEL * half)
+            else:
+                _panel_8bit_2(blob, at + half * panel_bytes, blocks, 0, scales, x, result, PANEL * half)
         return
     tiles = (tokens + TILE - 1) // TILE
     for row in range(0, tiles * TILE * PAIR, PANEL):
@@ -219,6 +235,7 @@ def multiply_pair(blob, matrix, pair, x, tokens, scratch):
         else:
             _unpack_8bit(blob, at + block * BLOCK8, panel_bytes, scratch)
             _tiles_8bit(x, block * tiles, tiles, scratch)
+    low, high = load_f32(blob, row_scales), load_f32(blob, row_scales + 4 * PANEL)
     for token in range(tokens):
         store_f32(result, PAIR * token, mul(load_f32(result, PAIR * token), low))
         store_f32(result, PAIR * token + PANEL, mul(load_f32(result, PAIR * token + PANEL), high))
