@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import TracebackType
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -67,18 +68,19 @@ def stoppable() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def compile_notice() -> Iterator[None]:
-    """While inside, say so on standard error when kernels have to be compiled."""
+    """While inside, say so on standard error, once, when kernels have to be compiled."""
     from edgemistral.kernels import jit  # imports numba
 
-    def tell(_: str) -> None:
-        jit.on_compile = None   # once is enough: the kernels follow each other
-        print("compiling for this processor, once: about half a minute ...", file=sys.stderr, flush=True)
-
-    jit.on_compile = tell
+    jit.on_compile = lambda _: _tell_of_compiling()
     try:
         yield
     finally:
         jit.on_compile = None
+
+
+@cache
+def _tell_of_compiling() -> None:
+    print("compiling for this processor: half a minute, the first time only ...", file=sys.stderr, flush=True)
 
 
 def human_bytes(n: int) -> str:

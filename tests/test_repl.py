@@ -153,7 +153,8 @@ def test_a_bad_file_is_not_loaded(make_chat, tmp_path, capsys, content):
     file = tmp_path / "chat.json"
     file.write_text(content, encoding="utf-8", errors="surrogatepass")
     capsys.readouterr()
-    for line in (f"/load {file}", f"/load {tmp_path / 'none.json'}", "/load", "/save", f"/save {tmp_path / 'no' / 'x'}"):
+    missing = tmp_path / "missing" / "chat.json"
+    for line in (f"/load {file}", f"/load {missing}", "/load", "/save", f"/save {missing}"):
         chat.take(line)
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1
