@@ -1,7 +1,7 @@
 """The model in float32, straight from its checkpoint: what a blob is compared with.
 
-Plain NumPy without any rounding of weights, activations or cache. Slow, and one layer of weights in memory at a time:
-0.9 GiB for a 7B, plus its output head (0.5 GiB) when the logits are asked for.
+Plain NumPy without any rounding of weights, activations or cache. Slow, and one layer of weights in memory at a time,
+as the checkpoint stores them: 0.4 GiB of a 7B, then its output head.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from edgemistral import layout
 from edgemistral.config import ModelConfig
 
 F32 = NDArray[np.float32]
-STRIP_BYTES = 1 << 26
+Strips = list[NDArray[Any]]   # rows of one tensor in the checkpoint's dtype; bits of bfloat16 as uint16
+STRIP_BYTES = 1 << 26         # of a strip widened to float32
 ROWS = 256   # query tokens that attend at once, which bounds the matrix of scores
 
 
@@ -28,7 +29,7 @@ class Checkpoint(Protocol):
     config: ModelConfig
 
     def strips(self, name: str, strip_bytes: int) -> Iterator[NDArray[Any]]:
-        """Rows of a blob's tensor in the blob's order, float32, float16 or the bits of bfloat16."""
+        """Rows of a blob's tensor in the blob's order."""
 
 
 class Reference:
@@ -62,8 +63,10 @@ class Reference:
             names = ("attention_norm", "wqkv", "wo", "ffn_norm", "w13", "w2")
             weights = {name: self._tensor(f"layers.{layer}.{name}") for name in names}
             for i, x in enumerate(states):
-                x += self._attend(rms_norm(x, weights["attention_norm"], eps), weights["wqkv"]) @ weights["wo"].T
-                x += _swiglu(rms_norm(x, weights["ffn_norm"], eps) @ weights["w13"].T) @ weights["w2"].T
+                h = times(rms_norm(x, weights["attention_norm"], eps), weights["wqkv"])
+                x += times(self._attend(h), weights["wo"])
+                h = times(rms_norm(x, weights["ffn_norm"], eps), weights["w13"])
+                x += times(_swiglu(h), weights["w2"])
                 if progress is not None:
                     progress(layer * len(texts) + i + 1, n_layers * len(texts))
         norm = self._tensor("norm")
@@ -71,29 +74,28 @@ class Reference:
 
     def logits(self, states: F32) -> F32:
         """(n, dim) of `hidden_states` -> next-token logits (n, vocab_size)."""
-        result: F32 = states @ self._output.T
-        return result
+        return times(states, self._output)
 
     @cached_property
-    def _output(self) -> F32:
+    def _output(self) -> Strips:
         return self._tensor("output")
 
-    def _tensor(self, name: str) -> F32:
-        return np.concatenate([_widen(strip) for strip in self._checkpoint.strips(name, STRIP_BYTES)])
+    def _tensor(self, name: str) -> Strips:
+        return list(self._checkpoint.strips(name, STRIP_BYTES))
 
     def _embed(self, ids: NDArray[np.int32]) -> F32:
         x = np.empty((len(ids), self.config.dim), np.float32)
         first = 0
         for strip in self._checkpoint.strips("tok_embeddings", STRIP_BYTES):
             here = (ids >= first) & (ids < first + len(strip))
-            x[here] = _widen(strip[ids[here] - first])
+            x[here] = widen(strip[ids[here] - first])
             first += len(strip)
         return x
 
-    def _attend(self, h: F32, wqkv: F32) -> F32:
-        """Causal grouped-query attention of normalized states h (n, dim) -> (n, q_dim)."""
-        c, n = self.config, len(h)
-        heads = (h @ wqkv.T).reshape(n, -1, c.head_dim).swapaxes(0, 1)   # (heads, n, head_dim)
+    def _attend(self, qkv: F32) -> F32:
+        """Causal grouped-query attention: queries, keys and values (n, q_dim + 2 kv_dim) -> (n, q_dim)."""
+        c, n = self.config, len(qkv)
+        heads = qkv.reshape(n, -1, c.head_dim).swapaxes(0, 1)   # (heads, n, head_dim)
         q, k, v = np.split(heads, [c.n_heads, c.n_heads + c.n_kv_heads])
         q, k = _rotate(q, c.rope_theta), _rotate(k, c.rope_theta)
         out = np.empty((n, c.n_heads, c.head_dim), np.float32)
@@ -110,13 +112,18 @@ class Reference:
         return out.reshape(n, c.q_dim)
 
 
-def rms_norm(x: F32, weight: F32, eps: float) -> F32:
-    """x (n, dim) by the rows' root mean square, times weight."""
-    normalized: F32 = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight
+def rms_norm(x: F32, weight: Strips, eps: float) -> F32:
+    """x (n, dim) by the rows' root mean square, times the one row of `weight`."""
+    normalized: F32 = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * widen(weight[0])
     return normalized
 
 
-def _widen(strip: NDArray[Any]) -> F32:
+def times(x: F32, matrix: Strips) -> F32:
+    """x W^T: (n, cols) by the strips of W (rows, cols) -> (n, rows)."""
+    return np.concatenate([x @ widen(strip).T for strip in matrix], axis=1)
+
+
+def widen(strip: NDArray[Any]) -> F32:
     """A checkpoint's own numbers as float32."""
     if strip.dtype.kind == "u":
         return (strip.astype(np.uint32) << 16).view(np.float32)
