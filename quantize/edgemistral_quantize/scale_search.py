@@ -23,14 +23,14 @@ NEIGHBOURS_8 = np.arange(-2, 17, dtype=np.int32)        # and around the smalles
 LANES = PANEL * GROUPS
 MAX_SCALE = 127
 MAX_CODE = np.float32(127)
-LIMIT_4 = np.float32(np.finfo(np.float32).max / (MAX_SCALE * 65))    # of a row scale: whatever comes back is finite
+UNIT_8 = np.float32(1 / 127**2)                         # 8 bits: a row's peak is code 127 with scale 127
+LIMIT_4 = np.float32(np.finfo(np.float32).max / (MAX_SCALE * 65))    # of row scales: whatever they restore is finite
 LIMIT_8 = np.float32(np.finfo(np.float32).max / (MAX_SCALE * 128))
 ZERO, ONE, TWO, HALF = np.float32(0), np.float32(1), np.float32(2), np.float32(0.5)
-MAGNITUDE = np.uint32(0x7FFFFFFF)                      # the bits of a float32 but its sign
+MAGNITUDE = np.uint32(0x7FFFFFFF)                       # the bits of a float32 without its sign
 ROUND = np.float32(1.5 * 2**23)                         # x + ROUND - ROUND is x rounded to even, for |x| < 2**22
 
 F32 = NDArray[np.float32]
-I32 = NDArray[np.int32]
 U8 = NDArray[np.uint8]
 
 
@@ -82,7 +82,7 @@ def quantize_panels_8(w: F32, peaks: F32, weights: F32, packed: U8, row_scales: 
     whole, inverse = np.empty(LANES, np.int32), np.empty(LANES, np.float32)
     for panel in range(first, last):
         for r in range(PANEL):
-            _set_unit(r, ONE / (MAX_SCALE * MAX_CODE), LIMIT_8, peaks, panel, unit, row_scales)
+            _set_unit(r, UNIT_8, LIMIT_8, peaks, panel, unit, row_scales)
         for block in range(packed.shape[1]):
             _load(w, peaks, weights, panel, block, tile, weight)
             _search_whole_scales_8(tile, weight, unit, whole)
