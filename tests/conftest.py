@@ -1,0 +1,7 @@
+"""Settings that must stand before NumPy loads. Compiled kernels stay in the user's cache: only a first run compiles."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # idle BLAS workers spin and take a core from what is tested
