@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ class Chat:
         self.over = False
         self.messages: list[Message] = []   # user and assistant in turn
         self.system = system or ""
-        self.settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, **_all_sampling(sampling)}
+        self.settings = {"max_new_tokens": max_new_tokens, **asdict(SamplingParams(**sampling))}
+        _check_settings(self.settings)
         self._model = model
         self._last: Reply | None = None
 
@@ -224,12 +226,8 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _all_sampling(sampling: dict[str, Any]) -> dict[str, Any]:
-    """All fields of SamplingParams, defaults included. Raises BadRequest for a bad one."""
-    return vars(SamplingParams(**sampling)).copy()
-
-
 def _check_settings(settings: dict[str, Any]) -> None:
+    """Raises BadRequest for the first that is out of range."""
     sampling = dict(settings)
     max_new_tokens = sampling.pop("max_new_tokens")
     SamplingParams(**sampling)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkpoints import SMALL, random_weights, write_hf
 from click.testing import CliRunner
 
 import edgemistral
@@ -141,6 +142,8 @@ def test_a_full_context_is_said(demo):
         (["demo", "Hello", "--temperature", "-1"], "temperature is -1.0"),
         (["demo", "Hello", "--temperature", "warm"], "--temperature"),
         (["demo", "Hello", "--max-new-tokens", "-1"], "max_new_tokens is -1"),
+        (["demo", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["demo", "--top-k", "-2"], "top_k is -2"),
         (["demo", "Hello", "--top-p", "1.5"], "top_p is 1.5"),
         (["demo", "Hello", "--seed", "-1"], "seed is -1"),
         (["demo", "Hello", "--context", "0"], "context is 0"),
@@ -257,18 +260,20 @@ def test_eval(demo, tmp_path):
     assert "no UTF-8" in error_of("eval", demo, str(text))
 
 
-def test_quantize_runs_and_is_refused(tmp_path):
-    from edgemistral.demo.make import _write_checkpoint
-
-    source, blob = tmp_path / "checkpoint", tmp_path / "q8.safetensors"
-    source.mkdir()
-    _write_checkpoint(source)
-    assert "Next: edgemistral run" in run("quantize", str(source), str(blob), "--bits", "8").stdout
-    assert json.loads(run("inspect", str(blob), "--json").stdout)["recipe"]["bits"] == 8
-    error_of("quantize", str(source), str(blob))   # exists
-    error_of("quantize", str(tmp_path / "nope"), str(tmp_path / "x"))
-    error_of("quantize", str(source), str(tmp_path / "x"), "--max-ram", "5")
-    error_of("quantize", str(source), str(tmp_path / "x"), "--bits", "5")
+def test_a_checkpoint_is_quantized_runs_and_is_compared_with_its_source(tmp_path):
+    source = str(write_hf(tmp_path / "checkpoint", SMALL, random_weights(SMALL)))
+    blob, text = str(tmp_path / "q8.safetensors"), tmp_path / "text.txt"
+    assert "Next: edgemistral run" in run("quantize", source, blob, "--bits", "8").stdout
+    assert json.loads(run("inspect", blob, "--json").stdout)["recipe"]["bits"] == 8
+    assert run("run", blob, "Hi", "--max-new-tokens", "3", "--greedy").stdout
+    text.write_text("Nobody was awake to see the sun rise.", encoding="utf-8")
+    result = json.loads(run("eval", blob, str(text), "--reference", source, "--json").stdout)
+    assert 0 <= result["mean_kl"] < 0.01 and result["top1_agreement"] > 0.9
+    assert "top-1 agreement" in run("eval", blob, str(text), "--reference", source).stdout
+    error_of("quantize", source, blob)   # exists
+    error_of("quantize", str(tmp_path / "missing"), str(tmp_path / "x"))
+    error_of("quantize", source, str(tmp_path / "x"), "--max-ram", "5")
+    error_of("quantize", source, str(tmp_path / "x"), "--bits", "5")
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
-"""The Python API over a scripted transformer and the demo's tokenizer; the real kernels have their own tests."""
+"""The Python API over a scripted transformer and the demo's tokenizer, then on the demo model itself."""
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake import FakeTransformer, tiny_config
 
 import edgemistral
+from edgemistral.blob import Blob
 from edgemistral.engine import Engine
-from edgemistral.errors import BadRequest, Cancelled, ContextOverflow
+from edgemistral.errors import BadRequest, Cancelled, ContextOverflow, OutOfMemoryBudget
 from edgemistral.model import Model
+from edgemistral.plan import plan
 from edgemistral.tokenizer import Tokenizer
 
 TOKENIZER = Path(edgemistral.__path__[0]) / "demo" / "tokenizer.model"
@@ -135,3 +139,58 @@ def test_the_context_manager_closes(tokenizer):
     with scripted(tokenizer, [1], "x") as model:
         transformer = model.engine._transformer
     assert transformer.closed
+
+
+@pytest.fixture(scope="module")
+def demo():
+    with edgemistral.load(edgemistral.demo_model(), threads=2) as model:
+        yield model
+
+
+def test_the_second_turn_on_real_kernels_says_what_a_fresh_model_says(demo):
+    first = "".join(demo.chat(USER, 20, seed=1))
+    turns = [*USER, {"role": "assistant", "content": first}, {"role": "user", "content": "And then?"}]
+    reply = demo.chat(turns, 20, seed=2)
+    text = "".join(reply)
+    assert reply.usage.cached_tokens > 10
+    with edgemistral.load(demo.path, threads=1) as fresh:
+        assert "".join(fresh.chat(turns, 20, seed=2)) == text
+
+
+def test_a_dropped_answer_harms_no_other(demo):
+    expected = "".join(demo.chat(USER, 8, seed=3))
+    dropped = demo.chat([{"role": "user", "content": "Something else"}], seed=4)
+    next(dropped)
+    assert "".join(demo.chat(USER, 8, seed=3)) == expected
+    assert next(dropped)   # and it can still go on
+
+
+def test_logits_of_a_position_are_those_of_a_prefill(demo):
+    ids = demo.tokenizer.encode_chat(USER)
+    np.testing.assert_array_equal(demo.logits(ids)[-1], demo.engine.prefill(ids))
+
+
+def test_a_failed_load_lets_go_of_the_file(tmp_path):
+    blob = tmp_path / "blob.safetensors"
+    blob.write_bytes(edgemistral.demo_model().read_bytes())
+    for arguments, error in [({"context": 0}, BadRequest), ({"kv_bits": 5}, BadRequest), ({"threads": -1}, BadRequest),
+                             ({"max_ram": 1000}, OutOfMemoryBudget)]:
+        with pytest.raises(error):
+            edgemistral.load(blob, **arguments)
+    blob.unlink()   # Windows refuses while it is mapped
+
+
+def test_the_plan_is_what_the_transformer_takes():
+    from edgemistral.transformer import Transformer
+
+    blob = Blob.open(edgemistral.demo_model())
+    planned = plan(blob, context=300, threads=3)
+    tracemalloc.start()
+    try:
+        transformer = Transformer(blob, context=300, kv_bits=8, threads=3)
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    transformer.close()
+    assert planned.work_bytes <= taken < planned.work_bytes + 100_000   # Python's own objects beside the arrays
+    assert planned.weights_bytes == edgemistral.demo_model().stat().st_size
