@@ -61,7 +61,7 @@ class KVCache:
             if self._file is None:
                 folder = cache_dir() / "kv"
                 folder.mkdir(parents=True, exist_ok=True)
-                self._file = tempfile.TemporaryFile(dir=folder)
+                self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
             self._room = round_up(max(length, 1), SEGMENT)
             self._cache = None         # the old mapping goes before the file grows: Windows insists
             size = kv_file_bytes(self.config, self._room, self.kv_bits)

@@ -155,7 +155,8 @@ def pack(codes: NDArray[np.uint8], scales: NDArray[np.int8], bits: int) -> NDArr
     if bits == 8:
         c = codes.reshape(panels, PANEL, blocks, BLOCK // 4, 4).transpose(0, 2, 3, 1, 4)
     else:
-        x = codes.reshape(panels, PANEL, blocks, BLOCK // 8, 2, 4).transpose(0, 2, 3, 4, 1, 5)   # panel, block, chunk, half, row, 4
+        # panel, row, block, chunk, half, 4  ->  panel, block, chunk, half, row, 4
+        x = codes.reshape(panels, PANEL, blocks, BLOCK // 8, 2, 4).transpose(0, 2, 3, 4, 1, 5)
         c = x[:, :, :, 0] | x[:, :, :, 1] << 4
     return np.concatenate([s.view(np.uint8), c.reshape(panels, blocks, -1)], axis=2)
 
@@ -179,5 +180,7 @@ def dequantize(
 ) -> NDArray[np.float32]:
     """The float32 weights (padded rows, padded cols) that the stored bytes stand for; `levels` None means 8 bits."""
     codes, scales = unpack(packed, 8 if levels is None else 4)
-    values = codes.astype(np.float32) - CODE_ZERO if levels is None else (levels[:16].astype(np.float32) - LEVEL_ZERO)[codes]
+    values = codes.astype(np.float32) - CODE_ZERO
+    if levels is not None:
+        values = (levels[:16].astype(np.float32) - LEVEL_ZERO)[codes]
     return values * (np.repeat(scales.astype(np.float32), GROUP, axis=1) * row_scales[:, None])

@@ -7,7 +7,7 @@ No sum depends on who computes it, on how many tokens a call brings, or on how m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ from edgemistral.kernels.activations import (
     swiglu,
 )
 from edgemistral.kernels.attention import (
+    POSITIONS,
     ROWS,
     SPAN,
     AttentionScratch,
@@ -40,13 +41,15 @@ from edgemistral.kernels.matmul import PAIR, MatrixAt, MatrixScratch, multiply_p
 from edgemistral.kernels.simd import add, load_bf16_as_f32, load_f32, store_f32
 from edgemistral.kernels.team import barrier, take
 from edgemistral.kv_cache import KVCache
-from edgemistral.layout import BLOCK, PANEL, round_up
+from edgemistral.layout import ALIGNMENT, BLOCK, GROUP, GROUPS, PANEL, round_up
 from edgemistral.team import Team, compile_for
-from edgemistral.weights import Weights, map_weights
+from edgemistral.weights import map_weights
 
 CHUNK = 256                  # most tokens of one call: enough that reading the weights costs nothing beside computing
 PHASES_OF_LAYER = 9
 PAIRS_OF_HIDDEN = 2 * BLOCK // PAIR      # pairs of w13's panels that make one block of w2's columns
+
+Allocate = Callable[[int, Any], NDArray[Any]]
 
 
 class Shape(NamedTuple):
@@ -76,7 +79,7 @@ class State(NamedTuple):
     narrow: Activations            # inputs of wqkv, wo, w13 and the output head
     wide: Activations              # inputs of w2
     queries: Queries
-    logits: NDArray[np.float32]    # (2 * tokens, vocab rows) the head's product with both digits of each token
+    logits: NDArray[np.float32]    # (2 * n_logits, vocab rows) the head's product with both digits of each token
     cos: NDArray[np.float32]       # (tokens, head_dim / 2)
     sin: NDArray[np.float32]       # (tokens, head_dim / 2)
 
@@ -178,7 +181,7 @@ def _rotate_and_append(rank, threads, sync, phase, shape, layer, position, token
             key = at + (shape.n_heads + head) * hd
             rotate(state.qkv, key, hd, state.cos, state.sin, token * half)
             value = key + shape.n_kv_heads * hd
-            block = block_at(kv, layer, shape.n_layers, shape.n_kv_heads, head, (position + token) // 64)
+            block = block_at(kv, layer, shape.n_layers, shape.n_kv_heads, head, (position + token) // POSITIONS)
             append_key_value(cache, block, kv.bits, position + token, state.qkv, key, value, hd, own.attention)
     barrier(sync, phase, threads)
 
@@ -193,8 +196,9 @@ def _attend(rank, threads, sync, phase, shape, layer, position, tokens, state, c
             break
         for u in range(unit, last):
             head, span = u % shape.n_kv_heads, spans - 1 - u // shape.n_kv_heads
-            attend(cache, kv, layer, shape.n_layers, shape.n_kv_heads, head, shape.group, shape.head_dim, shape.window, position,
-                   tokens, span * SPAN, min(span * SPAN + SPAN, tokens), state.queries, state.mixed, shape.q_cols, own.attention)
+            first, end = span * SPAN, min(span * SPAN + SPAN, tokens)
+            attend(cache, kv, layer, shape.n_layers, shape.n_kv_heads, head, shape.group, shape.head_dim, shape.window,
+                   position, tokens, first, end, state.queries, state.mixed, shape.q_cols, own.attention)
     barrier(sync, phase, threads)
 
 
@@ -263,7 +267,7 @@ def _matrix(weights, index):
 
 @entry
 def forward(rank, threads, sync, shape, weights, ids, position, n_logits, state, cache, kv, own):
-    """All of the model for the tokens `ids` at `position`, ...; state.logits receives both digits' logits of the last n_logits."""
+    """The model for the tokens `ids` from `position` on; state.logits receives both digits' logits of the last n_logits."""
     tokens = ids.size
     phase = 0
     _embed(rank, threads, sync, phase, shape, weights, ids, state)
@@ -332,14 +336,15 @@ class Transformer:
         self._state.cos[: angles.size] = np.cos(angles).reshape(-1)
         self._state.sin[: angles.size] = np.sin(angles).reshape(-1)
         cache = self._kv.reserve(position + tokens)
-        common = (self._shape, self._weights, ids, position, n_logits, self._state, cache, self._kv.layout)
+        state = self._state if n_logits <= 1 else self._state._replace(logits=_logits(self._shape, n_logits))
+        common = (self._shape, self._weights, ids, position, n_logits, state, cache, self._kv.layout)
         if not self._ready:
             compile_for(forward, (0, 1, np.zeros(1, np.int64), *common, self._own[0]))
             self._ready = True
         self._team.run(forward, PHASES_OF_LAYER * self.config.n_layers + 3, common, self._own)
         self._kv.length = position + tokens
         rows = round_up(self.config.vocab_size, PAIR)
-        digits = self._state.logits[: 2 * n_logits * rows].reshape(n_logits, 2, rows)[:, :, : self.config.vocab_size]
+        digits = state.logits[: 2 * n_logits * rows].reshape(n_logits, 2, rows)[:, :, : self.config.vocab_size]
         return digits[:, 0] + digits[:, 1]
 
     def truncate(self, length: int) -> None:
@@ -365,46 +370,81 @@ def _shape(config: ModelConfig) -> Shape:
     )
 
 
+def workspace_bytes(config: ModelConfig, context: int, threads: int) -> int:
+    """Ordinary memory that a Transformer takes for activations and logits, in bytes."""
+    taken = 0
+
+    def count(n: int, dtype: Any) -> NDArray[Any]:
+        nonlocal taken
+        taken += n * np.dtype(dtype).itemsize + ALIGNMENT
+        return np.zeros(0, dtype)
+
+    _workspace(_shape(config), min(CHUNK, context), threads, count)
+    return taken
+
+
 def _aligned(n: int, dtype: Any) -> NDArray[Any]:
-    """n zeros that start at a multiple of 64 bytes, so that no vector straddles two cache lines."""
-    data = np.zeros(n * np.dtype(dtype).itemsize + 64, np.uint8)
-    start = -data.ctypes.data % 64
+    """n zeros that start at a multiple of 64 bytes, so that no vector straddles two cache lines (10 % of prefill)."""
+    data = np.zeros(n * np.dtype(dtype).itemsize + ALIGNMENT, np.uint8)
+    start = -data.ctypes.data % ALIGNMENT
     return data[start : start + n * np.dtype(dtype).itemsize].view(dtype)
 
 
-def _activations(tokens: int, cols: int) -> Activations:
-    codes = _aligned(tokens * cols, np.int8)
-    return Activations(codes, codes.view(np.int32), _aligned(tokens * cols // 32, np.int32),
-                       _aligned(tokens * cols // BLOCK, np.float32))
-
-
-def _workspace(shape: Shape, chunk: int, threads: int) -> tuple[State, Sequence[Own]]:
+def _workspace(shape: Shape, chunk: int, threads: int, array: Allocate = _aligned) -> tuple[State, Sequence[Own]]:
+    """All that a Transformer computes in; `array(n, dtype)` makes each part."""
     tokens, hd = round_up(2 * chunk, TILE), shape.head_dim      # twice: the head meets two digits of each token
-    rows = shape.n_kv_heads * round_up(chunk * shape.group, ROWS)
-    queries = _aligned(rows * hd, np.int8)
-    state = State(
-        x=_aligned(chunk * shape.dim_cols, np.float32),
-        qkv=_aligned(chunk * shape.qkv_dim, np.float32),
-        mixed=_aligned(chunk * shape.q_cols, np.float32),
-        narrow=_activations(tokens, max(shape.dim_cols, shape.q_cols)),
-        wide=_activations(round_up(chunk, TILE), shape.hidden_cols),
-        queries=Queries(queries, queries.view(np.int32), _aligned(rows, np.int32), _aligned(rows, np.float32),
-                        _aligned(rows * hd, np.float32)),
-        logits=_aligned(2 * chunk * round_up(shape.vocab_size, PAIR), np.float32),
-        cos=_aligned(chunk * hd // 2, np.float32),
-        sin=_aligned(chunk * hd // 2, np.float32),
-    )
+    rows, rows_of_span = shape.n_kv_heads * round_up(chunk * shape.group, ROWS), round_up(SPAN * shape.group, ROWS)
+
+    def activations(tokens: int, cols: int) -> Activations:
+        codes = array(tokens * cols, np.int8)
+        return Activations(
+            codes, codes.view(np.int32), array(tokens * cols // GROUP, np.int32), array(tokens * cols // BLOCK, np.float32)
+        )
 
     def own() -> Own:
-        rows_of_span = round_up(SPAN * shape.group, ROWS) + ROWS
-        probabilities, codes, head = _aligned(ROWS * 64, np.float32), _aligned(BLOCK, np.int8), _aligned(hd, np.int8)
+        probabilities = array(ROWS * POSITIONS, np.float32)
+        block, head = array(BLOCK, np.int8), array(hd, np.int8)
         return Own(
-            MatrixScratch(_aligned(2 * PANEL * BLOCK, np.uint8), _aligned(4 * PAIR, np.float32), _aligned(tokens * PAIR, np.float32)),
-            AttentionScratch(
-                _aligned(rows_of_span * hd, np.float32), _aligned(rows_of_span, np.float32),
-                _aligned(rows_of_span * 16, np.float32), probabilities, probabilities.view(np.uint8), _aligned(ROWS, np.int64), _aligned(ROWS, np.int64), head, head.view(np.int32), _aligned(hd, np.uint16),
+            MatrixScratch(
+                weights=array(PAIR * BLOCK, np.uint8),
+                scales=array(PAIR * GROUPS, np.float32),
+                result=array(tokens * PAIR, np.float32),
             ),
-            _aligned(chunk * BLOCK, np.float32), _aligned(BLOCK, np.float32), _aligned(BLOCK, np.float32),
-            codes, codes.view(np.int32),
+            AttentionScratch(
+                values=array(rows_of_span * hd, np.float32),
+                peaks=array(rows_of_span, np.float32),
+                sums=array(rows_of_span * 16, np.float32),
+                probabilities=probabilities,
+                codes=probabilities.view(np.uint8),
+                first_seen=array(ROWS, np.int64),
+                last_seen=array(ROWS, np.int64),
+                head_bytes=head,
+                head_words=head.view(np.int32),
+                head_halves=array(hd, np.uint16),
+            ),
+            hidden=array(chunk * BLOCK, np.float32),
+            row=array(BLOCK, np.float32),
+            residue=array(BLOCK, np.float32),
+            bytes=block,
+            words=block.view(np.int32),
         )
+
+    queries = array(rows * hd, np.int8)
+    state = State(
+        x=array(chunk * shape.dim_cols, np.float32),
+        qkv=array(chunk * shape.qkv_dim, np.float32),
+        mixed=array(chunk * shape.q_cols, np.float32),
+        narrow=activations(tokens, max(shape.dim_cols, shape.q_cols)),
+        wide=activations(round_up(chunk, TILE), shape.hidden_cols),
+        queries=Queries(
+            queries, queries.view(np.int32), array(rows, np.int32), array(rows, np.float32), array(rows * hd, np.float32)
+        ),
+        logits=_logits(shape, 1, array),
+        cos=array(chunk * hd // 2, np.float32),
+        sin=array(chunk * hd // 2, np.float32),
+    )
     return state, [own() for _ in range(threads)]
+
+
+def _logits(shape: Shape, n_logits: int, array: Allocate = _aligned) -> NDArray[np.float32]:
+    return array(2 * n_logits * round_up(shape.vocab_size, PAIR), np.float32)

@@ -41,7 +41,8 @@ def write_blob(path: Path, config: ModelConfig, recipe: Recipe, tokenizer: bytes
             span = 127 / 2 if matrix.bits == 4 else 255 / 2
             row_scales = np.full(rows, (1.5 / matrix.cols) ** 0.5 / span / 75, np.float32)
             if ".w13" in matrix.name:
-                padding = np.arange(rows) // (2 * layout.PANEL) * layout.PANEL + np.arange(rows) % layout.PANEL >= config.hidden_dim
+                pair, within = np.divmod(np.arange(rows), 2 * layout.PANEL)
+                padding = pair * layout.PANEL + within % layout.PANEL >= config.hidden_dim
             else:
                 padding = np.arange(rows) >= matrix.rows
             row_scales[padding] = 0

@@ -191,9 +191,9 @@ def take_query(x, at, head_dim, bits, queries, row_at, scratch):
 
 # ---- one tile of rows meets one block ----------------------------------------------------------------------------------
 
-def _make_softmax(bits):
+def _make_softmax(BITS):
     @inner
-    @unrolled(BITS=bits)
+    @unrolled(BITS=BITS)
     def soften(s0, s1, s2, s3, first, last, masked, cache, at, r, row, head_dim, scratch):
         """One step of the online softmax: the scores of a row with the 64 positions of a block -> weights of their values.
 
@@ -250,9 +250,9 @@ def _where_seen(panel, first, last, a, b):
 _soften_8bit, _soften_16bit = _make_softmax(8), _make_softmax(16)
 
 
-def _make_tile(bits):
+def _make_tile(BITS, R):
     @inner
-    @unrolled(R=ROWS, BITS=bits)
+    @unrolled(BITS=BITS, R=R)
     def tile(cache, at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch):
         """Attend with rows `row` ... `row + R - 1` of the scratch (tile `tile_at` of the queries) to the block at byte `at`.
 
@@ -337,7 +337,7 @@ def _make_tile(bits):
     return tile
 
 
-_tile_8bit, _tile_16bit = _make_tile(8), _make_tile(16)
+_tile_8bit, _tile_16bit = _make_tile(8, ROWS), _make_tile(16, ROWS)
 
 
 @inner
@@ -350,7 +350,7 @@ def attend(cache, kv, layer, n_layers, n_kv_heads, head, group, head_dim, window
     """
     rows_of_head = (tokens * group + ROWS - 1) // ROWS * ROWS
     rows = (last - first) * group
-    for r in range(rows + ROWS - 1):
+    for r in range((rows + ROWS - 1) // ROWS * ROWS):
         scratch.peaks[r] = LOWEST
         store_f32(scratch.sums, 16 * r, zero_f32())
     for i in range(0, (rows + ROWS - 1) // ROWS * ROWS * head_dim, 16):

@@ -103,9 +103,9 @@ class _DiskCache(caching._Cache):
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(hashlib.sha256(body).digest() + body)
-                os.replace(partial, path)
+                Path(partial).replace(path)
             except OSError:
-                os.unlink(partial)
+                Path(partial).unlink()
                 raise
 
     def enable(self) -> None:

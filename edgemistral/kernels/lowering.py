@@ -1,6 +1,6 @@
 """What differs between instruction sets, and nothing else: three operations on 64-byte vectors.
 
-    dot4(acc, u, s)         acc[lane] += sum of the lane's 4 products of unsigned bytes u and signed bytes s; exact for all bytes
+    dot4(acc, u, s)         acc[lane] += sum of the lane's 4 products of unsigned bytes u and signed bytes s; exact
     dot4_7bit(acc, u, s)    the same, where u is known to be at most 127
     look_up(table, codes)   byte i -> table[i rounded down to 16 + codes[i]], codes within 0..15, the table repeated 4 times
 

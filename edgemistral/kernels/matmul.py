@@ -77,11 +77,12 @@ def zero_of(bits):
 
 # ---- one or two tokens -----------------------------------------------------------------------------------------------
 
-def _make_panel(bits, tokens):
-    """The kernel of one panel for 1 or 2 tokens: codes go from memory through registers, never through a buffer."""
+def _make_panel(BITS, T):
+    """The kernel of one panel for T = 1 or 2 tokens: codes go from memory through registers, never through a buffer."""
+    BYTES = BLOCK_BYTES[BITS]
 
     @inner
-    @unrolled(BITS=bits, T=tokens, LINES=BLOCK_BYTES[bits] // 64, BYTES=BLOCK_BYTES[bits])
+    @unrolled(BITS=BITS, T=T, BYTES=BYTES)
     def panel(blob, at, blocks, levels_at, row_scales, x, result, column):
         """result[token * 32 + column ...] = the 16 rows of the panel at byte `at` times every token."""
         even = registers()
@@ -94,7 +95,7 @@ def _make_panel(bits, tokens):
             y[t] = zero_f32()
         for block in range(blocks):
             base = at + block * BYTES
-            for line in unroll(LINES):
+            for line in unroll(BYTES // 64):
                 prefetch(blob, base + AHEAD + 64 * line)
             for t in unroll(T):
                 f[t] = zero_f32()
@@ -163,9 +164,9 @@ def _unpack_8bit(blob, at, panel_bytes, scratch):
                 store_bytes(scratch.weights, 128 * (8 * g + c) + 64 * panel, codes)
 
 
-def _make_tiles(seven_bits):
+def _make_tiles(T, SEVEN_BITS):
     @inner
-    @unrolled(T=TILE, SEVEN_BITS=seven_bits)
+    @unrolled(T=T, SEVEN_BITS=SEVEN_BITS)
     def tiles(x, first, count, scratch):
         """The unpacked block meets `count` tiles of activations from tile `first` on; adds to scratch.result."""
         i = registers()
@@ -202,7 +203,7 @@ def _make_tiles(seven_bits):
     return tiles
 
 
-_tiles_4bit, _tiles_8bit = _make_tiles(1), _make_tiles(0)
+_tiles_4bit, _tiles_8bit = _make_tiles(TILE, True), _make_tiles(TILE, False)
 
 
 # ---- a pair of panels ------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """A vocabulary of vector values for jitted code: 64 bytes, 16 x int32 and 16 x float32, whatever the machine's own width.
 
 Every operation is one explicit sequence, so results are the same bits on every instruction set; only the operations of
-`lowering` differ. Loads and stores take a one-dimensional array and an index in its own elements (so bytes in an array of bytes, whatever is
-loaded), and check nothing.
+`lowering` differ. Loads and stores take a one-dimensional array and an index in its own elements (so bytes in an array of
+bytes, whatever is loaded), and check nothing.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def flip_top_bits(builder, a):
 
 @_operation(f32x16, f32x16)
 def exp(builder, a):
-    """e**a for a <= 0, relative error about 2e-7, 0 below -87: 2**n * polynomial (Cephes' coefficients), one sequence for all."""
+    """e**a for a <= 0, relative error about 2e-7, 0 below -87: 2**n * polynomial (coefficients of Cephes)."""
     f, i = f32x16.llvm, i32x16.llvm
     x = _select(builder, ">", a, _constant(f, -87.0))
     n = call(builder, "llvm.rint.v16f32", f, builder.fmul(x, _constant(f, 1.44269504)))
