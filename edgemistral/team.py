@@ -115,4 +115,4 @@ def compile_for(function: Any, arguments: Sequence[Any]) -> None:
     """Load from the cache, or compile, the code for these arguments, without running it."""
     from numba import typeof
 
-    function.compile(tuple(typeof(argument) for argument in arguments))
+    function.compile(tuple(typeof(argument) for argument in arguments))  # type: ignore[no-untyped-call]

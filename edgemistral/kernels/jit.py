@@ -32,7 +32,7 @@ from numba.core.compiler import CompileResult
 from edgemistral.kernels.lowering import choose
 from edgemistral.paths import cache_dir
 
-_OPTIONS = {"nogil": True, "error_model": "numpy"}
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 on_compile: Callable[[str], None] | None = None
 """Called with a function's name when it is about to be compiled because no cached code fits; for progress messages."""
@@ -40,14 +40,14 @@ on_compile: Callable[[str], None] | None = None
 
 def entry(function: Callable[..., Any]) -> Any:
     """Jit a function that Python calls; cached on disk."""
-    dispatcher = numba.njit(**_OPTIONS)(function)
+    dispatcher: Any = numba.njit(**_OPTIONS)(function)
     dispatcher._cache = _DiskCache(function)
     return dispatcher
 
 
 def inner(function: Callable[..., Any]) -> Any:
     """Jit a function that only jitted functions call."""
-    return numba.njit(**_OPTIONS, no_cpython_wrapper=True)(function)
+    return numba.njit(**_OPTIONS, no_cpython_wrapper=True)(function)  # type: ignore[call-overload]
 
 
 def digest_of(*parts: object) -> str:

@@ -12,11 +12,14 @@ into whatever width the machine has. To add an instruction set: write a class an
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
-from numba.core import cgutils, config
+from numba.core import cgutils
+from numba.core import config as numba_config
 
+config: Any = numba_config    # its names are made at run time
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
 
@@ -76,7 +79,7 @@ class Plain:
 class AVX2(Plain):
     """256-bit vectors; pmaddubsw for 7-bit operands, exact 16-bit products where it would saturate."""
 
-    features = ("avx2", "fma", "f16c")
+    features: tuple[str, ...] = ("avx2", "fma", "f16c")
 
     def dot4(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         # Even and odd bytes as 16-bit numbers, each pair of products summed in 32 bits by pmaddwd: 255 * 127 * 2 fits.
