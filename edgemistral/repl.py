@@ -18,7 +18,6 @@ from edgemistral.sampler import SamplingParams
 from edgemistral.terminal import StatusLine, printable, stoppable
 
 Message = dict[str, str]
-ReadLine = Callable[[], str]   # raises EOFError at the end and KeyboardInterrupt for Ctrl-C on an empty line
 
 
 def chat(model: Model, system: str | None = None, max_new_tokens: int | None = None, **sampling: Any) -> None:
@@ -30,20 +29,20 @@ def chat(model: Model, system: str | None = None, max_new_tokens: int | None = N
     if sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
         from edgemistral.line_editor import line_editor
 
-        read = line_editor(conversation.commands())
+        read: Callable[[], str] = line_editor(conversation.commands())
         name = model.path.stem if model.path else "chat"
         _say(f"{name}, context {model.context} tokens. /help lists the commands, Ctrl-D leaves.")
     else:
         read = _plain_line
     while not conversation.over:
         try:
-            text = read().strip()
+            text = read()
         except KeyboardInterrupt:
             _say("(Ctrl-D or /exit leaves)")
             continue
         except EOFError:
             break
-        if text:
+        if text.strip():
             conversation.take(text)
 
 
@@ -68,7 +67,7 @@ class Chat:
             if text.startswith("/"):
                 self._command(text)
             else:
-                self._answer([*self.messages, {"role": "user", "content": text}], self.settings)
+                self._answer([*self.messages, {"role": "user", "content": text.strip()}], self.settings)
         except EdgeMistralError as error:
             _say(f"error: {error}")
 

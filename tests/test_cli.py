@@ -22,9 +22,12 @@ SAMPLE = str(DATA / "sample-request.json")
 COMMANDS = sorted(main.commands)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def demo():
-    return str(edgemistral.demo_model())
+    path = edgemistral.demo_model()
+    with edgemistral.load(path) as model:
+        model.engine.prefill([1])   # compiles, so that no command has to say so
+    return str(path)
 
 
 def run(*arguments, stdin=None, code=0):
@@ -111,6 +114,10 @@ def test_without_a_prompt_piped_lines_are_a_chat():
     result = run("run", *ANSWER, stdin="Hello\nAnd then?\n/stats\n")
     assert re.search(r"^context: \d+ of \d+ tokens$", result.stdout, re.M)
     assert len(result.stdout.splitlines()) >= 4
+
+
+def test_a_piped_line_that_is_no_utf8_is_answered_all_the_same():
+    assert run("run", *ANSWER, stdin=b"Caf\xe9?\n").stdout
 
 
 def test_the_sample_json(demo):

@@ -205,6 +205,13 @@ def test_without_a_terminal_every_line_is_a_turn(monkeypatch, make_chat, capsys)
     assert model.engine.tokens.tolist()[: len(expected)] == expected
 
 
+def test_a_space_lets_a_message_begin_with_a_slash(monkeypatch, make_chat):
+    model = make_chat()._model
+    run_plain(monkeypatch, model, " /usr/bin is what?\n")
+    expected = model.tokenizer.encode_chat([{"role": "user", "content": "/usr/bin is what?"}])
+    assert model.engine.tokens.tolist()[: len(expected)] == expected
+
+
 def test_the_end_of_input_leaves(monkeypatch, make_chat, capsys):
     run_plain(monkeypatch, make_chat()._model, "one")
     assert capsys.readouterr().out.count("\n") == 1
@@ -238,8 +245,15 @@ class Terminal:
         return self.child.exitstatus
 
 
+@pytest.fixture(scope="module")
+def compiled():
+    """No terminal waits for the kernels of the demo model."""
+    with edgemistral.load(edgemistral.demo_model()) as model:
+        model.engine.prefill([1])
+
+
 @pytest.fixture
-def terminal(tmp_path):
+def terminal(tmp_path, compiled):
     env = {**os.environ, "XDG_DATA_HOME": str(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
     terminal = Terminal(env)
     yield terminal

@@ -67,7 +67,7 @@ def describe(error: Exception) -> tuple[str, int]:
 
 
 def _use_utf8() -> None:
-    """Pipes on Windows, and a bare C locale, would otherwise refuse what models write."""
-    for stream in (sys.stdout, sys.stderr):
+    """Pipes on Windows, and a bare C locale, would otherwise refuse what people ask and models write."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
