@@ -29,7 +29,7 @@ def slow_weights(logits, history, params):
     weight = {i: math.exp((scores[i] - scores[order[0]]) / params.temperature) for i in order}
     total, before, last = math.fsum(weight.values()), 0.0, 1.0
     for i in order:
-        if before < params.top_p * total:
+        if params.top_p == 1 or before < params.top_p * total:
             last = weight[i]
         before += weight[i]
     return {i: w for i, w in weight.items() if w >= last and w >= params.min_p and w > 0}
