@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 import llvmlite.binding
@@ -37,9 +38,9 @@ class Team:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._workers: list[_Worker] = []
+        self._inboxes: list[SimpleQueue[_Call | None]] = []
         self._process = 0
-        self._running = False
+        self._calls: list[_Call] = []      # of the run at hand, one a thread
         self._sync = np.zeros(0, np.int64)
 
     def run(self, function: Any, phases: int, common: Sequence[Any], own: Sequence[Any]) -> None:
@@ -57,58 +58,50 @@ class Team:
             function(0, 1, self._sync, *common, own[0])
             return
         if self._process != os.getpid():      # threads do not survive a fork
-            self._process, self._workers = os.getpid(), [_Worker(rank) for rank in range(self.threads)]
-        self._running = True
-        for rank, worker in enumerate(self._workers):
-            worker.start(function, (rank, self.threads, self._sync, *common, own[rank]))
+            inboxes: list[SimpleQueue[_Call | None]] = [SimpleQueue() for _ in range(self.threads)]
+            for rank, inbox in enumerate(inboxes):
+                threading.Thread(target=_work, args=(inbox,), name=f"edgemistral-{rank}", daemon=True).start()
+            self._inboxes, self._process = inboxes, os.getpid()
+        self._calls = [_Call(function, (rank, self.threads, self._sync, *common, own[rank])) for rank in range(self.threads)]
         self.wait()
 
     def wait(self) -> None:
-        """Until no thread runs any more."""
-        if self._running and self._process == os.getpid():
-            for worker in self._workers:
-                worker.wait()
-        self._running = False
+        """Until no thread runs any more.
+
+        An exception may end this anywhere, even with calls posted to some threads and not to others, who would wait for them
+        at a barrier forever. So it starts from the top when called again, and threads pass over calls that they have done.
+        """
+        if self._process == os.getpid():
+            for inbox, call in zip(self._inboxes, self._calls, strict=False):
+                inbox.put(call)
+            for call in self._calls:
+                call.done.wait()
+        self._calls = []
 
     def close(self) -> None:
         """End the threads."""
         self.wait()
-        for worker in self._workers:
-            worker.start(None, ())
-        self._workers = []
-        self._process = 0
+        for inbox in self._inboxes:
+            inbox.put(None)
+        self._inboxes, self._process = [], 0
 
 
-class _Worker:
-    """A daemon thread with a slot for one call."""
+class _Call:
+    """What one thread has to do in one run."""
 
-    def __init__(self, rank: int) -> None:
-        self._call: tuple[Callable[..., Any] | None, tuple[Any, ...]] = (None, ())
-        self._go, self._idle = threading.Lock(), threading.Event()
-        self._go.acquire()
-        self._idle.set()
-        threading.Thread(target=self._loop, name=f"edgemistral-{rank}", daemon=True).start()
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self.function, self.arguments, self.done = function, arguments, threading.Event()
 
-    def start(self, function: Callable[..., Any] | None, arguments: tuple[Any, ...]) -> None:
-        self._call = function, arguments
-        self._idle.clear()
-        self._go.release()
 
-    def wait(self) -> None:
-        self._idle.wait()
-
-    def _loop(self) -> None:
-        while True:
-            self._go.acquire()
-            function, arguments = self._call
-            if function is None:
-                return
+def _work(inbox: SimpleQueue[_Call | None]) -> None:
+    """The life of a thread."""
+    while (call := inbox.get()) is not None:
+        if not call.done.is_set():
             try:
-                function(*arguments)
+                call.function(*call.arguments)
             finally:
-                self._call = (None, ())
-                del function, arguments      # a parked thread keeps no mapping alive
-                self._idle.set()
+                call.arguments = ()      # a parked thread keeps no mapping alive
+                call.done.set()
 
 
 def compile_for(function: Any, arguments: Sequence[Any]) -> None:
