@@ -34,14 +34,14 @@ class Transformer:
         if context is not None and not 1 <= context <= config.context:
             raise BadRequest(f"context is {context}, the model's is {config.context}", "context")
         self.config, self.context, self.chunk = config, context or config.context, min(CHUNK, context or config.context)
-        self._blob: Blob | None = blob
+        self.blob, self.kv_bits, self.threads = blob, kv_bits, threads
         self._kv = KVCache(config, kv_bits)
         self._team = Team(threads)
         self._weights = map_weights(blob)
         self._shape = _shape(config)
         self._state, self._own = _workspace(self._shape, self.chunk, threads)
         self._frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-        self._ready = False
+        self._ready = self._closed = False
 
     @property
     def length(self) -> int:
@@ -85,10 +85,10 @@ class Transformer:
         """Stop the threads, delete the KV file, unmap the weights."""
         self._team.close()
         self._kv.close()
-        if self._blob is not None:
+        if not self._closed:
+            self._closed = True
             del self._weights
-            self._blob.close()
-            self._blob = None
+            self.blob.close()
 
 
 def _shape(config: ModelConfig) -> Shape:

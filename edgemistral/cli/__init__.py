@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from edgemistral import __version__
+from edgemistral.cli.bench import bench
 from edgemistral.cli.errors import Cli
 from edgemistral.cli.evaluate import eval_
 from edgemistral.cli.inspect import inspect, plan, verify
@@ -29,5 +30,5 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (run, quantize, inspect, verify, plan, eval_):
+for command in (run, quantize, inspect, verify, plan, bench, eval_):
     main.add_command(command)

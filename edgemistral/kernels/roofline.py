@@ -1,0 +1,69 @@
+"""What this machine can do at best, measured with the same instructions as the kernels: bytes read and products made."""
+
+from __future__ import annotations
+
+from edgemistral.kernels.jit import entry
+from edgemistral.kernels.matmul import AHEAD
+from edgemistral.kernels.simd import (
+    add_i32,
+    broadcast4,
+    dot4,
+    load_bytes,
+    prefetch,
+    store_f32,
+    to_f32,
+    zero_i32,
+)
+from edgemistral.kernels.team import barrier, take
+from edgemistral.kernels.unroll import registers, unroll, unrolled
+
+PIECE = 1 << 16      # bytes that a thread reads between two looks at what is left
+CHAINS = 16          # independent accumulators: enough to hide the latency of the dot product
+PRODUCTS = 64        # of bytes, in one dot4
+
+
+def _make_read(LINES):
+    @entry
+    @unrolled(LINES=LINES)
+    def read(rank, threads, sync, data, result):
+        """Nothing but loads of `data` (whole pieces of it), shared out as the kernels share out their panels."""
+        i = registers()
+        for line in unroll(LINES):
+            i[line] = zero_i32()
+        while True:
+            first, last = take(sync, 0, threads, data.size // PIECE, 1)
+            if first >= last:
+                break
+            for at in range(first * PIECE, last * PIECE, 64 * LINES):
+                for line in unroll(LINES):
+                    prefetch(data, at + AHEAD + 64 * line)
+                for line in unroll(LINES):
+                    v = load_bytes(data, at + 64 * line)
+                    i[line] = dot4(i[line], v, v)
+        for line in unroll(LINES):
+            store_f32(result, 16 * line, to_f32(i[line]))      # a result, or the compiler would leave the loads out
+        barrier(sync, 0, threads)
+    return read
+
+
+def _make_multiply(CHAINS):
+    @entry
+    @unrolled(CHAINS=CHAINS)
+    def multiply(rank, threads, sync, data, rounds, result):
+        """`rounds` x CHAINS dot products of 64 bytes on every thread, all in registers."""
+        i = registers()
+        u, s = load_bytes(data, 0), broadcast4(data, 64)
+        for chain in unroll(CHAINS):
+            i[chain] = zero_i32()
+        for _ in range(rounds):
+            for chain in unroll(CHAINS):
+                i[chain] = dot4(i[chain], u, s)
+        total = zero_i32()
+        for chain in unroll(CHAINS):
+            total = add_i32(total, i[chain])
+        store_f32(result, 0, to_f32(total))
+        barrier(sync, 0, threads)
+    return multiply
+
+
+read, multiply = _make_read(4), _make_multiply(CHAINS)
