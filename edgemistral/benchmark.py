@@ -86,7 +86,7 @@ def measure(
     try:
         for depth in depths:
             transformer.truncate(0)
-            _append(transformer, rng.integers(0, config.vocab_size, depth))
+            _append(transformer, rng.integers(0, config.vocab_size, depth, dtype=np.int32))
             progress(step := step + 1, steps)
             for tokens in (*prompts, 0):
                 samples = []
@@ -105,7 +105,7 @@ def _sample(
 ) -> tuple[float, float, float]:
     """(tokens, rate, ceiling) a second of one round: a prompt of so many tokens, or for 0 some tokens one by one."""
     config = transformer.config
-    ids = rng.integers(0, config.vocab_size, tokens or DECODED)
+    ids = rng.integers(0, config.vocab_size, tokens or DECODED, dtype=np.int32)
     if tokens:
         ceiling = ceilings.int8_peak()
         took = seconds(lambda: _append(transformer, ids))
@@ -118,7 +118,7 @@ def _sample(
     return len(ids) / took, work / took, ceiling
 
 
-def _append(transformer: Transformer, ids: NDArray[np.int64]) -> None:
+def _append(transformer: Transformer, ids: NDArray[np.int32]) -> None:
     """A prompt, in chunks, with the logits of its last token."""
     for first in range(0, len(ids), transformer.chunk):
         chunk = ids[first : first + transformer.chunk]
