@@ -68,9 +68,11 @@ class _DiskCache(caching._Cache):
     """One file for every overload of one function: a checksum, then the pickled compile result."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._name = function.__qualname__
+        if function.__closure__:
+            raise TypeError(f"{function.__qualname__} takes values from around it, which the key of its cached code lacks")
+        self._name = function.__name__
         source = getattr(function, "__unrolled_source__", None) or Path(inspect.getfile(function)).read_bytes()
-        self._key = digest_of(_environment(), function.__module__, self._name, source)
+        self._key = digest_of(_environment(), function.__module__, function.__qualname__, source)
         self._enabled = True
 
     @property
