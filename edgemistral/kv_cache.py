@@ -9,7 +9,9 @@ of a 7B are 2.1 GiB in 8 bits, of which only the pages in use need to be in memo
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import tempfile
 from typing import IO
 
@@ -56,7 +58,10 @@ class KVCache:
         self._cache: Cache | None = None
 
     def reserve(self, length: int) -> Cache:
-        """Make room for `length` positions in all; the returned arrays are valid until the next call that grows the file."""
+        """Make room for `length` positions in all; the returned arrays are valid until the next call that grows the file.
+
+        OSError: the disk is full; the positions that the cache holds are safe.
+        """
         if self._cache is None or length > self._room:
             if self._file is None:
                 folder = cache_dir() / "kv"
@@ -64,8 +69,15 @@ class KVCache:
                 self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
             self._room = round_up(max(length, 1), SEGMENT)
             self._cache = None         # the old mapping goes before the file grows: Windows insists
-            size = kv_file_bytes(self.config, self._room, self.kv_bits)
+            size, had = kv_file_bytes(self.config, self._room, self.kv_bits), os.fstat(self._file.fileno()).st_size
             self._file.truncate(size)
+            if hasattr(os, "posix_fallocate") and size > had:    # a full disk: an error here, not a SIGBUS in a kernel
+                try:
+                    os.posix_fallocate(self._file.fileno(), had, size - had)
+                except OSError as error:
+                    if error.errno in (errno.ENOSPC, errno.EDQUOT):      # else the file system cannot do it
+                        self._file.truncate(had)
+                        raise
             data = np.frombuffer(mmap.mmap(self._file.fileno(), size), np.uint8)
             self._cache = Cache(data, data.view(np.uint16), data.view(np.int32), data.view(np.float32))
         return self._cache
