@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -79,14 +80,35 @@ def test_nothing_is_made_before_it_is_needed(folder):
     assert not folder.exists()
 
 
-def test_the_file_is_sparse_and_deleted_on_close(folder):
+def test_it_takes_the_disk_of_its_positions_and_is_deleted_on_close(folder):
     kv = KVCache(MISTRAL_7B)
-    assert kv.reserve(32768).bytes.size > 2 << 30
-    if sys.platform == "linux":
-        assert os.fstat(kv._file.fileno()).st_blocks * 512 < 1 << 20
+    for length, segments in ((1, 1), (256, 1), (700, 3)):
+        size = kv.reserve(length).bytes.size
+        assert size == 2 * 4096 + segments * 256 * 32 * 8 * 2 * (128 + 4)
+        if sys.platform == "linux":
+            assert size <= os.fstat(kv._file.fileno()).st_blocks * 512 <= size + (1 << 20)
     kv.close()
     kv.close()
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot allocate ahead")
+def test_a_full_disk_is_an_error_and_no_crash(folder, monkeypatch):
+    kv = KVCache(SMALL)
+    kv.reserve(256).bytes[:] = 7
+    kv.length = 250
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="No space left"):
+            kv.reserve(257)
+        assert kv.length == 250
+        assert (kv.reserve(256).bytes == 7).all()
+    assert kv.reserve(257).bytes.size == kv_file_bytes(SMALL, 512, 8)
+    kv.close()
 
 
 def test_it_can_be_used_again_after_close(folder):
