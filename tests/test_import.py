@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,8 +39,3 @@ def test_every_public_name_can_be_had():
     assert set(edgemistral.__all__) <= set(dir(edgemistral))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         edgemistral.nonsense  # noqa: B018
-
-
-def test_the_version_is_that_of_the_package():
-    pyproject = (ROOT / "pyproject.toml").read_text("utf-8")
-    assert re.search(r'^version = "(.+)"', pyproject, re.M)[1] == edgemistral.__version__
