@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
 from edgemistral.errors import BadRequest, Cancelled, ContextOverflow, EdgeMistralError
-from edgemistral.sampler import Sampler, SamplingParams
+from edgemistral.sampler import Logprobs, Sampler, SamplingParams
 
 Ids = Sequence[int] | NDArray[np.integer]
 Progress = Callable[[int, int], None]   # (done, total) prompt tokens of those that had to be computed
@@ -118,6 +118,7 @@ class Engine:
         if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 0):
             message = f"max_new_tokens is {max_new_tokens!r}: it must be a whole number, at least 0"
             raise BadRequest(message, "max_new_tokens")
+        params.check_vocabulary(self.config.vocab_size)
         return Generation(self, self._checked(ids), Sampler(params), max_new_tokens, progress, cancel)
 
     def close(self) -> None:
@@ -170,7 +171,7 @@ class Generation(Iterator[int]):
     """The new tokens of one `Engine.generate`, one computed at each `next`.
 
     usage: counts and times so far. finish_reason: None until the end, then "stop" (the model gave </s>), "length"
-    (max_new_tokens) or "context" (it is full).
+    (max_new_tokens) or "context" (it is full). logprobs: one for each token, if `SamplingParams.top_logprobs` is set.
     It may be dropped, or go on after other calls, at any point: it holds no lock between two tokens.
     """
 
@@ -185,6 +186,7 @@ class Generation(Iterator[int]):
     ) -> None:
         self.usage = Usage(prompt_tokens=len(ids))
         self.finish_reason: str | None = None
+        self.logprobs: list[Logprobs] = []
         self._engine, self._sampler, self._progress, self._cancel = engine, sampler, progress, cancel
         self._max_new_tokens = max_new_tokens
         self._history = np.empty(engine.context + 1, np.int32)   # the last token needs no place in the KV cache
@@ -210,6 +212,8 @@ class Generation(Iterator[int]):
         if not first:
             usage.decode_seconds += seconds
         self._history[length] = token
+        if self._sampler.logprobs is not None:
+            self.logprobs.append(self._sampler.logprobs)
         usage.new_tokens += 1
         return token
 

@@ -14,7 +14,7 @@ from edgemistral.blob import Blob
 from edgemistral.config import ModelConfig
 from edgemistral.engine import Cancel, Engine, Generation, Ids, Progress, Usage
 from edgemistral.plan import plan
-from edgemistral.sampler import SamplingParams
+from edgemistral.sampler import Logprobs, SamplingParams
 from edgemistral.text import StopStrings, StreamDecoder
 from edgemistral.tokenizer import Tokenizer
 
@@ -52,7 +52,7 @@ class Model:
     """A loaded model. Threads may share it: calls that compute take turns.
 
     The sampling arguments of `generate`, `chat` and `complete` are the fields of `SamplingParams`: temperature (0 is
-    greedy), top_p, top_k, min_p, repetition_penalty, seed. `progress(done, total)` counts the prompt's tokens that had
+    greedy), top_p, top_k, min_p, repetition_penalty, seed and more. `progress(done, total)` counts the prompt's tokens that had
     to be computed; `cancel()` is asked before each chunk of the prompt and each token, and True raises Cancelled.
     All of them raise BadRequest for a wrong argument and ContextOverflow for a prompt that is too long, at once.
     """
@@ -140,17 +140,27 @@ class Reply(Iterator[str]):
     """Text that arrives in pieces: whole characters, and nothing of a stop string.
 
     text: all pieces so far. usage: counts and times so far. finish_reason: None until the end, then "stop" (</s> or a
-    stop string), "length" (max_new_tokens) or "context" (it is full).
+    stop string), "length" (max_new_tokens) or "context" (it is full). token_ids: of the tokens so far, and starts:
+    where the text of each begins; a token that begins at or after the end of `text` is still held back, or at the end
+    was cut off by a stop string.
     """
 
     def __init__(self, generation: Generation, decoder: StreamDecoder, stops: StopStrings) -> None:
         self.text = ""
+        self.token_ids: list[int] = []
+        self.starts: list[int] = []
+        self._decoded = 0   # characters out of the decoder so far
         self._generation, self._decoder, self._stops = generation, decoder, stops
         self._ended = False
 
     @property
     def usage(self) -> Usage:
         return self._generation.usage
+
+    @property
+    def logprobs(self) -> list[Logprobs]:
+        """One for each of `token_ids`, if `top_logprobs` was given."""
+        return self._generation.logprobs
 
     @property
     def finish_reason(self) -> str | None:
@@ -162,7 +172,11 @@ class Reply(Iterator[str]):
             if token_id is None:
                 piece = self._stops.push(self._decoder.flush()) + self._stops.flush()
             else:
-                piece = self._stops.push(self._decoder.push(token_id))
+                self.token_ids.append(token_id)
+                self.starts.append(self._decoded)
+                decoded = self._decoder.push(token_id)
+                self._decoded += len(decoded)
+                piece = self._stops.push(decoded)
             self._ended = token_id is None or self._stops.stopped
             if piece:
                 self.text += piece

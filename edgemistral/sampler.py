@@ -1,20 +1,49 @@
-"""From logits to one token: penalties, temperature, the three truncations, one draw.
+"""From logits to one token: penalties, bias, grammar, temperature, the three truncations, one draw.
 
-The order is that of Hugging Face transformers: repetition penalty, temperature, top-k, top-p, min-p. Every truncation
-is a threshold on a value (tokens that tie with the last one kept are kept too), so the result depends neither on the
-order in which a sort leaves equal values nor on the machine.
+The order is that of Hugging Face transformers: repetition penalty (and after it what the OpenAI interface adds to
+logits), temperature, top-k, top-p, min-p. Every truncation is a threshold on a value (tokens that tie with the last one
+kept are kept too), so the result depends neither on the order in which a sort leaves equal values nor on the machine.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.errors import BadRequest, EdgeMistralError
+
+MAX_TOP_LOGPROBS = 20
+
+
+class Constraint(Protocol):
+    """What one generation may still say; it moves on with every token."""
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """(vocab_size,): the tokens that may come next, </s> among them where the text may end."""
+
+    def accept(self, token: int) -> None:
+        """Go on after this token."""
+
+
+class Grammar(Protocol):
+    """What a text may be (see `edgemistral.grammar`). Many generations may share one."""
+
+    def start(self) -> Constraint:
+        """The state of a new generation."""
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Natural logarithms of the model's own probabilities (temperature 1, nothing forbidden) where a token was drawn."""
+
+    drawn: float                        # of the token that was drawn
+    top: tuple[tuple[int, float], ...]  # (token id, value) of the likeliest ones, best first
 
 
 @dataclass(frozen=True)
@@ -27,6 +56,11 @@ class SamplingParams:
     min_p: only tokens at least this fraction as likely as the most likely one (arXiv:2407.01082).
     repetition_penalty: divides (or multiplies, below zero) the logits of tokens seen before (CTRL; arXiv:1909.05858).
     seed: the same seed gives the same tokens; None draws a new one each time.
+    presence_penalty, frequency_penalty: subtracted from the logits of tokens generated before, once and as often as
+        each was (-2 to 2, as in the OpenAI interface).
+    logit_bias: token id -> what is added to its logit (-100 to 100, as in the OpenAI interface).
+    grammar: only texts that it describes, as far as they get.
+    top_logprobs: record for every token `Logprobs` with so many of the likeliest ones; None records nothing.
     """
 
     temperature: float = 0.7
@@ -35,40 +69,78 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    grammar: Grammar | None = None
+    top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         self._check_number("temperature", 0.0, 1e6)
         self._check_number("top_p", 0.0, 1.0)
         self._check_number("min_p", 0.0, 1.0)
         self._check_number("repetition_penalty", 1e-6, 1e6)
+        self._check_number("presence_penalty", -2.0, 2.0)
+        self._check_number("frequency_penalty", -2.0, 2.0)
         self._check_integer("top_k")
         if self.seed is not None:
             self._check_integer("seed")
+        if self.top_logprobs is not None:
+            self._check_integer("top_logprobs", MAX_TOP_LOGPROBS)
+        for token, bias in (self.logit_bias or {}).items():
+            if type(token) is not int or not _is_number(bias, -100, 100):
+                raise BadRequest(
+                    f"logit_bias has {token!r}: {bias!r}: it must map token ids to numbers from -100 to 100", "logit_bias"
+                )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises BadRequest if `logit_bias` names a token that a model with this vocabulary does not have."""
+        for token in self.logit_bias or {}:
+            if not 0 <= token < vocab_size:
+                raise BadRequest(f"logit_bias: token id {token} is outside the vocabulary of {vocab_size}", "logit_bias")
 
     def _check_number(self, field: str, low: float, high: float) -> None:
         value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:   # NaN fails too
+        if not _is_number(value, low, high):
             raise BadRequest(f"{field} is {value!r}: it must be a number from {low:g} to {high:g}", field)
 
-    def _check_integer(self, field: str) -> None:
+    def _check_integer(self, field: str, high: int | None = None) -> None:
         value = getattr(self, field)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 64:
             raise BadRequest(f"{field} is {value!r}: it must be a whole number, at least 0", field)
+        if high is not None and value > high:
+            raise BadRequest(f"{field} is {value}: it must be at most {high}", field)
 
 
 class Sampler:
-    """Draws tokens under fixed parameters. One generator state: use a new Sampler for every generation."""
+    """Draws tokens under fixed parameters. It remembers what it drew: use a new Sampler for every generation.
+
+    logprobs: of the token drawn last, if `params.top_logprobs` asks for them.
+    """
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
+        self.logprobs: Logprobs | None = None
         self._random = np.random.Generator(np.random.PCG64(params.seed))
+        self._drawn: Counter[int] = Counter()
+        self._constraint = params.grammar.start() if params.grammar else None
 
     def __call__(self, logits: NDArray[np.float32], history: Sequence[int] | NDArray[np.int32]) -> int:
         """The next token id from logits (vocab_size,) and all ids before it, prompt included.
 
         Draws exactly one random number a token unless greedy.
         """
-        logits = _without_nan(self._penalized(logits, history))
+        params, own = self.params, _without_nan(logits)
+        token = self._draw(_without_nan(self._adjusted(own, history)))
+        if params.presence_penalty or params.frequency_penalty:
+            self._drawn[token] += 1
+        if self._constraint is not None:
+            self._constraint.accept(token)
+        if params.top_logprobs is not None:
+            self.logprobs = log_probabilities(own, token, params.top_logprobs)
+        return token
+
+    def _draw(self, logits: NDArray[np.float32]) -> int:
         if self.params.temperature == 0:
             return int(logits.argmax())
         weights = self.weights(logits)
@@ -98,6 +170,21 @@ class Sampler:
             weights *= weights >= floor
         return weights
 
+    def _adjusted(
+        self, logits: NDArray[np.float32], history: Sequence[int] | NDArray[np.int32]
+    ) -> NDArray[np.float32]:
+        """The logits with penalties and bias, -inf where the grammar forbids a token."""
+        params, logits = self.params, self._penalized(logits, history)
+        if self._drawn:
+            logits = _plus(logits, list(self._drawn), [
+                -params.presence_penalty - params.frequency_penalty * count for count in self._drawn.values()
+            ])
+        if params.logit_bias:
+            logits = _plus(logits, list(params.logit_bias), list(params.logit_bias.values()))
+        if self._constraint is not None:
+            logits = np.where(self._constraint.allowed(), logits, np.float32(-np.inf))
+        return logits
+
     def _penalized(
         self, logits: NDArray[np.float32], history: Sequence[int] | NDArray[np.int32]
     ) -> NDArray[np.float32]:
@@ -110,6 +197,29 @@ class Sampler:
         # An id that occurs twice is written twice with the same value: no need to make the ids unique.
         logits[seen] = np.where(before < 0, before * np.float32(penalty), before / np.float32(penalty))
         return logits
+
+
+def log_probabilities(logits: NDArray[np.float32], drawn: int, n: int) -> Logprobs:
+    """`Logprobs` of the token `drawn` from finite or -inf logits (vocab_size,), with the n likeliest ones."""
+    values = logits.astype(np.float64)
+    values -= values.max()
+    values -= math.log(np.exp(values).sum())
+    n = min(n, len(values))
+    best = np.argpartition(values, len(values) - n)[len(values) - n :]
+    best = best[np.lexsort((best, -values[best]))]   # ties: the lower id first
+    return Logprobs(float(values[drawn]), tuple((int(i), float(values[i])) for i in best))
+
+
+def _plus(logits: NDArray[np.float32], ids: list[int], values: list[float]) -> NDArray[np.float32]:
+    """A copy of the logits with these values added at these ids, which are all different."""
+    logits = logits.copy()
+    logits[ids] += np.array(values, np.float32)
+    return logits
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    """Whether it is a number from low to high; NaN is not."""
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and low <= value <= high
 
 
 def _without_nan(logits: NDArray[np.float32]) -> NDArray[np.float32]:

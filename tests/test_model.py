@@ -61,6 +61,17 @@ def test_a_stop_string_that_stays_unfinished_is_given_at_the_end(tokenizer):
     assert "".join(model.chat(USER, temperature=0, stop="STOP")) == "one two STO"
 
 
+def test_every_token_tells_where_its_text_begins(tokenizer):
+    answer = "two é🙂 STOP three"
+    model = scripted(tokenizer, tokenizer.encode_chat(USER), answer)
+    reply = model.chat(USER, temperature=0, stop=" STOP", top_logprobs=2)
+    assert "".join(reply) == "two é🙂"
+    given = [i for i, start in zip(reply.token_ids, reply.starts, strict=True) if start < len(reply.text)]
+    assert tokenizer.decode(given) == "two é🙂"
+    assert len(reply.logprobs) == len(reply.token_ids)
+    assert [top.top[0][0] for top in reply.logprobs] == reply.token_ids   # greedy
+
+
 def test_max_new_tokens_ends_with_length(tokenizer):
     model = scripted(tokenizer, tokenizer.encode_chat(USER), "one two three four")
     reply = model.chat(USER, 2, temperature=0)

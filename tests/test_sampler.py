@@ -149,3 +149,82 @@ def test_a_draw_from_a_vocabulary_of_32000_is_fast():
             sampler(logits, history)
             best = min(best, time.perf_counter() - start)
         assert best < 2e-3
+
+
+# ---- what the OpenAI interface adds ----------------------------------------------------------------------------------
+
+def greedy(**params):
+    return Sampler(SamplingParams(temperature=0, **params))
+
+
+def test_presence_and_frequency_penalties_count_generated_tokens_only():
+    logits = np.array([2.0, 1.5, 0.0, -9], np.float32)
+    sampler = greedy(presence_penalty=1.0)
+    assert [sampler(logits, [0, 0, 0]) for _ in range(4)] == [0, 1, 0, 0]   # 2 | 1, 1.5 | 1, 0.5 | once, not twice
+    sampler = greedy(frequency_penalty=1.0)
+    assert [sampler(logits, [0]) for _ in range(4)] == [0, 1, 0, 1]          # 2 | 1, 1.5 | 1, 0.5 | 0, 0.5
+    assert logits.tolist() == [2.0, 1.5, 0.0, -9]   # the transformer's own array stays as it is
+
+
+def test_a_bias_moves_one_logit():
+    logits = np.array([2.0, 1.5, 0.0], np.float32)
+    assert greedy(logit_bias={2: 3})(logits, []) == 2
+    assert greedy(logit_bias={0: -100, 1: -100})(logits, []) == 2
+
+
+class OnlyEven:
+    """A grammar of even tokens, 0 only first."""
+
+    def start(self):
+        return OnlyEven()
+
+    def __init__(self):
+        self.accepted = []
+
+    def allowed(self):
+        return np.array([not self.accepted, False, True, False, True])
+
+    def accept(self, token):
+        self.accepted.append(token)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_grammar_forbids_tokens_and_moves_on(temperature):
+    logits = np.array([50.0, 99.0, 1.0, 99.0, 0.0], np.float32)
+    grammar = OnlyEven()
+    for _ in range(2):   # every generation starts anew
+        sampler = Sampler(SamplingParams(temperature=temperature, grammar=grammar, seed=0))
+        drawn = [sampler(logits, []) for _ in range(5)]
+        assert drawn[0] == 0 and set(drawn[1:]) <= {2, 4}
+    assert grammar.accepted == []
+
+
+def test_logprobs_are_those_of_the_model():
+    logits = np.array([1.0, 3.0, 2.0, 2.0, -np.inf], np.float32)
+    expected = [x - math.log(sum(math.exp(y) for y in (1, 3, 2, 2))) for x in (1, 3, 2, 2)]
+    sampler = Sampler(SamplingParams(temperature=5, logit_bias={0: 100}, top_logprobs=3))
+    assert sampler(logits, []) == 0
+    assert sampler.logprobs.drawn == pytest.approx(expected[0])
+    assert [i for i, _ in sampler.logprobs.top] == [1, 2, 3]
+    assert [value for _, value in sampler.logprobs.top] == pytest.approx(expected[1:4])
+    assert greedy()(logits, []) == 1 and greedy().logprobs is None
+    few = greedy(top_logprobs=20)
+    few(logits, [])
+    assert len(few.logprobs.top) == 5 and few.logprobs.top[4][1] == -np.inf
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("presence_penalty", 2.1), ("frequency_penalty", "1"), ("top_logprobs", 21), ("top_logprobs", True),
+     ("logit_bias", {"1": 1}), ("logit_bias", {1: 101}), ("logit_bias", {1: math.nan}), ("logit_bias", {1: None})],
+)
+def test_the_additions_are_checked(field, value):
+    with pytest.raises(BadRequest) as error:
+        SamplingParams(**{field: value})
+    assert error.value.field == field
+
+
+@pytest.mark.parametrize("token", [-1, 300])
+def test_a_bias_for_a_token_that_does_not_exist_is_refused(token):
+    with pytest.raises(BadRequest, match="outside the vocabulary of 300"):
+        SamplingParams(logit_bias={token: 1}).check_vocabulary(300)
