@@ -39,6 +39,10 @@ class Transformer(Protocol):
     def forward(self, ids: NDArray[np.int32], n_logits: int) -> NDArray[np.float32]:
         """Append ids (m,) at `length`; logits (n_logits, vocab_size) of the last of them, valid until the next call."""
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV file now."""
+
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on."""
 
@@ -81,6 +85,12 @@ class Engine:
         with self._lock:
             held: NDArray[np.int32] = self._held[: self._open().length].copy()
             return held
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV file now; answers at once, also while another thread computes."""
+        transformer = self._transformer
+        return transformer.kv_bytes if transformer is not None else 0
 
     def prefill(self, ids: Ids, progress: Progress | None = None, cancel: Cancel | None = None) -> NDArray[np.float32]:
         """Make the KV cache hold exactly `ids`; returns the logits (vocab_size,) after the last of them.

@@ -57,6 +57,11 @@ class KVCache:
         self._file: IO[bytes] | None = None
         self._cache: Cache | None = None
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the file now."""
+        return kv_file_bytes(self.config, self._room, self.kv_bits) if self._room else 0
+
     def reserve(self, length: int) -> Cache:
         """Make room for `length` positions in all; the returned arrays are valid until the next call that grows the file.
 

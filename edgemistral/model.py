@@ -70,6 +70,11 @@ class Model:
         """Positions there is room for."""
         return self.engine.context
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV file now: it grows as the context fills."""
+        return self.engine.kv_bytes
+
     def logits(self, ids: Ids) -> NDArray[np.float32]:
         """Next-token logits (len(ids), vocab_size) at every position."""
         return self.engine.logits(ids)

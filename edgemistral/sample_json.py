@@ -8,25 +8,27 @@
     [[{"role": ..., ...}, ...], ...]         conversations
 and with "per_message": true in the parameters, every message of a single conversation is a prompt of its own: that is
 how the card's sample output came to have an answer for each of three messages, the third of which never saw the first.
+"safe_prompt": true puts the guardrail that Mistral recommends before every conversation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from edgemistral.engine import Cancel
+from edgemistral.engine import Cancel, Progress
 from edgemistral.errors import BadRequest
-from edgemistral.model import Messages, Model
+from edgemistral.guardrail import with_guardrail
+from edgemistral.model import Messages, Model, Reply
 from edgemistral.sampler import SamplingParams
-from edgemistral.tokenizer import ROLES, check_text
+from edgemistral.tokenizer import ROLES, chat_turns, check_text
 
 INPUT = "input_data.input_string"
 PARAMETERS = "input_data.parameters"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-OTHERS = ("do_sample", "max_new_tokens", "stop", "return_full_text", "per_message")
+OTHERS = ("do_sample", "max_new_tokens", "stop", "return_full_text", "per_message", "safe_prompt")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class SampleRequest:
     prompts: list[Prompt]
     options: dict[str, Any]   # arguments of Model.chat
     return_full_text: bool
+    safe_prompt: bool
     warnings: list[str]       # a line for each name in the request that means nothing here
 
 
@@ -54,7 +57,8 @@ def parse(data: object) -> SampleRequest:
     parameters = _typed(body.get("parameters", {}), dict, PARAMETERS)
     flags = {
         name: _typed(parameters.get(name, default), bool, f"{PARAMETERS}.{name}")
-        for name, default in (("do_sample", True), ("return_full_text", False), ("per_message", False))
+        for name, default in (("do_sample", True), ("return_full_text", False), ("per_message", False),
+                              ("safe_prompt", False))
     }
     options = {name: parameters[name] for name in SAMPLING if name in parameters}
     with _renamed({name: f"{PARAMETERS}.{name}" for name in SAMPLING}):
@@ -68,26 +72,37 @@ def parse(data: object) -> SampleRequest:
              (f"{PARAMETERS}.", parameters, SAMPLING + OTHERS))
     warnings = [f"{at}{name} is not known and was ignored" for at, given, names in known for name in given
                 if name not in names]
-    return SampleRequest(prompts, options, flags["return_full_text"], warnings)
+    return SampleRequest(prompts, options, flags["return_full_text"], flags["safe_prompt"], warnings)
 
 
-def answer(model: Model, request: SampleRequest, cancel: Cancel | None = None) -> list[dict[str, str]]:
-    """Answer all prompts, one after another: [{"0": text, "1": text, ...}].
+def answer(model: Model, request: SampleRequest) -> list[dict[str, str]]:
+    """Answer all prompts, one after another: [{"0": text, "1": text, ...}]. Raises as `replies` does."""
+    return output(model, request, ["".join(reply) for reply in replies(model, request)])
+
+
+def replies(
+    model: Model, request: SampleRequest, progress: Progress | None = None, cancel: Cancel | None = None
+) -> list[Reply]:
+    """A reply for each prompt, of which nothing is computed yet.
 
     Everything is checked before the first is answered: BadRequest as in `parse`, and ContextOverflow.
     """
     names = {name: f"{PARAMETERS}.{name}" for name in ("stop", "max_new_tokens")}
-    replies = []
+    made = []
     for prompt in request.prompts:
         with _renamed({"messages": prompt.field, **names}):
-            replies.append(model.chat(prompt.messages, cancel=cancel, **request.options))
-    answers = {}
-    for i, (prompt, reply) in enumerate(zip(request.prompts, replies, strict=True)):
-        text = "".join(reply)
-        if request.return_full_text:
-            text = f"{_text_of(prompt.messages, model)} {text}"
-        answers[str(i)] = text
-    return [answers]
+            chat_turns(prompt.messages)   # before the guardrail, which would shift the numbers of messages
+            messages = with_guardrail(prompt.messages) if request.safe_prompt else prompt.messages
+            made.append(model.chat(messages, progress=progress, cancel=cancel, **request.options))
+    return made
+
+
+def output(model: Model, request: SampleRequest, texts: Sequence[str]) -> list[dict[str, str]]:
+    """The answers' texts in the shape of the sample output."""
+    if request.return_full_text:
+        prompts = [_text_of(prompt.messages, model) for prompt in request.prompts]
+        texts = [f"{prompt} {text}" for prompt, text in zip(prompts, texts, strict=True)]
+    return [{str(i): text for i, text in enumerate(texts)}]
 
 
 def _text_of(messages: Messages, model: Model) -> str:

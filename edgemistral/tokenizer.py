@@ -81,7 +81,7 @@ class Tokenizer:
 
         Raises BadRequest, whose `field` says for example `messages[2].role`.
         """
-        system, turns = _turns(messages)
+        system, turns = chat_turns(messages)
         last_user = max(i for i, (role, _) in enumerate(turns) if role == "user")
         system_at = last_user if self._inst_ids else 0
         ids = [self.bos_id]
@@ -137,8 +137,11 @@ def check_text(text: object, field: str) -> str:
     return text
 
 
-def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[str, str]]]:
-    """Validated messages -> the system text and turns (role, text) that alternate and begin with the user."""
+def chat_turns(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[str, str]]]:
+    """Messages -> the system text and turns (role, text) that alternate and begin with the user.
+
+    Raises BadRequest, whose `field` says for example `messages[2].role`.
+    """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise BadRequest(f"messages must be a list of messages, not {type(messages).__name__}", "messages")
     if not messages:

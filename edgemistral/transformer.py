@@ -48,6 +48,11 @@ class Transformer:
         """Positions that the KV cache holds."""
         return self._kv.length
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV file now."""
+        return self._kv.file_bytes
+
     def forward(self, ids: NDArray[np.int32], n_logits: int) -> NDArray[np.float32]:
         """Append the tokens `ids` (m,), m <= chunk; next-token logits (n_logits, vocab_size) after each of the last n_logits.
 

@@ -33,6 +33,7 @@ class FakeTransformer:
         self.calls: list[list[int]] = []   # the ids of every forward call
         self.fail_at: int | None = None    # raise KeyboardInterrupt at this call, before anything is appended
         self.closed = False
+        self.kv_bytes = 0
         self._logits = np.empty((chunk, self.config.vocab_size), np.float32)   # used again by every call
 
     @property
