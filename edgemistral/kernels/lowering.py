@@ -5,21 +5,28 @@
     look_up(table, codes)   byte i -> table[i rounded down to 16 + codes[i]], codes within 0..15, the table repeated 4 times
 
 All lowerings give the same bits: these operations are exact, and everything else in `simd` is one sequence that LLVM splits
-into whatever width the machine has. To add an instruction set: write a class and name it in `_BEST_FIRST`.
-`EDGEMISTRAL_SIMD` (one of the names) overrides the choice by the host's features.
+into whatever width the machine has. To add an instruction set: write a class and name it in `LOWERINGS`.
+`EDGEMISTRAL_SIMD` (one of the names) overrides the choice.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from functools import cache
 from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
 from numba.core import cgutils
 from numba.core import config as numba_config
+from numba.core.codegen import get_host_cpu_features
+
+from edgemistral.errors import BadInput
 
 config: Any = numba_config    # its names are made at run time
+if config.CPU_NAME is not None and config.CPU_FEATURES is None:
+    config.CPU_FEATURES = ""  # what the CPU of NUMBA_CPU_NAME has: numba would add what the host has beside
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
 
@@ -51,9 +58,9 @@ def join(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
 
 
 class Plain:
-    """LLVM IR that any CPU runs; the compiler finds what the machine has (pmaddwd, smlal, ...)."""
+    """LLVM IR that any CPU runs; the compiler finds what the machine has."""
 
-    features: tuple[str, ...] = ()
+    signs: frozenset[str] = frozenset()     # what `dialect` says of a CPU that runs this lowering
 
     def dot4(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         wide = vector(I32, 16)
@@ -79,7 +86,7 @@ class Plain:
 class AVX2(Plain):
     """256-bit vectors; pmaddubsw for 7-bit operands, exact 16-bit products where it would saturate."""
 
-    features: tuple[str, ...] = ("avx2", "fma", "f16c")
+    signs = frozenset({"ymm", "vpmaddwd"})
 
     def dot4(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         # Even and odd bytes as 16-bit numbers, each pair of products summed in 32 bits by pmaddwd: 255 * 127 * 2 fits.
@@ -108,7 +115,7 @@ class AVX2(Plain):
 class AVXVNNI(AVX2):
     """256-bit vectors with vpdpbusd (client CPUs since Alder Lake)."""
 
-    features = ("avx2", "fma", "f16c", "avxvnni")
+    signs = frozenset({"ymm", "vpdpbusd"})
 
     def dot4(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         parts = zip(split(builder, acc, 2), split(builder, u, 2), split(builder, s, 2), strict=True)
@@ -120,7 +127,7 @@ class AVXVNNI(AVX2):
 class AVX512VNNI(Plain):
     """512-bit vectors with vpdpbusd."""
 
-    features = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
+    signs = frozenset({"zmm", "vpdpbusd"})
 
     def dot4(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         return _vpdpbusd(builder, 512, acc, u, s)
@@ -137,23 +144,129 @@ def _vpdpbusd(builder: ir.IRBuilder, bits: int, acc: ir.Value, u: ir.Value, s: i
     return call(builder, f"llvm.x86.avx512.vpdpbusd.{bits}", acc.type, acc, u, s)
 
 
-_BEST_FIRST = {"avx512vnni": AVX512VNNI, "avxvnni": AVXVNNI, "avx2": AVX2, "plain": Plain}
+class Neon(Plain):
+    """ARM without dot products: 16-bit products, added in pairs."""
+
+    signs = frozenset({"smull"})
+
+    def dot4(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+        return self._quarters(builder, self._any_bytes, acc, u, s)
+
+    def dot4_7bit(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+        return self._quarters(builder, self._seven_bits, acc, u, s)
+
+    def look_up(self, builder: ir.IRBuilder, table: ir.Value, codes: ir.Value) -> ir.Value:
+        sixteen = split(builder, table, 4)[0]
+        return join(builder, [call(builder, "llvm.aarch64.neon.tbl1.v16i8", sixteen.type, sixteen, c)
+                              for c in split(builder, codes, 4)])
+
+    def _quarters(self, builder: ir.IRBuilder, dot: Any, *values: ir.Value) -> ir.Value:
+        """dot(builder, acc, u, s) of each 128 bits."""
+        quarters = zip(*(split(builder, value, 4) for value in values), strict=True)
+        return join(builder, [dot(builder, *quarter) for quarter in quarters])
+
+    def _any_bytes(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+        # A product fits in 16 bits (255 * -128), the sum of two does not: pairs are added in 32.
+        words, pairs = vector(I16, 8), []
+        for a, b in zip(split(builder, u, 2), split(builder, s, 2), strict=True):
+            products = builder.mul(builder.zext(a, words), builder.sext(b, words))
+            pairs.append(call(builder, "llvm.aarch64.neon.saddlp.v4i32.v8i16", acc.type, products))
+        return builder.add(acc, call(builder, "llvm.aarch64.neon.addp.v4i32", acc.type, *pairs))
+
+    def _seven_bits(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+        # 127 * -128 * 2 fits in 16 bits.
+        words = vector(I16, 8)
+        products = [call(builder, "llvm.aarch64.neon.smull.v8i16", words, a, b)
+                    for a, b in zip(split(builder, u, 2), split(builder, s, 2), strict=True)]
+        pairs = call(builder, "llvm.aarch64.neon.addp.v8i16", words, *products)
+        return builder.add(acc, call(builder, "llvm.aarch64.neon.saddlp.v4i32.v8i16", acc.type, pairs))
 
 
-def host_features() -> set[str]:
-    """The CPU features that numba compiles for: the host's, unless NUMBA_CPU_NAME or NUMBA_CPU_FEATURES say otherwise."""
-    if config.CPU_FEATURES is not None:
-        return {name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+")}
-    if config.CPU_NAME not in (None, "host"):
-        return set()
-    return {name for name, has in llvmlite.binding.get_host_cpu_features().items() if has}
+class NeonDotProd(Neon):
+    """ARM with sdot, which takes two signed operands (most since 2018, all of Apple's)."""
+
+    signs = frozenset({"sdot"})
+
+    def _any_bytes(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+        # u = signed + 128; the compiler makes the sum over s once for all u that meet it.
+        top = ir.Constant(u.type, [-128] * 16)
+        minus = self._seven_bits(builder, ir.Constant(acc.type, [0] * 4), top, s)
+        return builder.sub(self._seven_bits(builder, acc, builder.xor(u, top), s), minus)
+
+    def _seven_bits(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+        return call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", acc.type, acc, u, s)
+
+
+class NeonI8MM(NeonDotProd):
+    """ARM with usdot, of unsigned and signed bytes (Apple since M2, servers since 2021)."""
+
+    signs = frozenset({"usdot"})
+
+    def _any_bytes(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+        return call(builder, "llvm.aarch64.neon.usdot.v4i32.v16i8", acc.type, acc, u, s)
+
+
+LOWERINGS: dict[str, type[Plain]] = {      # the best first
+    "avx512vnni": AVX512VNNI,
+    "avxvnni": AVXVNNI,
+    "avx2": AVX2,
+    "i8mm": NeonI8MM,
+    "dotprod": NeonDotProd,
+    "neon": Neon,
+    "plain": Plain,
+}
+
+_DOT_PRODUCTS = """
+declare i32 @llvm.vector.reduce.add.v64i32(<64 x i32>)
+define i32 @unsigned_with_signed(<64 x i8> %u, <64 x i8> %s) {
+  %a = zext <64 x i8> %u to <64 x i32>
+  %b = sext <64 x i8> %s to <64 x i32>
+  %products = mul <64 x i32> %a, %b
+  %sum = call i32 @llvm.vector.reduce.add.v64i32(<64 x i32> %products)
+  ret i32 %sum
+}
+define i32 @signed_with_signed(<64 x i8> %u, <64 x i8> %s) {
+  %a = sext <64 x i8> %u to <64 x i32>
+  %b = sext <64 x i8> %s to <64 x i32>
+  %products = mul <64 x i32> %a, %b
+  %sum = call i32 @llvm.vector.reduce.add.v64i32(<64 x i32> %products)
+  ret i32 %sum
+}
+"""
+
+
+def dialect(machine: llvmlite.binding.TargetMachine) -> set[str]:
+    """What LLVM makes of dot products of bytes for a CPU: instructions and kinds of registers.
+
+    LLVM knows what each named CPU has, and gives no list of it; this also needs no feature names, which macOS does not give.
+    """
+    return set(re.findall(r"[a-z]\w+", machine.emit_assembly(llvmlite.binding.parse_assembly(_DOT_PRODUCTS))))
+
+
+def runs_on(machine: llvmlite.binding.TargetMachine) -> list[str]:
+    """Names of the lowerings that a CPU runs, the best first."""
+    words = dialect(machine)
+    best = next(list(LOWERINGS.values()).index(kind) for kind in LOWERINGS.values() if words >= kind.signs)
+    return [name for name, kind in LOWERINGS.items() if kind in list(LOWERINGS.values())[best].__mro__]
+
+
+@cache
+def available() -> list[str]:
+    """Names of the lowerings for the CPU that numba compiles for, the best first.
+
+    That is the host, unless NUMBA_CPU_NAME or NUMBA_CPU_FEATURES say otherwise.
+    """
+    llvmlite.binding.initialize_native_target()
+    llvmlite.binding.initialize_native_asmprinter()
+    features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    name = config.CPU_NAME or llvmlite.binding.get_host_cpu_name()
+    target = llvmlite.binding.Target.from_triple(llvmlite.binding.get_process_triple())
+    return runs_on(target.create_target_machine(cpu=name, features=features))
 
 
 def choose() -> Plain:
-    """The best lowering for this host, or the one that EDGEMISTRAL_SIMD names."""
-    if name := os.environ.get("EDGEMISTRAL_SIMD"):
-        if name not in _BEST_FIRST:
-            raise ValueError(f"EDGEMISTRAL_SIMD is {name!r}; known are {', '.join(_BEST_FIRST)}")
-        return _BEST_FIRST[name]()
-    features = host_features()
-    return next(kind for kind in _BEST_FIRST.values() if features.issuperset(kind.features))()
+    """The best lowering for this CPU, or the one that EDGEMISTRAL_SIMD names. Raises BadInput if the CPU cannot run that."""
+    name = os.environ.get("EDGEMISTRAL_SIMD") or available()[0]
+    if name not in available():
+        raise BadInput(f"EDGEMISTRAL_SIMD is {name!r}: this processor runs {', '.join(available())}")
+    return LOWERINGS[name]()
