@@ -60,7 +60,7 @@ def join(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
 class Plain:
     """LLVM IR that any CPU runs; the compiler finds what the machine has."""
 
-    signs: frozenset[str] = frozenset()     # what `dialect` says of a CPU that runs this lowering
+    sign = ""      # a pattern in the assembly of dot products for a CPU that runs this lowering
 
     def dot4(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         wide = vector(I32, 16)
@@ -86,7 +86,7 @@ class Plain:
 class AVX2(Plain):
     """256-bit vectors; pmaddubsw for 7-bit operands, exact 16-bit products where it would saturate."""
 
-    signs = frozenset({"ymm", "vpmaddwd"})
+    sign = r"vpmaddwd.*[yz]mm"
 
     def dot4(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         # Even and odd bytes as 16-bit numbers, each pair of products summed in 32 bits by pmaddwd: 255 * 127 * 2 fits.
@@ -115,7 +115,7 @@ class AVX2(Plain):
 class AVXVNNI(AVX2):
     """256-bit vectors with vpdpbusd (client CPUs since Alder Lake)."""
 
-    signs = frozenset({"ymm", "vpdpbusd"})
+    sign = r"vpdpbusd.*[yz]mm"
 
     def dot4(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         parts = zip(split(builder, acc, 2), split(builder, u, 2), split(builder, s, 2), strict=True)
@@ -127,7 +127,7 @@ class AVXVNNI(AVX2):
 class AVX512VNNI(Plain):
     """512-bit vectors with vpdpbusd."""
 
-    signs = frozenset({"zmm", "vpdpbusd"})
+    sign = r"vpdpbusd.*zmm"
 
     def dot4(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         return _vpdpbusd(builder, 512, acc, u, s)
@@ -147,7 +147,7 @@ def _vpdpbusd(builder: ir.IRBuilder, bits: int, acc: ir.Value, u: ir.Value, s: i
 class Neon(Plain):
     """ARM without dot products: 16-bit products, added in pairs."""
 
-    signs = frozenset({"smull"})
+    sign = r"\baddv\b"
 
     def dot4(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         return self._quarters(builder, self._any_bytes, acc, u, s)
@@ -185,7 +185,7 @@ class Neon(Plain):
 class NeonDotProd(Neon):
     """ARM with sdot, which takes two signed operands (most since 2018, all of Apple's)."""
 
-    signs = frozenset({"sdot"})
+    sign = r"\bsdot\b"
 
     def _any_bytes(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         # u = signed + 128; the compiler makes the sum over s once for all u that meet it.
@@ -200,7 +200,7 @@ class NeonDotProd(Neon):
 class NeonI8MM(NeonDotProd):
     """ARM with usdot, of unsigned and signed bytes (Apple since M2, servers since 2021)."""
 
-    signs = frozenset({"usdot"})
+    sign = r"\busdot\b"
 
     def _any_bytes(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         return call(builder, "llvm.aarch64.neon.usdot.v4i32.v16i8", acc.type, acc, u, s)
@@ -235,19 +235,13 @@ define i32 @signed_with_signed(<64 x i8> %u, <64 x i8> %s) {
 """
 
 
-def dialect(machine: llvmlite.binding.TargetMachine) -> set[str]:
-    """What LLVM makes of dot products of bytes for a CPU: instructions and kinds of registers.
-
-    LLVM knows what each named CPU has, and gives no list of it; this also needs no feature names, which macOS does not give.
-    """
-    return set(re.findall(r"[a-z]\w+", machine.emit_assembly(llvmlite.binding.parse_assembly(_DOT_PRODUCTS))))
-
-
 def runs_on(machine: llvmlite.binding.TargetMachine) -> list[str]:
-    """Names of the lowerings that a CPU runs, the best first."""
-    words = dialect(machine)
-    best = next(list(LOWERINGS.values()).index(kind) for kind in LOWERINGS.values() if words >= kind.signs)
-    return [name for name, kind in LOWERINGS.items() if kind in list(LOWERINGS.values())[best].__mro__]
+    """Names of the lowerings that a CPU runs, the best first, told from what LLVM makes of dot products for it.
+
+    LLVM knows what each CPU has but gives out no list of it; and the host's list is empty on macOS.
+    """
+    assembly = machine.emit_assembly(llvmlite.binding.parse_assembly(_DOT_PRODUCTS))
+    return [name for name, kind in LOWERINGS.items() if re.search(kind.sign, assembly)]
 
 
 @cache
