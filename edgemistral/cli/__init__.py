@@ -11,6 +11,7 @@ from edgemistral.cli.evaluate import eval_
 from edgemistral.cli.inspect import inspect, plan, verify
 from edgemistral.cli.quantize import quantize
 from edgemistral.cli.run import run
+from edgemistral.cli.serve import serve
 
 __all__ = ["main"]
 
@@ -25,10 +26,11 @@ def main(context: click.Context) -> None:
     Example:
       edgemistral quantize ~/Mistral-7B-Instruct-v0.2 mistral-q4.safetensors
       edgemistral run mistral-q4.safetensors
+      edgemistral serve mistral-q4.safetensors
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (run, quantize, inspect, verify, plan, bench, eval_):
+for command in (run, serve, quantize, inspect, verify, plan, bench, eval_):
     main.add_command(command)

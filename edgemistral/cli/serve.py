@@ -1,0 +1,62 @@
+"""edgemistral serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from edgemistral.cli.errors import Command
+from edgemistral.cli.options import (
+    context_option,
+    kv_bits_option,
+    max_ram_option,
+    model_path,
+    size,
+    threads_option,
+)
+from edgemistral.terminal import compile_notice
+
+
+@click.command(cls=Command)
+@click.argument("model", required=False)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--api-key", envvar="EDGEMISTRAL_API_KEY", metavar="KEY",
+              help="Answer only requests with this key.  [default: EDGEMISTRAL_API_KEY]")
+@click.option("--insecure", is_flag=True, help="Listen beyond this computer without a key.")
+@click.option("--allow-origin", "allow_origins", multiple=True, metavar="ORIGIN",
+              help="Let pages of this origin call the server.")
+@click.option("--allow-host", "allow_hosts", multiple=True, metavar="NAME",
+              help="Answer to this name, too (of a proxy, or in a network).")
+@click.option("--queue", type=click.IntRange(1, 100_000), default=128, show_default=True, help="Requests that may wait.")
+@click.option("--max-body", type=size, metavar="SIZE", default="4MiB", show_default=True, help="Largest request.")
+@context_option
+@kv_bits_option
+@threads_option
+@max_ram_option
+def serve(
+    model: str | None, host: str, port: int, context: int | None, kv_bits: str, threads: int | None,
+    max_ram: int | None, **settings: Any,
+) -> None:
+    """Serve MODEL over HTTP on this computer: a chat page, the OpenAI interface, and the model card's sample JSON.
+
+    MODEL is the path of a quantized model, or the word demo (also what no MODEL means). The URL is printed on standard
+    output once the port is open; /health tells when the model is loaded. Ctrl-C stops within five seconds.
+
+    \b
+    Example:
+      edgemistral serve mistral-q4.safetensors
+      edgemistral serve mistral-q4.safetensors --host 0.0.0.0 --api-key "$(openssl rand -hex 16)"
+    """
+    from edgemistral.blob import Blob
+    from edgemistral.model import load
+    from edgemistral.server.runner import serve as run
+
+    path = model_path(model)
+    Blob.open(path).close()   # a wrong file is said before the port opens
+    with compile_notice():
+        run(
+            lambda: load(path, context, int(kv_bits), threads, max_ram), host, port,
+            listening=lambda url: print(url, flush=True), **settings,
+        )

@@ -1,0 +1,70 @@
+"""From the events of an answer to the parts of an OpenAI response."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from edgemistral.engine import Usage
+from edgemistral.server.service import Token
+from edgemistral.tokenizer import Tokenizer
+
+LOWEST = -9999.0   # what the OpenAI interface says for a probability of 0: JSON has no infinity
+
+
+def usage_body(usages: Iterable[Usage]) -> dict[str, Any]:
+    """The tokens of all answers of a response."""
+    usages = list(usages)
+    prompt, new = sum(usage.prompt_tokens for usage in usages), sum(usage.new_tokens for usage in usages)
+    cached = sum(usage.cached_tokens for usage in usages)
+    return {
+        "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def timings_body(usages: Sequence[Usage]) -> dict[str, float]:
+    """How long all answers of a response took together; the rate is that of the last one."""
+    return {
+        "prefill_seconds": round(sum(usage.prefill_seconds for usage in usages), 6),
+        "decode_seconds": round(sum(usage.decode_seconds for usage in usages), 6),
+        "tokens_per_second": round(usages[-1].decode_rate, 3) if usages else 0.0,
+    }
+
+
+def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, Any]:
+    """The `logprobs` of a chat's choice."""
+    return {
+        "content": [
+            {
+                **_entry(tokenizer, token.token_id, token.logprobs.drawn),
+                "top_logprobs": [_entry(tokenizer, token_id, value) for token_id, value in token.logprobs.top],
+            }
+            for token in tokens
+        ]
+    }
+
+
+def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
+    """The `logprobs` of a raw completion's choice, whose text begins at `offset`."""
+    return {
+        "tokens": [_text(tokenizer, token.token_id) for token in tokens],
+        "token_logprobs": [max(token.logprobs.drawn, LOWEST) for token in tokens],
+        "top_logprobs": [
+            {_text(tokenizer, token_id): max(value, LOWEST) for token_id, value in token.logprobs.top} for token in tokens
+        ],
+        "text_offset": [offset + token.start for token in tokens],
+    }
+
+
+def _entry(tokenizer: Tokenizer, token_id: int, value: float) -> dict[str, Any]:
+    byte, surface = tokenizer.byte(token_id), tokenizer.surface(token_id)
+    spelled = [byte] if byte is not None else list(surface.encode()) or None
+    return {"token": _text(tokenizer, token_id), "logprob": max(value, LOWEST), "bytes": spelled}
+
+
+def _text(tokenizer: Tokenizer, token_id: int) -> str:
+    """What a token adds to a text; its name if that is only a byte, or nothing."""
+    if tokenizer.byte(token_id) is None and (surface := tokenizer.surface(token_id)):
+        return surface
+    return tokenizer.piece(token_id)

@@ -1,0 +1,148 @@
+"""The HTTP interface as an ASGI application, to be run by `edgemistral serve` or inside a host application."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from edgemistral import __version__
+from edgemistral.errors import BadRequest
+from edgemistral.model import Model
+from edgemistral.server import failures, openai_api, schemas, score
+from edgemistral.server.docs import docs_page
+from edgemistral.server.metrics import Metrics
+from edgemistral.server.safety import Guard, Safety
+from edgemistral.server.service import Review, Service, service_of
+
+PAGE = Path(__file__).with_name("page")
+# Nothing from elsewhere, no inline code, and no way from a string to HTML (Trusted Types).
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+Shared = Annotated[Service, Depends(service_of)]
+
+
+def create_app(
+    model: Model | Callable[[], Model],
+    *,
+    api_key: str | None = None,
+    allow_hosts: Iterable[str] = (),
+    allow_origins: Iterable[str] = (),
+    queue: int = 128,
+    max_body: int = 4 << 20,
+    review: Review | None = None,
+    on_failed_load: Callable[[BaseException], None] = lambda error: None,
+) -> FastAPI:
+    """The application for one model, which stays the caller's to close.
+
+    model: loaded, or a function that loads it, which is called on a thread when the application starts; until it
+    returns, /health says "loading" and the rest answers 503. on_failed_load: called on that thread if it raises.
+    api_key: must come with every request but those for the page, /docs and /health. allow_hosts: Host names besides
+    those of this computer. allow_origins: origins whose pages may call this, such as "https://app.example.com".
+    queue: requests that may wait. max_body: bytes of a request.
+    review: called (on a thread, or awaited if it is a coroutine function) as review("prompt", messages or text) and
+    review("answer", text); it returns what to use in its place, or raises `Refused`. Answers are then streamed as one
+    piece.
+
+    The application runs in any event loop; computing happens on a thread of its own. Where an enclosing application
+    mounts this one, its lifespan does not run: call `app.state.service.close()` at the end.
+    Raises ValueError for settings that make no sense.
+    """
+    service = Service(None if callable(model) else model, queue, review)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if callable(model):
+            service.load(model, on_failed_load)
+        yield
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(
+        title="edgemistral", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        description="A Mistral model on this computer. Requests have a JSON body; with an API key they carry "
+        "`Authorization: Bearer KEY`.",
+    )
+    app.state.service = service
+    failures.install(app)
+    app.add_middleware(Guard, safety=Safety.checked(api_key, allow_hosts, allow_origins, max_body))
+    app.add_middleware(_Count, metrics=service.metrics)   # the outermost
+    app.include_router(score.router)
+    app.include_router(openai_api.router)
+    _add_tools(app)
+    _add_pages(app)
+    return app
+
+
+def _add_tools(app: FastAPI) -> None:
+    """The small endpoints."""
+    @app.post("/tokenize", responses=failures.RESPONSES)
+    async def tokenize(body: schemas.TokenizeRequest, service: Shared) -> schemas.Tokens:
+        """Token ids of a text, or of a conversation as the model reads it."""
+        if (body.text is None) == (body.messages is None):
+            raise BadRequest("text or messages must be given, and not both", "text")
+        tokenizer, text, messages = service.model.tokenizer, body.text, body.messages or []
+        if text is not None:
+            ids = await asyncio.to_thread(tokenizer.encode, text)
+        else:
+            ids = await asyncio.to_thread(tokenizer.encode_chat, [message.plain() for message in messages])
+        return schemas.Tokens(tokens=ids, count=len(ids))
+
+    @app.post("/detokenize", responses=failures.RESPONSES)
+    async def detokenize(body: schemas.DetokenizeRequest, service: Shared) -> schemas.PlainText:
+        """The text of token ids."""
+        try:
+            return schemas.PlainText(text=service.model.tokenizer.decode(body.tokens))
+        except BadRequest as error:
+            raise BadRequest(str(error), "tokens") from None
+
+    @app.get("/health", response_model=schemas.Health, responses={503: {"model": schemas.Health}})
+    async def health(service: Shared) -> Response:
+        """Whether the model is loaded: 200, or 503 while it is not."""
+        body = {"status": "ok" if service.ready else "loading", "model": service.name}
+        return JSONResponse(body, 200 if service.ready else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=failures.RESPONSES)
+    async def metrics(service: Shared) -> Response:
+        """Counts and times in the Prometheus text format."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _add_pages(app: FastAPI) -> None:
+    """What a browser shows."""
+    headers = {"content-security-policy": PAGE_POLICY, "cache-control": "no-cache"}
+    chat = (PAGE / "index.html").read_text(encoding="utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return HTMLResponse(chat, headers=headers)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(docs_page(app.openapi()), headers=headers)
+
+    app.mount("/page", StaticFiles(directory=PAGE))
+
+
+class _Count:
+    """ASGI middleware that counts requests by route and status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path: Any = getattr(scope.get("route"), "path", None) or "other"   # not the path: anybody can invent one
+                self._metrics.requests.labels(scope["method"], path, str(message["status"])).inc()
+            await send(message)
+
+        await self._app(scope, receive, counted if scope["type"] == "http" else send)

@@ -1,0 +1,136 @@
+"""Every failure as one JSON shape, that of the OpenAI interface, with the status that its clients expect.
+
+    {"error": {"message": "...", "type": "invalid_request_error", "param": "messages[0].role", "code": "invalid_value"}}
+
+    400   the prompt is longer than the context, or the host's review refused it
+    401   no or a wrong API key                     408   the body does not come
+    403   a Host or Origin that is not allowed      413   the body is too large
+    404   no such route, model or request           415   not JSON
+    405   no such method of a route                 422   a parameter is wrong: `param` names it
+    409   the request id is in use                  429   the queue is full: Retry-After says when to try again
+    499   the request was cancelled                 500   a bug here, or a damaged model
+    503   the model is loading, or the server shuts down
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from edgemistral.errors import BadRequest, Cancelled, ContextOverflow, EdgeMistralError
+from edgemistral.server.scheduler import IdInUse, QueueFull, Unavailable
+from edgemistral.server.service import Refused
+
+INVALID = "invalid_request_error"
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Failure(BaseModel):
+    """What every response but a success looks like."""
+
+    error: ErrorBody
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": Failure, "description": text}
+    for status, text in (
+        (400, "The prompt does not fit into the context, or was refused"),
+        (401, "API key missing or wrong"),
+        (403, "Host or Origin not allowed"),
+        (404, "Not found"),
+        (408, "The body did not come in time"),
+        (409, "The request id is in use"),
+        (413, "The body is too large"),
+        (415, "Not JSON"),
+        (422, "A parameter is wrong"),
+        (429, "The queue is full"),
+        (499, "Cancelled"),
+        (500, "A bug, or a damaged model"),
+        (503, "The model is loading, or the server shuts down"),
+    )
+}
+
+
+def body_of(message: str, kind: str = INVALID, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param or None, "code": code}}
+
+
+def response(status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON response; escaped to ASCII, so that any text a client sent can be quoted in it."""
+    return Response(json.dumps(body), status, headers, media_type="application/json")
+
+
+def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """An error of ours as (status, body, headers)."""
+    if isinstance(error, ContextOverflow):
+        return 400, body_of(str(error), param="messages", code="context_length_exceeded"), {}
+    if isinstance(error, BadRequest):
+        return 422, body_of(str(error), param=error.field, code="invalid_value"), {}
+    if isinstance(error, Refused):
+        return 400, body_of(str(error), code="content_filter"), {}
+    if isinstance(error, IdInUse):
+        return 409, body_of(str(error), param="X-Request-Id", code="id_in_use"), {}
+    if isinstance(error, Unavailable):
+        status, code = (429, "queue_full") if isinstance(error, QueueFull) else (503, "unavailable")
+        return status, body_of(str(error), "server_error", code=code), {"retry-after": str(error.retry_after)}
+    if isinstance(error, Cancelled):
+        return 499, body_of(str(error), "cancelled", code="cancelled"), {}
+    message = str(error) if isinstance(error, EdgeMistralError) else "an error inside the server"
+    return 500, body_of(message, "server_error", code="internal_error"), {}
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of the app's endpoints such a response."""
+    async def own(_: Request, error: Exception) -> Response:
+        return response(*describe(error))
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        field, message = _explain(error.errors(), error.body)
+        return response(422, body_of(f"{field}: {message}", param=field, code="invalid_value"))
+
+    async def http(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        status = 422 if error.status_code == 400 else error.status_code   # of FastAPI: a body that is no JSON
+        return response(status, body_of(str(error.detail)), error.headers)
+
+    app.add_exception_handler(EdgeMistralError, own)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, own)
+
+
+def _explain(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str]:
+    """pydantic's complaints -> the path of the field that is wrong, and what must be there.
+
+    Of several alternatives (a text, or a list of parts) the complaint counts that came furthest into the body.
+    """
+    paths = [_path(error["loc"], body, missing=error["type"] == "missing") for error in errors]
+    deepest = max(range(len(errors)), key=lambda i: (paths[i].count(".") + paths[i].count("["), -i))
+    field = paths[deepest]
+    messages = dict.fromkeys(str(error["msg"]) for error, path in zip(errors, paths, strict=True) if path == field)
+    return field, ", or: ".join(messages)
+
+
+def _path(location: Sequence[int | str], body: object, missing: bool) -> str:
+    """("body", "messages", 0, "content", "str") -> "messages[0].content": only what can be followed into the body."""
+    path, value = "", body
+    for i, step in enumerate(location[1:], 1):
+        if isinstance(step, int) and isinstance(value, list) and step < len(value):
+            path, value = f"{path}[{step}]", value[step]
+        elif isinstance(value, dict) and (step in value or (missing and i == len(location) - 1)):
+            path, value = f"{path}.{step}" if path else str(step), value.get(step)
+    return path or "body"

@@ -1,0 +1,232 @@
+"""Many clients, one thread that computes: a bounded queue in which the clients take turns.
+
+Requests are handled on an event loop; a `Job` carries their work to the compute thread and what comes of it back. The
+compute thread never waits for a reader: events pile up in the job (at most one answer) until the loop takes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from edgemistral.errors import Cancelled, EdgeMistralError
+
+Work = Callable[[], Iterator[None]]   # run on the compute thread; at each `yield` others may have their turn
+
+
+class Unavailable(EdgeMistralError):
+    """No work is taken now; trying again makes sense after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class QueueFull(Unavailable):
+    """Too many requests are waiting already."""
+
+
+class IdInUse(EdgeMistralError):
+    """Another request of this id is under way."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """So many of the prompt's tokens that have to be computed are done."""
+
+    done: int
+    total: int
+
+
+class Job:
+    """One request's work. Make it on the event loop; `emit` and `cancelled` are for the compute thread.
+
+    id: names it for `Scheduler.cancel`. client: whose turn it takes.
+    """
+
+    def __init__(self, job_id: str, client: str) -> None:
+        self.id, self.client = job_id, client
+        self.ended = False                       # no event follows
+        self._loop = asyncio.get_running_loop()
+        self._arrived = asyncio.Event()
+        self._lock = threading.Lock()
+        self._events: list[Any] = []
+        self._error: BaseException | None = None
+        self._reason: EdgeMistralError | None = None
+
+    def cancelled(self) -> bool:
+        """Whether to stop: asked before every chunk of a prompt and every token."""
+        return self._reason is not None
+
+    def emit(self, event: Any) -> None:
+        """Send an event to the loop."""
+        with self._lock:
+            self._events.append(event)
+            first = len(self._events) == 1
+        if first:   # otherwise the loop has been told and has not come yet
+            self._tell()
+
+    def progress(self, done: int, total: int) -> None:
+        """A `progress` for the engine: an event after each chunk of a long prompt."""
+        if done < total:
+            self.emit(Progress(done, total))
+
+    def end(self, error: BaseException | None = None) -> None:
+        """No event follows; the reader gets the error, or the reason for which the job was cancelled."""
+        self._error, self.ended = self._reason or error, True
+        self._tell()
+
+    async def batches(self, tick: float) -> AsyncIterator[list[Any]]:
+        """The events as they come, all that are there at once; an empty list after `tick` seconds without any."""
+        while True:
+            timer = self._loop.call_later(tick, self._arrived.set)
+            await self._arrived.wait()
+            timer.cancel()
+            self._arrived.clear()
+            ended = self.ended   # before the events are taken: what came before the end is there now
+            with self._lock:
+                events, self._events = self._events, []
+            if events or not ended:
+                yield events
+            if ended:
+                if self._error is not None:
+                    raise self._error
+                return
+
+    def cancel_for(self, reason: EdgeMistralError) -> None:
+        """For the scheduler: `cancelled` is true from now on."""
+        self._reason = self._reason or reason
+
+    def _tell(self) -> None:
+        with contextlib.suppress(RuntimeError):   # the loop is closed: nobody reads any more
+            self._loop.call_soon_threadsafe(self._arrived.set)
+
+
+class Scheduler:
+    """The queue and the thread, which starts with the first job. Its methods return at once; any thread may call them.
+
+    capacity: jobs that may wait; one client may have half of the places.
+    """
+
+    def __init__(self, capacity: int = 128) -> None:
+        self.capacity = capacity
+        self._changed = threading.Condition()
+        self._waiting: OrderedDict[str, deque[tuple[Job, Iterator[None]]]] = OrderedDict()   # whose turn is next: first
+        self._jobs: dict[str, Job] = {}
+        self._running: Job | None = None
+        self._closed: EdgeMistralError | None = None
+        self._thread: threading.Thread | None = None
+        self._seconds = 1.0   # a job's, on average
+
+    @property
+    def waiting(self) -> int:
+        """Jobs in the queue."""
+        return sum(len(jobs) for jobs in list(self._waiting.values()))
+
+    @property
+    def running(self) -> bool:
+        """Whether the compute thread is at work."""
+        return self._running is not None
+
+    def submit(self, job: Job, work: Work) -> None:
+        """Put a job into the queue. Raises QueueFull, IdInUse, or what `close` was given."""
+        with self._changed:
+            if self._closed is not None:
+                raise self._closed
+            if job.id in self._jobs:
+                raise IdInUse(f"a request {job.id} is under way")
+            waiting, own = self.waiting, self._waiting.get(job.client, ())
+            if waiting >= self.capacity or len(own) >= max(1, self.capacity // 2):
+                seconds = max(1, min(60, round(self._seconds * waiting)))
+                raise QueueFull(f"{waiting} requests are waiting already", seconds)
+            self._jobs[job.id] = job
+            self._waiting.setdefault(job.client, deque()).append((job, work()))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="edgemistral-compute", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def cancel(self, job_id: str, reason: EdgeMistralError | None = None) -> bool:
+        """Stop a job before its next token or chunk, at once if it has not begun; False if there is none of this id."""
+        with self._changed:
+            job = self._jobs.get(job_id)
+            if job is None:
+                return False
+            job.cancel_for(reason or Cancelled("the request was cancelled"))
+            if job is not self._running:
+                self._forget(job)
+            return True
+
+    def close(self, reason: EdgeMistralError, grace: float = 0.0) -> None:
+        """Take no more jobs, cancel those that wait now, and the one at work after `grace` seconds."""
+        with self._changed:
+            self._closed = reason
+            for job in list(self._jobs.values()):
+                if job is not self._running:
+                    self.cancel(job.id, reason)
+            self._changed.notify()
+            running = self._running
+        if running is not None:
+            timer = threading.Timer(grace, self.cancel, (running.id, reason))
+            timer.daemon = True
+            timer.start()
+
+    def join(self, timeout: float) -> bool:
+        """After `close`: wait for the compute thread; False if it is still at work after `timeout` seconds."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+            return not self._thread.is_alive()
+        return True
+
+    def _forget(self, job: Job) -> None:
+        """Take a job that is not running out of the queue."""
+        del self._jobs[job.id]
+        jobs = self._waiting[job.client]
+        jobs.remove(next(entry for entry in jobs if entry[0] is job))
+        if not jobs:
+            del self._waiting[job.client]
+        job.end()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting:
+                    if self._closed is not None:
+                        return
+                    self._changed.wait()
+                client, jobs = next(iter(self._waiting.items()))
+                job, steps = jobs.popleft()
+                self._running = job
+                if jobs:
+                    self._waiting.move_to_end(client)
+                else:
+                    del self._waiting[client]
+            self._step(job, steps)
+
+    def _step(self, job: Job, steps: Iterator[None]) -> None:
+        """One turn of a job."""
+        started, error, ended = time.monotonic(), None, False
+        try:
+            if not job.cancelled():
+                next(steps)
+            ended = job.cancelled()
+        except StopIteration:
+            ended = True
+        except BaseException as problem:
+            error, ended = problem, True
+        with self._changed:
+            self._running = None
+            self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
+            if ended:
+                del self._jobs[job.id]
+            else:   # before the client's other jobs, behind the other clients
+                self._waiting.setdefault(job.client, deque()).appendleft((job, steps))
+                self._waiting.move_to_end(job.client)
+        if ended:
+            job.end(error)

@@ -1,0 +1,79 @@
+"""The model card's sample JSON: `POST /score`, and `POST /` as well."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, Request
+from pydantic import WithJsonSchema
+from starlette.responses import JSONResponse, Response
+
+from edgemistral import sample_json
+from edgemistral.server import streaming
+from edgemistral.server.failures import RESPONSES
+from edgemistral.server.service import Finished, Piece, Refused, Service, service_of, warnings_header
+
+router = APIRouter(responses=RESPONSES)
+MESSAGE = {
+    "type": "object", "required": ["role", "content"],
+    "properties": {"role": {"enum": ["system", "user", "assistant"]}, "content": {"type": "string"}},
+}
+CONVERSATION = {"type": "array", "minItems": 1, "items": MESSAGE}
+SampleJson = Annotated[Any, WithJsonSchema({
+    "title": "SampleRequest",
+    "type": "object",
+    "required": ["input_data"],
+    "properties": {"input_data": {
+        "type": "object",
+        "required": ["input_string"],
+        "properties": {
+            "input_string": {"anyOf": [
+                CONVERSATION,
+                {"type": "array", "minItems": 1, "items": {"type": "string"}},
+                {"type": "array", "minItems": 1, "items": CONVERSATION},
+            ]},
+            "parameters": {"type": "object", "properties": {
+                "temperature": {"type": "number", "minimum": 0},
+                "top_p": {"type": "number", "minimum": 0, "maximum": 1},
+                "top_k": {"type": "integer", "minimum": 0},
+                "min_p": {"type": "number", "minimum": 0, "maximum": 1},
+                "repetition_penalty": {"type": "number", "exclusiveMinimum": 0},
+                "seed": {"type": "integer", "minimum": 0},
+                "max_new_tokens": {"type": "integer", "minimum": 0},
+                "stop": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+                **{name: {"type": "boolean"} for name in ("do_sample", "return_full_text", "per_message", "safe_prompt")},
+            }},
+        },
+    }},
+    "example": {"input_data": {
+        "input_string": [{"role": "user", "content": "What should I see in Paris?"}],
+        "parameters": {"temperature": 0.6, "top_p": 0.9, "do_sample": True, "max_new_tokens": 200},
+    }},
+})]
+
+
+@router.post("/", response_model=list[dict[str, str]], include_in_schema=False)
+@router.post("/score", response_model=list[dict[str, str]])
+async def score(
+    body: Annotated[SampleJson, Body()], request: Request, service: Annotated[Service, Depends(service_of)]
+) -> Response:
+    """Answer a conversation, or several prompts: `[{"0": "...", "1": "..."}]`."""
+    job = service.job(request, "score")
+    sample = sample_json.parse(body)
+    sample = replace(sample, prompts=[
+        replace(prompt, messages=await service.review("prompt", prompt.messages)) for prompt in sample.prompts
+    ])
+    events = await streaming.begun(service.events(request, job, lambda: sample_json.replies(
+        service.model, sample, job.progress, job.cancelled
+    )))
+    texts = [""] * len(sample.prompts)
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Piece):
+                texts[event.index] += event.text
+            elif isinstance(event, Finished) and event.finish_reason == "content_filter":
+                raise Refused(f"answer {event.index} was refused")
+    headers = {"x-request-id": job.id, **warnings_header(sample.warnings)}
+    return JSONResponse(sample_json.output(service.model, sample, texts), headers=headers)

@@ -1,0 +1,245 @@
+"""What the endpoints share: the model (also before it is loaded), the queue, the host's review, and how answers come."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+import secrets
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import Request
+
+from edgemistral.engine import Usage
+from edgemistral.errors import BadRequest, Cancelled, EdgeMistralError
+from edgemistral.grammar import GrammarCompiler
+from edgemistral.model import Model, Reply
+from edgemistral.sampler import Logprobs
+from edgemistral.server.metrics import Metrics
+from edgemistral.server.scheduler import Job, Progress, Scheduler, Unavailable
+
+KEEP_ALIVE = 5.0     # seconds without news after which a stream gets a comment
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+Review = Callable[[str, Any], Any | Awaitable[Any]]
+
+
+class Refused(EdgeMistralError):
+    """Raise this in a `review` to refuse a prompt or an answer; the message is shown to the client."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an answer that was asked for its log probabilities; start: where its text begins."""
+
+    token_id: int
+    start: int
+    logprobs: Logprobs
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More text of answer number `index`, and if they were asked for, the tokens that begin in it."""
+
+    index: int
+    text: str
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Answer number `index` is whole; finish_reason: "stop", "length" or "content_filter"."""
+
+    index: int
+    finish_reason: str
+    usage: Usage
+
+
+Event = Progress | Piece | Finished
+
+
+class Service:
+    """The model behind the endpoints. `load` gives it; `ready` is false until it has."""
+
+    def __init__(self, model: Model | None, queue: int, review: Review | None) -> None:
+        self.name = "" if model is None else model_name(model)
+        self.scheduler = Scheduler(queue)
+        self.metrics = Metrics(lambda: self.scheduler.waiting, lambda: self.scheduler.running, self._kv_bytes)
+        self.started = int(time.time())
+        self._model, self._review = model, review
+        self._compiler: GrammarCompiler | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self._model is not None
+
+    @property
+    def model(self) -> Model:
+        """Raises Unavailable while it loads."""
+        if self._model is None:
+            raise Unavailable("the model is loading", retry_after=5)
+        return self._model
+
+    @property
+    def reviewed(self) -> bool:
+        return self._review is not None
+
+    def load(self, loader: Callable[[], Model], failed: Callable[[BaseException], None]) -> None:
+        """Load the model on a thread of its own; `failed` is called there if it cannot be."""
+        def work() -> None:
+            try:
+                model = loader()
+                self.name, self._model = model_name(model), model
+            except BaseException as problem:
+                failed(problem)
+
+        threading.Thread(target=work, name="edgemistral-load", daemon=True).start()
+
+    def compiler(self) -> GrammarCompiler:
+        """For grammars; made when the first one comes."""
+        if self._compiler is None:
+            self._compiler = GrammarCompiler(self.model.tokenizer)
+        return self._compiler
+
+    def job(self, request: Request, kind: str, user: str | None = None) -> Job:
+        """A job for a request. Its id is the client's X-Request-Id, or a new one that nobody can guess.
+
+        Clients are told apart by address, User-Agent and the `user` of the request: on loopback all have one address.
+        """
+        job_id = request.headers.get("x-request-id")
+        if job_id is None:
+            job_id = f"{kind}-{secrets.token_hex(16)}"
+        elif not REQUEST_ID.fullmatch(job_id):
+            raise BadRequest("X-Request-Id must be up to 128 letters, digits, dots, - and _", "X-Request-Id")
+        address = request.client.host if request.client else ""
+        return Job(job_id, f"{address} {request.headers.get('user-agent', '')} {user or ''}")
+
+    async def review(self, kind: str, value: Any) -> Any:
+        """What the host application makes of a "prompt" (messages or a text) or an "answer" (a text)."""
+        if self._review is None:
+            return value
+        if inspect.iscoroutinefunction(self._review):
+            return await self._review(kind, value)
+        result = await asyncio.to_thread(self._review, kind, value)
+        return await result if inspect.isawaitable(result) else result
+
+    async def events(
+        self, request: Request, job: Job, make: Callable[[], Sequence[Reply]]
+    ) -> AsyncGenerator[Event | None, None]:
+        """Queue the replies that `make` gives and tell what happens: None once they are queued and whenever nothing did
+        for a while. The work stops when the client goes away or the caller stops listening.
+
+        With a review every answer comes as one piece, after the host has seen all of it. Raises what `make` raises,
+        QueueFull and Unavailable before the first event.
+        """
+        replies = await asyncio.to_thread(make)   # tokenizing a long text takes a while
+        events = self._run(request, job, replies)
+        async with aclosing(events if self._review is None else self._reviewed(events)) as given:
+            async for event in given:
+                yield event
+
+    async def _run(self, request: Request, job: Job, replies: Sequence[Reply]) -> AsyncGenerator[Event | None, None]:
+        arrived, told = time.monotonic(), False
+        self.scheduler.submit(job, lambda: _answer(job, replies))
+        watcher = asyncio.create_task(self._watch(request, job))
+        try:
+            yield None
+            async for batch in job.batches(KEEP_ALIVE):
+                if not told and any(isinstance(event, Piece) for event in batch):
+                    told = True
+                    self.metrics.first_token.observe(time.monotonic() - arrived)
+                for event in _merged(batch) if batch else (None,):
+                    yield event
+        finally:
+            watcher.cancel()
+            self.scheduler.cancel(job.id)
+            for reply in replies:
+                self.metrics.count(reply.usage)
+
+    async def _reviewed(
+        self, events: AsyncGenerator[Event | None, None]
+    ) -> AsyncGenerator[Event | None, None]:
+        texts: dict[int, str] = {}
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, Piece):
+                    texts[event.index] = texts.get(event.index, "") + event.text
+                elif isinstance(event, Finished):
+                    try:
+                        text = await self.review("answer", texts.pop(event.index, ""))
+                    except Refused:
+                        yield replace(event, finish_reason="content_filter")
+                    else:
+                        yield Piece(event.index, text, ())
+                        yield event
+                else:
+                    yield event
+
+    def close(self, grace: float = 0.0, timeout: float = 5.0) -> bool:
+        """Take no more requests, cancel what is under way (what is at work now: after `grace` seconds), and wait for
+        the compute thread; False if it is still at work after `timeout` seconds. The model stays open."""
+        self.shut_down(grace)
+        return self.scheduler.join(timeout)
+
+    def shut_down(self, grace: float = 0.0) -> None:
+        """`close` without waiting."""
+        self.scheduler.close(Unavailable("the server is shutting down", retry_after=10), grace)
+
+    async def _watch(self, request: Request, job: Job) -> None:
+        """Stop the work of a client that has gone away."""
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self.scheduler.cancel(job.id, Cancelled("the client has gone away"))
+
+    def _kv_bytes(self) -> int:
+        return self._model.kv_bytes if self._model is not None else 0
+
+
+def service_of(request: Request) -> Service:
+    """The service of the app that handles a request."""
+    service: Service = request.app.state.service
+    return service
+
+
+def warnings_header(warnings: Sequence[str]) -> dict[str, str]:
+    """Names that mean nothing here, in a form that a header can hold."""
+    text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
+    return {"warnings": "".join(c if c.isprintable() else "?" for c in text)[:1000]} if warnings else {}
+
+
+def model_name(model: Model) -> str:
+    """What a model is called towards clients: the name of its file, without the folder."""
+    return model.path.stem if model.path is not None else "edgemistral"
+
+
+def _answer(job: Job, replies: Sequence[Reply]) -> Iterator[None]:
+    """The work of a job, on the compute thread: one reply after another, with a turn of its own for each."""
+    for index, reply in enumerate(replies):
+        told = 0   # tokens
+        for piece in reply:
+            end = bisect_left(reply.starts, len(reply.text), told)
+            tokens = zip(reply.token_ids[told:end], reply.starts[told:end], reply.logprobs[told:end], strict=False)
+            job.emit(Piece(index, piece, tuple(Token(*token) for token in tokens)))
+            told = end
+        job.emit(Finished(index, "stop" if reply.finish_reason == "stop" else "length", reply.usage))
+        yield
+
+
+def _merged(batch: list[Event]) -> list[Event]:
+    """Consecutive pieces of one answer as one, and of consecutive progress the last."""
+    merged: list[Event] = []
+    for event in batch:
+        last = merged[-1] if merged else None
+        if isinstance(last, Piece) and isinstance(event, Piece) and last.index == event.index:
+            merged[-1] = Piece(last.index, last.text + event.text, last.tokens + event.tokens)
+        elif isinstance(last, Progress) and isinstance(event, Progress):
+            merged[-1] = event
+        else:
+            merged.append(event)
+    return merged

@@ -1,0 +1,64 @@
+"""Answers as server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from edgemistral.server import failures
+from edgemistral.server.scheduler import Progress
+from edgemistral.server.service import Event
+
+logger = logging.getLogger(__name__)
+
+
+def data(value: Any) -> bytes:
+    """One event with a JSON value."""
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+
+
+def comment(event: Progress | None) -> bytes:
+    """What clients skip: a sign of life, or how much of the prompt is read."""
+    return b": waiting\n\n" if event is None else f": prompt {event.done}/{event.total}\n\n".encode()
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+class EventStream(Response):
+    """Sends the chunks as they come. The headers are gone when something fails on the way, so that is an event, too."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        super().__init__(headers=headers)
+        del self.headers["content-length"]
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def body(chunk: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": chunk, "more_body": more})
+
+        async with aclosing(self._chunks) as chunks:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                async for chunk in chunks:
+                    await body(chunk)
+            except Exception as error:
+                status, failure, _ = failures.describe(error)
+                if status == 500:
+                    logger.exception("a stream failed")
+                await body(data(failure))
+        await body(b"", more=False)
+
+
+async def begun(events: AsyncGenerator[Event | None, None]) -> AsyncGenerator[Event | None, None]:
+    """The events, once they are queued: what refuses a request is raised here, while its status can still tell."""
+    await anext(events)
+    return events
