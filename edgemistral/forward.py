@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from edgemistral.kernels.activations import (
     Activations,
     inverse_rms,
+    keep_residue,
     normalize_block,
     quantize_block,
     swiglu,
@@ -80,9 +81,6 @@ class Own(NamedTuple):
     attention: AttentionScratch
     hidden: NDArray[np.float32]    # (tokens * 128,) one block of SwiGLU's output for every token
     row: NDArray[np.float32]       # (128,) one block of one token
-    residue: NDArray[np.float32]   # (128,) what the first digit of a token's block left over
-    bytes: NDArray[np.int8]        # (128,) codes of one block
-    words: NDArray[np.int32]       # the same bytes
 
 
 # ---- the phases ------------------------------------------------------------------------------------------------------
@@ -114,7 +112,7 @@ def _normalize(rank, threads, sync, phase, shape, weights, norm, zero, tokens, s
             for block in range(shape.dim_cols // BLOCK):
                 size, weight_at = shape.dim - BLOCK * block, norm + 4 * BLOCK * block
                 normalize_block(state.x, at + BLOCK * block, weights.blob, weight_at, factor, size, own.row)
-                quantize_block(own.row, 0, zero, state.narrow, tokens, token, block, (own.bytes, own.words))
+                quantize_block(own.row, 0, zero, state.narrow, tokens, token, block)
     barrier(sync, phase, threads)
 
 
@@ -166,12 +164,12 @@ def _rotate_and_append(rank, threads, sync, phase, shape, layer, position, token
                 query = at + (head * shape.group + h) * hd
                 rotate(state.qkv, query, hd, state.cos, state.sin, token * half)
                 row = head * rows_of_head + token * shape.group + h
-                take_query(state.qkv, query, hd, kv.bits, state.queries, row, own.attention)
+                take_query(state.qkv, query, hd, kv.bits, state.queries, row)
             key = at + (shape.n_heads + head) * hd
             rotate(state.qkv, key, hd, state.cos, state.sin, token * half)
             value = key + shape.n_kv_heads * hd
             block = block_at(kv, layer, shape.n_layers, shape.n_kv_heads, head, (position + token) // POSITIONS)
-            append_key_value(cache, block, kv.bits, position + token, state.qkv, key, value, hd, own.attention)
+            append_key_value(cache, block, kv.bits, position + token, state.qkv, key, value, hd)
     barrier(sync, phase, threads)
 
 
@@ -201,7 +199,7 @@ def _quantize_mixed(rank, threads, sync, phase, shape, zero, tokens, state, own)
         for token in range(first, last):
             for block in range(shape.q_cols // BLOCK):
                 at = token * shape.q_cols + BLOCK * block
-                quantize_block(state.mixed, at, zero, state.narrow, tokens, token, block, (own.bytes, own.words))
+                quantize_block(state.mixed, at, zero, state.narrow, tokens, token, block)
     barrier(sync, phase, threads)
 
 
@@ -220,7 +218,7 @@ def _gate_and_up(rank, threads, sync, phase, weights, matrix, zero, tokens, stat
                     up = load_f32(own.matrix.result, PAIR * token + PANEL)
                     store_f32(own.hidden, BLOCK * token + PANEL * pair, swiglu(gate, up))
             for token in range(tokens):
-                quantize_block(own.hidden, BLOCK * token, zero, state.wide, tokens, token, block, (own.bytes, own.words))
+                quantize_block(own.hidden, BLOCK * token, zero, state.wide, tokens, token, block)
     barrier(sync, phase, threads)
 
 
@@ -241,10 +239,9 @@ def _normalize_in_two_digits(rank, threads, sync, phase, shape, weights, norm, z
             for block in range(shape.dim_cols // BLOCK):
                 size, weight_at = shape.dim - BLOCK * block, norm + 4 * BLOCK * block
                 normalize_block(state.x, at + BLOCK * block, weights.blob, weight_at, factor, size, own.row)
-                step = quantize_block(own.row, 0, zero, state.narrow, 2 * tokens, 2 * token, block, (own.bytes, own.words))
-                for i in range(BLOCK):
-                    own.residue[i] = own.row[i] - step * np.float32(own.bytes[i])
-                quantize_block(own.residue, 0, zero, state.narrow, 2 * tokens, 2 * token + 1, block, (own.bytes, own.words))
+                top = quantize_block(own.row, 0, zero, state.narrow, 2 * tokens, 2 * token, block)
+                keep_residue(own.row, top)
+                quantize_block(own.row, 0, zero, state.narrow, 2 * tokens, 2 * token + 1, block)
     barrier(sync, phase, threads)
 
 

@@ -12,7 +12,7 @@ from edgemistral.blob import Blob
 from edgemistral.config import ModelConfig
 from edgemistral.errors import BadRequest, ContextOverflow
 from edgemistral.forward import PHASES_OF_LAYER, Own, Shape, State, forward
-from edgemistral.kernels.activations import TILE, Activations
+from edgemistral.kernels.activations import LONG, SHORT, Activations
 from edgemistral.kernels.attention import POSITIONS, ROWS, SPAN, AttentionScratch, Queries
 from edgemistral.kernels.matmul import PAIR, MatrixScratch
 from edgemistral.kv_cache import KVCache
@@ -127,7 +127,7 @@ def _aligned(n: int, dtype: Any) -> NDArray[Any]:
 
 def _workspace(shape: Shape, chunk: int, threads: int, array: Allocate = _aligned) -> tuple[State, Sequence[Own]]:
     """All that a Transformer computes in; `array(n, dtype)` makes each part."""
-    tokens, hd = round_up(2 * chunk, TILE), shape.head_dim      # twice: the head meets two digits of each token
+    tokens, hd = _tiled(2 * chunk), shape.head_dim      # twice: the head meets two digits of each token
     rows, rows_of_span = shape.n_kv_heads * round_up(chunk * shape.group, ROWS), round_up(SPAN * shape.group, ROWS)
 
     def activations(tokens: int, cols: int) -> Activations:
@@ -138,7 +138,6 @@ def _workspace(shape: Shape, chunk: int, threads: int, array: Allocate = _aligne
 
     def own() -> Own:
         probabilities = array(ROWS * POSITIONS, np.float32)
-        block, head = array(BLOCK, np.int8), array(hd, np.int8)
         return Own(
             MatrixScratch(
                 weights=array(PAIR * BLOCK, np.uint8),
@@ -153,15 +152,9 @@ def _workspace(shape: Shape, chunk: int, threads: int, array: Allocate = _aligne
                 codes=probabilities.view(np.uint8),
                 first_seen=array(ROWS, np.int64),
                 last_seen=array(ROWS, np.int64),
-                head_bytes=head,
-                head_words=head.view(np.int32),
-                head_halves=array(hd, np.uint16),
             ),
             hidden=array(chunk * BLOCK, np.float32),
             row=array(BLOCK, np.float32),
-            residue=array(BLOCK, np.float32),
-            bytes=block,
-            words=block.view(np.int32),
         )
 
     queries = array(rows * hd, np.int8)
@@ -170,7 +163,7 @@ def _workspace(shape: Shape, chunk: int, threads: int, array: Allocate = _aligne
         qkv=array(chunk * shape.qkv_dim, np.float32),
         mixed=array(chunk * shape.q_cols, np.float32),
         narrow=activations(tokens, max(shape.dim_cols, shape.q_cols)),
-        wide=activations(round_up(chunk, TILE), shape.hidden_cols),
+        wide=activations(_tiled(chunk), shape.hidden_cols),
         queries=Queries(
             queries, queries.view(np.int32), array(rows, np.int32), array(rows, np.float32), array(rows * hd, np.float32)
         ),
@@ -179,6 +172,11 @@ def _workspace(shape: Shape, chunk: int, threads: int, array: Allocate = _aligne
         sin=array(chunk * hd // 2, np.float32),
     )
     return state, [own() for _ in range(threads)]
+
+
+def _tiled(tokens: int) -> int:
+    """Room for so many tokens in tiles of either size."""
+    return max(round_up(tokens, SHORT), round_up(tokens, LONG))
 
 
 def _logits(shape: Shape, n_logits: int, array: Allocate = _aligned) -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from packed import empty_activations, unpack_activations
 
-from edgemistral.kernels.activations import inverse_rms, normalize_block, quantize_block, swiglu
+from edgemistral.kernels.activations import inverse_rms, keep_residue, normalize_block, quantize_block, swiglu
 from edgemistral.kernels.jit import entry
 from edgemistral.kernels.simd import load_f32, store_f32
 from edgemistral.layout import BLOCK, GROUP, round_up
@@ -21,32 +21,45 @@ def spread(rng, *shape):
 
 
 @entry
-def quantized(x, zero, activations, bytes_, words, steps):
-    """x (tokens, whole blocks), every token and block in turn; steps receives the scales that are returned."""
+def quantized(x, zero, activations, tops):
+    """x (tokens, whole blocks), every token and block in turn; tops receives the largest magnitudes that are returned."""
     for token in range(x.shape[0]):
         for block in range(x.shape[1] // BLOCK):
-            at, scratch = token * x.shape[1] + BLOCK * block, (bytes_, words)
-            scale = quantize_block(x.reshape(-1), at, zero, activations, x.shape[0], token, block, scratch)
-            steps[token, block] = scale
+            at = token * x.shape[1] + BLOCK * block
+            tops[token, block] = quantize_block(x.reshape(-1), at, zero, activations, x.shape[0], token, block)
+
+
+@entry
+def residue(x, top):
+    keep_residue(x, top)
 
 
 def check_quantized(x, zero):
-    (tokens, cols), codes = x.shape, np.zeros(BLOCK, np.int8)
-    activations, steps = empty_activations(tokens, cols), np.zeros((tokens, cols // BLOCK), F32)
-    quantized(x, np.int32(zero), activations, codes, codes.view(np.int32), steps)
+    tokens, cols = x.shape
+    activations, tops = empty_activations(tokens, cols), np.zeros((tokens, cols // BLOCK), F32)
+    quantized(x, np.int32(zero), activations, tops)
     got_codes, got_sums, got_scales = unpack_activations(activations, tokens, cols)
     codes, scales = naive.quantize_activations(x)
     np.testing.assert_array_equal(got_codes, codes)
     np.testing.assert_array_equal(got_scales, scales)
     np.testing.assert_array_equal(got_sums, -zero * codes.reshape(tokens, -1, GROUP).sum(axis=2, dtype=np.int32))
-    np.testing.assert_array_equal(steps, scales)
+    np.testing.assert_array_equal(tops / F32(127), scales)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 9, 33])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 9, 16, 17, 33])
 def test_quantize_block(tokens):
     rng = np.random.default_rng(tokens)
     for cols, zero in ((128, 64), (384, 128)):
         check_quantized(spread(rng, tokens, cols), zero)
+
+
+def test_keep_residue():
+    x = np.random.default_rng(0).standard_normal(BLOCK).astype(F32)
+    codes, scale = naive.quantize_int8(x)
+    rest = x.copy()
+    residue(rest, np.abs(x).max())
+    np.testing.assert_array_equal(rest, x - codes * scale)
+    assert np.abs(rest).max() <= scale * F32(0.51)
 
 
 def test_quantize_block_of_extreme_values():

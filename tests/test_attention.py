@@ -51,12 +51,12 @@ def attend_chunk(chunk, x, cos, sin, cache, kv, queries, scratch, out):
         for h in range(c.n_heads):
             rotate(x, at + h * hd, hd, cos, sin, angle)
             row = h // group * rows_of_head + token * group + h % group
-            take_query(x, at + h * hd, hd, kv.bits, queries, row, scratch)
+            take_query(x, at + h * hd, hd, kv.bits, queries, row)
         for head in range(c.n_kv_heads):
             key = at + (c.n_heads + head) * hd
             rotate(x, key, hd, cos, sin, angle)
             block = block_at(kv, layer, n_layers, c.n_kv_heads, head, (c.position + token) // POSITIONS)
-            append_key_value(cache, block, kv.bits, c.position + token, x, key, key + c.n_kv_heads * hd, hd, scratch)
+            append_key_value(cache, block, kv.bits, c.position + token, x, key, key + c.n_kv_heads * hd, hd)
     for head in range(c.n_kv_heads):
         for first in range(0, c.tokens, SPAN):
             attend(cache, kv, layer, n_layers, c.n_kv_heads, head, group, hd, c.window, c.position, c.tokens,

@@ -8,7 +8,7 @@ import pytest
 from packed import empty_activations
 
 from edgemistral import layout
-from edgemistral.kernels.activations import TILE, quantize_block
+from edgemistral.kernels.activations import quantize_block, tile_size
 from edgemistral.kernels.jit import entry
 from edgemistral.kernels.matmul import PAIR, MatrixAt, MatrixScratch, multiply_pair, zero_of
 from edgemistral.layout import BLOCK, GROUP, PANEL, round_up
@@ -17,13 +17,13 @@ F32 = np.float32
 
 
 @entry
-def multiply(blob, matrix, x, activations, bytes_, words, scratch, out):
+def multiply(blob, matrix, x, activations, scratch, out):
     """out (tokens, rows) = x (tokens, whole blocks), quantized, times the matrix."""
     tokens = x.shape[0]
     for token in range(tokens):
         for block in range(matrix.blocks):
             at = token * x.shape[1] + BLOCK * block
-            quantize_block(x.reshape(-1), at, zero_of(matrix.bits), activations, tokens, token, block, (bytes_, words))
+            quantize_block(x.reshape(-1), at, zero_of(matrix.bits), activations, tokens, token, block)
     for pair in range(matrix.pairs):
         multiply_pair(blob, matrix, pair, activations, tokens, scratch)
         for token in range(tokens):
@@ -46,12 +46,12 @@ class Stored:
 
     def times(self, x):
         """By the kernel."""
-        (tokens, cols), codes = x.shape, np.zeros(BLOCK, np.int8)
-        padded = round_up(tokens, TILE)
+        tokens, cols = x.shape
+        padded = round_up(tokens, tile_size.py_func(tokens))
         result = np.full(padded * PAIR, np.nan, F32)
         scratch = MatrixScratch(np.zeros(PAIR * BLOCK, np.uint8), np.zeros(4 * PAIR, F32), result)
         out = np.full((tokens, len(self.row_scales)), np.nan, F32)
-        multiply(self.blob, self.at, x, empty_activations(tokens, cols), codes, codes.view(np.int32), scratch, out)
+        multiply(self.blob, self.at, x, empty_activations(tokens, cols), scratch, out)
         return out
 
     def naive_times(self, x):

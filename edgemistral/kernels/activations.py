@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemistral.kernels.jit import inner
+from edgemistral.kernels.jit import inlined
 from edgemistral.kernels.simd import (
     absolute,
     add,
@@ -34,9 +34,10 @@ from edgemistral.kernels.simd import (
     mul,
     round_to_i32,
     splat_f32,
+    spread_words,
     store_f32,
-    store_low_bytes,
     sub,
+    to_f32,
     total,
     total_i32,
     where_negative,
@@ -44,7 +45,8 @@ from edgemistral.kernels.simd import (
 )
 from edgemistral.layout import BLOCK, GROUP, GROUPS
 
-TILE = 4     # tokens that meet a pair of panels in registers; one and two have a path of their own
+SHORT, LONG = 4, 6      # tokens of a tile, which meet a pair of panels in registers: of short batches, of long ones
+LONGEST_SHORT = 16      # tokens of a short batch
 
 
 class Activations(NamedTuple):
@@ -56,13 +58,15 @@ class Activations(NamedTuple):
     scales: NDArray[np.float32]    # (tokens * cols / 128,)
 
 
-@inner
+@inlined
 def tile_size(tokens):
-    """T of the packing for so many tokens."""
-    return tokens if tokens <= 2 else TILE
+    """T of the packing for so many tokens. One and two meet the weights without a tile."""
+    if tokens <= 2:
+        return tokens
+    return SHORT if tokens <= LONGEST_SHORT else LONG
 
 
-@inner
+@inlined
 def inverse_rms(x, at, dim, eps):
     """1 / sqrt(mean(x**2) + eps) of the `dim` values at x[at]."""
     squares = zero_f32()
@@ -72,7 +76,7 @@ def inverse_rms(x, at, dim, eps):
     return np.float32(1) / np.sqrt(total(squares) / np.float32(dim) + np.float32(eps))
 
 
-@inner
+@inlined
 def normalize_block(x, at, weight, weight_at, factor, size, result):
     """result[:128] = x[at:at + size] * factor * weight, zeros behind; the weight's offset is in bytes."""
     for i in range(0, BLOCK, 16):
@@ -83,12 +87,9 @@ def normalize_block(x, at, weight, weight_at, factor, size, result):
             store_f32(result, i, zero_f32())
 
 
-@inner
-def quantize_block(x, at, zero, activations, tokens, token, block, scratch):
-    """x[at:at + 128] -> codes, sums and scale of one token's block; returns the scale.
-
-    scratch: (bytes, the same as words), 128 bytes, which keep the codes in column order.
-    """
+@inlined
+def quantize_block(x, at, zero, activations, tokens, token, block):
+    """x[at:at + 128] -> codes, sums and scale of one token's block; returns the largest magnitude."""
     peak = zero_f32()
     for i in range(0, BLOCK, 16):
         peak = maximum(absolute(load_f32(x, at + i)), peak)
@@ -98,21 +99,27 @@ def quantize_block(x, at, zero, activations, tokens, token, block, scratch):
     t = tile_size(tokens)
     tile = block * ((tokens + t - 1) // t) + token // t
     slot = token % t
-    bytes_, words = scratch
     for g in range(GROUPS):
         a = round_to_i32(mul(load_f32(x, at + GROUP * g), factor))
         b = round_to_i32(mul(load_f32(x, at + GROUP * g + 16), factor))
-        store_low_bytes(bytes_, GROUP * g, a)
-        store_low_bytes(bytes_, GROUP * g + 16, b)
+        words = (tile * GROUPS + g) * 8 * t + slot
+        spread_words(activations.words, words, t, a)
+        spread_words(activations.words, words + 4 * t, t, b)
         activations.sums[(tile * GROUPS + g) * t + slot] = -zero * total_i32(add_i32(a, b))
-    for chunk in range(BLOCK // 4):
-        activations.words[(tile * (BLOCK // 4) + chunk) * t + slot] = words[chunk]
-    step = top / np.float32(127)
-    activations.scales[tile * t + slot] = step
-    return step
+    activations.scales[tile * t + slot] = top / np.float32(127)
+    return top
 
 
-@inner
+@inlined
+def keep_residue(x, top):
+    """x[:128] -= what the codes of `quantize_block`, which returned `top`, stand for."""
+    factor, step = splat_f32(np.float32(127) / top), splat_f32(top / np.float32(127))
+    for i in range(0, BLOCK, 16):
+        v = load_f32(x, i)
+        store_f32(x, i, sub(v, mul(to_f32(round_to_i32(mul(v, factor))), step)))
+
+
+@inlined
 def swiglu(gate, up):
     """silu(gate) * up, with silu(g) = g / (1 + e**-g), of 16 values."""
     e = exp(sub(zero_f32(), absolute(gate)))

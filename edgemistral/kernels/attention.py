@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemistral.kernels.jit import inner
+from edgemistral.kernels.jit import inlined, inner
 from edgemistral.kernels.simd import (
     absolute,
     add,
@@ -45,6 +45,9 @@ from edgemistral.kernels.simd import (
     round_to_i32,
     splat_f32,
     splat_i32,
+    spread_bytes,
+    spread_f32_as_f16,
+    spread_words,
     store_f32,
     store_f32_as_f16,
     store_low_bytes,
@@ -93,9 +96,6 @@ class AttentionScratch(NamedTuple):
     codes: NDArray[np.uint8]           # the same bytes
     first_seen: NDArray[np.int64]      # (ROWS,) what each row of the tile at hand may see of the block
     last_seen: NDArray[np.int64]       # (ROWS,)
-    head_bytes: NDArray[np.int8]       # (head_dim,) one head's codes
-    head_words: NDArray[np.int32]      # the same bytes
-    head_halves: NDArray[np.uint16]    # (head_dim,) one head in half floats
 
 
 class Queries(NamedTuple):
@@ -108,7 +108,7 @@ class Queries(NamedTuple):
     floats: NDArray[np.float32]    # [head][tile][ROWS][head_dim], scaled; what 16 bits use
 
 
-@inner
+@inlined
 def block_at(kv, layer, n_layers, n_kv_heads, head, block):
     """Byte offset of a block in the file."""
     segment, within = block // kv.segment_blocks, block % kv.segment_blocks
@@ -117,7 +117,7 @@ def block_at(kv, layer, n_layers, n_kv_heads, head, block):
 
 # ---- on the way in ---------------------------------------------------------------------------------------------------
 
-@inner
+@inlined
 def rotate(x, at, head_dim, cos, sin, angle_at):
     """RoPE (Su et al. 2021) in place on the head at x[at]; pairs are (i, i + head_dim / 2)."""
     half = head_dim // 2
@@ -128,62 +128,52 @@ def rotate(x, at, head_dim, cos, sin, angle_at):
         store_f32(x, at + half + i, fma(a, s, mul(b, c)))
 
 
-@inner
-def _quantize_head(x, at, head_dim, codes):
-    """x[at:at + head_dim] -> int8 codes; returns the scale and the sum of the codes."""
+@inlined
+def _peak(x, at, head_dim):
+    """The largest magnitude of a head, never zero."""
     peak = zero_f32()
     for i in range(0, head_dim, 16):
         peak = maximum(absolute(load_f32(x, at + i)), peak)
-    top = max(highest(peak), np.float32(1e-30))
-    factor, sums = splat_f32(np.float32(127) / top), zero_i32()
-    for i in range(0, head_dim, 16):
-        n = round_to_i32(mul(load_f32(x, at + i), factor))
-        store_low_bytes(codes, i, n)
-        sums = add_i32(sums, n)
-    return top / np.float32(127), total_i32(sums)
+    return max(highest(peak), np.float32(1e-30))
 
 
-@inner
-def append_key_value(cache, at, bits, position, x, key_at, value_at, head_dim, scratch):
+@inlined
+def append_key_value(cache, at, bits, position, x, key_at, value_at, head_dim):
     """Write one position's rotated key and its value into the block at byte `at`."""
-    lane, panel = position % 16, position % POSITIONS // 16
-    bytes_, words = scratch.head_bytes, scratch.head_words
+    within = position % POSITIONS
+    panel, lane = within // 16, within % 16
     if bits == 8:
-        scales = cache.floats
-        scale, _ = _quantize_head(x, key_at, head_dim, bytes_)
-        scales[at // 4 + position % POSITIONS] = scale
+        key_peak, value_peak = _peak(x, key_at, head_dim), _peak(x, value_at, head_dim)
+        cache.floats[at // 4 + within] = key_peak / np.float32(127)
+        cache.floats[at // 4 + POSITIONS + within] = value_peak / np.float32(127)
+        key_factor, value_factor = splat_f32(np.float32(127) / key_peak), splat_f32(np.float32(127) / value_peak)
         keys = (at + 8 * POSITIONS) // 4 + panel * head_dim * 4 + lane
-        for chunk in range(head_dim // 4):
-            cache.words[keys + 16 * chunk] = words[chunk]
-        scale, _ = _quantize_head(x, value_at, head_dim, bytes_)
-        scales[at // 4 + POSITIONS + position % POSITIONS] = scale
-        values = at + (8 + head_dim) * POSITIONS + position % POSITIONS // 4 * head_dim * 4 + position % 4
-        for i in range(head_dim):
-            cache.bytes[values + 4 * i] = bytes_[i]
+        values = at + (8 + head_dim) * POSITIONS + within // 4 * head_dim * 4 + within % 4
+        for i in range(0, head_dim, 16):
+            spread_words(cache.words, keys + 4 * i, 16, round_to_i32(mul(load_f32(x, key_at + i), key_factor)))
+            spread_bytes(cache.bytes, values + 4 * i, 4, round_to_i32(mul(load_f32(x, value_at + i), value_factor)))
     else:
-        halves = cache.halves
         keys = at // 2 + panel * head_dim * 16 + lane
-        values = at // 2 + POSITIONS * head_dim + position % POSITIONS * head_dim
+        values = at // 2 + POSITIONS * head_dim + within * head_dim
         for i in range(0, head_dim, 16):
-            store_f32_as_f16(halves, values + i, load_f32(x, value_at + i))
-        for i in range(0, head_dim, 16):
-            store_f32_as_f16(scratch.head_halves, i, load_f32(x, key_at + i))
-        for i in range(head_dim):
-            halves[keys + 16 * i] = scratch.head_halves[i]
+            spread_f32_as_f16(cache.halves, keys + 16 * i, 16, load_f32(x, key_at + i))
+            store_f32_as_f16(cache.halves, values + i, load_f32(x, value_at + i))
 
 
-@inner
-def take_query(x, at, head_dim, bits, queries, row_at, scratch):
+@inlined
+def take_query(x, at, head_dim, bits, queries, row_at):
     """The rotated query at x[at] -> row `row_at` of the packed queries (counted over all heads and tiles)."""
     scale = np.float32(1) / np.sqrt(np.float32(head_dim))
     if bits == 8:
-        words = scratch.head_words
-        step, codes_sum = _quantize_head(x, at, head_dim, scratch.head_bytes)
         tile, slot = row_at // ROWS, row_at % ROWS
-        for chunk in range(head_dim // 4):
-            queries.words[(tile * (head_dim // 4) + chunk) * ROWS + slot] = words[chunk]
-        queries.sums[row_at] = np.int32(-128) * codes_sum
-        queries.scales[row_at] = step * scale
+        top, sums = _peak(x, at, head_dim), zero_i32()
+        factor = splat_f32(np.float32(127) / top)
+        for i in range(0, head_dim, 16):
+            n = round_to_i32(mul(load_f32(x, at + i), factor))
+            spread_words(queries.words, (tile * (head_dim // 4) + i // 4) * ROWS + slot, ROWS, n)
+            sums = add_i32(sums, n)
+        queries.sums[row_at] = np.int32(-128) * total_i32(sums)
+        queries.scales[row_at] = top / np.float32(127) * scale
     else:
         for i in range(0, head_dim, 16):
             store_f32(queries.floats, row_at * head_dim + i, mul(load_f32(x, at + i), splat_f32(scale)))
@@ -192,17 +182,18 @@ def take_query(x, at, head_dim, bits, queries, row_at, scratch):
 # ---- one tile of rows meets one block ----------------------------------------------------------------------------------
 
 def _make_softmax(BITS):
-    @inner
+    @inlined
     @unrolled(BITS=BITS)
-    def soften(s0, s1, s2, s3, first, last, masked, cache, at, r, row, head_dim, scratch):
+    def soften(s0, s1, s2, s3, first, last, masked, cache, at, row, head_dim, scratch):
         """One step of the online softmax: the scores of a row with the 64 positions of a block -> weights of their values.
 
         Row `row` of the scratch may see the positions first ... last of the block; `masked` says whether that leaves some
-        out. The weights go to row r of the tile's probabilities; in 8 bits as codes, and the value of a code is returned.
+        out. The weights go to row r = row % 4 of the probabilities; in 8 bits as codes, and the value of a code is returned.
         """
         s = registers()
         n = registers()
         s[0], s[1], s[2], s[3] = s0, s1, s2, s3
+        r = row % 4    # not an argument: numba compiles a function anew for each literal number
         if masked:
             for p in unroll(4):
                 s[p] = _where_seen(p, first, last, s[p], splat_f32(LOWEST))
@@ -241,7 +232,7 @@ def _make_softmax(BITS):
     return soften
 
 
-@inner
+@inlined
 def _where_seen(panel, first, last, a, b):
     """a at the positions first ... last of a block, b elsewhere, of the 16 positions of one panel."""
     return where_between(lane_numbers(), np.int32(first - 16 * panel), np.int32(last - 16 * panel), a, b)
@@ -251,7 +242,7 @@ _soften_8bit, _soften_16bit = _make_softmax(8), _make_softmax(16)
 
 
 def _make_tile(BITS, R):
-    @inner
+    @inlined
     @unrolled(BITS=BITS, R=R)
     def tile(cache, at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch):
         """Attend with rows `row` ... `row + R - 1` of the scratch (tile `tile_at` of the queries) to the block at byte `at`.
@@ -294,10 +285,10 @@ def _make_tile(BITS, R):
                 scale = splat_f32(queries.scales[tile_at * R + r])
                 for p in unroll(4):
                     s[r, p] = mul(to_f32(i[r, p]), mul(load_f32(cache.bytes, at + 64 * p), scale))
-                unit[r] = _soften_8bit(s[r, 0], s[r, 1], s[r, 2], s[r, 3], first_seen[r], last_seen[r], masked, cache, at, r,
+                unit[r] = _soften_8bit(s[r, 0], s[r, 1], s[r, 2], s[r, 3], first_seen[r], last_seen[r], masked, cache, at,
                                        row + r, head_dim, scratch)
             else:
-                _soften_16bit(s[r, 0], s[r, 1], s[r, 2], s[r, 3], first_seen[r], last_seen[r], masked, cache, at, r,
+                _soften_16bit(s[r, 0], s[r, 1], s[r, 2], s[r, 3], first_seen[r], last_seen[r], masked, cache, at,
                               row + r, head_dim, scratch)
         # Values: 64 dims at a time.
         for d in range(0, head_dim, 64):

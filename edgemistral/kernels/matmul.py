@@ -18,9 +18,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemistral.kernels.activations import TILE
-from edgemistral.kernels.jit import inner
+from edgemistral.kernels.activations import LONG, SHORT, tile_size
+from edgemistral.kernels.jit import inlined, inner
 from edgemistral.kernels.simd import (
+    LOWERING,
     add_i32,
     broadcast4,
     dot4,
@@ -134,7 +135,7 @@ _panel_8bit_1, _panel_8bit_2 = _make_panel(8, 1), _make_panel(8, 2)
 
 # ---- many tokens -----------------------------------------------------------------------------------------------------
 
-@inner
+@inlined
 @unrolled()
 def _unpack_4bit(blob, at, panel_bytes, levels, scratch):
     """One block of two panels -> unsigned bytes [group][8 chunks][panel][64] and float scales [group][panel][16]."""
@@ -150,7 +151,7 @@ def _unpack_4bit(blob, at, panel_bytes, levels, scratch):
                 store_bytes(scratch.weights, 128 * (8 * g + 2 * c + 1) + 64 * panel, look_up(levels, high_nibbles(codes)))
 
 
-@inner
+@inlined
 @unrolled()
 def _unpack_8bit(blob, at, panel_bytes, scratch):
     for panel in range(2):
@@ -165,7 +166,7 @@ def _unpack_8bit(blob, at, panel_bytes, scratch):
 
 
 def _make_tiles(T, SEVEN_BITS):
-    @inner
+    @inlined
     @unrolled(T=T, SEVEN_BITS=SEVEN_BITS)
     def tiles(x, first, count, scratch):
         """The unpacked block meets `count` tiles of activations from tile `first` on; adds to scratch.result."""
@@ -203,7 +204,11 @@ def _make_tiles(T, SEVEN_BITS):
     return tiles
 
 
-_tiles_4bit, _tiles_8bit = _make_tiles(TILE, True), _make_tiles(TILE, False)
+_tiles_4bit_short, _tiles_4bit_long = _make_tiles(SHORT, True), _make_tiles(LONG, True)
+if type(LOWERING).dot4 is type(LOWERING).dot4_7bit:      # one instruction for both: compile it once
+    _tiles_8bit_short, _tiles_8bit_long = _tiles_4bit_short, _tiles_4bit_long
+else:
+    _tiles_8bit_short, _tiles_8bit_long = _make_tiles(SHORT, False), _make_tiles(LONG, False)
 
 
 # ---- a pair of panels ------------------------------------------------------------------------------------------------
@@ -226,16 +231,23 @@ def multiply_pair(blob, matrix, pair, x, tokens, scratch):
             else:
                 _panel_8bit_2(blob, at + half * panel_bytes, blocks, 0, scales, x, result, PANEL * half)
         return
-    tiles = (tokens + TILE - 1) // TILE
-    for row in range(0, tiles * TILE * PAIR, PANEL):
+    t = tile_size(tokens)
+    tiles = (tokens + t - 1) // t
+    for row in range(0, tiles * t * PAIR, PANEL):
         store_f32(result, row, zero_f32())
     for block in range(blocks):
         if bits == 4:
             _unpack_4bit(blob, at + block * BLOCK4, panel_bytes, load_bytes(blob, matrix.levels), scratch)
-            _tiles_4bit(x, block * tiles, tiles, scratch)
+            if t == SHORT:
+                _tiles_4bit_short(x, block * tiles, tiles, scratch)
+            else:
+                _tiles_4bit_long(x, block * tiles, tiles, scratch)
         else:
             _unpack_8bit(blob, at + block * BLOCK8, panel_bytes, scratch)
-            _tiles_8bit(x, block * tiles, tiles, scratch)
+            if t == SHORT:
+                _tiles_8bit_short(x, block * tiles, tiles, scratch)
+            else:
+                _tiles_8bit_long(x, block * tiles, tiles, scratch)
     low, high = load_f32(blob, row_scales), load_f32(blob, row_scales + 4 * PANEL)
     for token in range(tokens):
         store_f32(result, PAIR * token, mul(load_f32(result, PAIR * token), low))

@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-from edgemistral.kernels.lowering import I8, I32, call, choose, shuffle, vector
+from edgemistral.kernels.lowering import I8, I16, I32, call, choose, shuffle, vector
 
 F32 = ir.FloatType()
 LOWERING = choose()
@@ -119,6 +119,32 @@ store_bytes = _store(i8x64.llvm, i8x64)
 store_f32 = _store(f32x16.llvm, f32x16)
 store_low_bytes = _store(vector(I8, 16), i32x16, lambda b, v: b.trunc(v, vector(I8, 16)))
 store_f32_as_f16 = _store(vector(ir.IntType(16), 16), f32x16, _f32_to_f16)
+
+
+def _spread(element, count, value_type, convert):
+    """A store of a vector, converted and cut into `count` elements, to array[index + stride * n]."""
+    @intrinsic
+    def store(typingctx, array, index, stride, value):
+        def emit(context, builder, sig, args):
+            pieces = builder.bitcast(convert(builder, args[3]), vector(element, count))
+            at = args[1]
+            for n in range(count):
+                piece = builder.extract_element(pieces, ir.Constant(I32, n))
+                builder.store(piece, _address(context, builder, sig.args[0], args[0], at, element), align=1)
+                at = builder.add(at, args[2])
+            return context.get_dummy_value()
+        return types.void(array, types.intp, types.intp, value_type), emit
+    return store
+
+
+def _low_bytes(builder, value):
+    return builder.trunc(value, vector(I8, 16))
+
+
+# Loops over the elements would become scatter instructions, which are ten times slower.
+spread_words = _spread(I32, 4, i32x16, _low_bytes)      # the low bytes of 16 int32, as 4 words
+spread_bytes = _spread(I8, 16, i32x16, _low_bytes)
+spread_f32_as_f16 = _spread(I16, 16, f32x16, _f32_to_f16)
 
 
 @intrinsic
