@@ -41,7 +41,7 @@ def write_synthetic(
     total = sum(2 * math.prod(shape) for _, shape in tensors)
     values = _Values(seed)
     weight_map: dict[str, str] = {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc=directory.name, disable=not progress) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=directory.name, disable=None if progress else True) as bar:
         for number, part in enumerate(_split(tensors, total, shards), 1):
             name = f"model-{number:05}-of-{shards:05}.safetensors"
             with (directory / name).open("wb") as file:

@@ -1,0 +1,167 @@
+"""bench/RESULTS.md from the JSON files in bench/results: no figure in it is typed by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, in_gb
+
+REPORT = Path(__file__).parent / "RESULTS.md"
+HEAD = """# Results
+
+Written by `python bench/run_all.py --report` from the JSON files in `bench/results`; see [README.md](README.md) for what each
+benchmark does. Shares of bandwidth and int8 peak are of what the same machine did in the same run, with the same
+instructions: they can be compared between machines and hours, the other figures cannot.
+"""
+Results = dict[str, Any]
+
+
+def write() -> None:
+    """Write RESULTS.md; a section whose benchmark has not run says so."""
+    REPORT.write_text("\n".join([HEAD, *(_section(*section) for section in SECTIONS)]), encoding="utf-8")
+
+
+def _section(title: str, name: str, command: str, body: Callable[[Results], Iterable[str]]) -> str:
+    path = RESULTS / f"{name}.json"
+    lines = [f"## {title}", "", f"    {command}", ""]
+    if path.exists():
+        results = json.loads(path.read_text("utf-8"))
+        if machine := results.pop("machine", None):
+            lines += [_machine(machine), ""]
+        lines += body(results)
+    else:
+        lines.append("Not measured yet.")
+    return "\n".join([*lines, ""])
+
+
+def _machine(m: Results) -> str:
+    return (
+        f"{m['date']}: {m['cpu']}, {m['cores']} cores, {m['instructions']}, {in_gb(m['memory_bytes'])} of memory, {m['os']}, "
+        f"Python {m['python']}, NumPy {m['numpy']}, numba {m['numba']}."
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Markdown; the first column is text, all others are figures."""
+    return [_row(head), _row(["---", *["---:"] * (len(head) - 1)]), *map(_row, rows)]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _startup(r: Results) -> list[str]:
+    return _table(("from the start of a new process", "seconds"), [
+        ("`import edgemistral` alone (without Python's own start)", f"{r['import_seconds']:.3f}"),
+        ("Python's own start", f"{r['interpreter_seconds']:.3f}"),
+        ("`edgemistral run demo`: first token, kernels in the cache", f"{r['first_token_seconds']:.2f}"),
+        ("first run ever of a blob: kernels are compiled", f"{r['first_run_seconds']:.1f}"),
+        ("first run ever of the demo: quantizer and kernels are compiled, the model is made",
+         f"{r['first_demo_seconds']:.1f}"),
+    ])
+
+
+def _quantize(r: Results) -> list[str]:
+    n_bytes, bits = r["checkpoint_bytes"], r["bits_per_weight"]
+    source = "from the disk" if r["checkpoint_from_disk"] else "from the disk or the system's memory of it"
+
+    def took(seconds: float) -> str:
+        return f"{seconds:.0f} s ({n_bytes / seconds / 1e6:.0f} MB/s)"
+
+    return _table(("", ""), [
+        ("checkpoint, bfloat16", in_gb(n_bytes)),
+        (f"quantize to 4 bits, {source}", took(r["seconds"])),
+        ("only reading the checkpoint, the same way", took(r["read_seconds"])),
+        ("quantizing / only reading", f"{r['seconds'] / r['read_seconds']:.2f}"),
+        ("peak anonymous memory", in_gb(r["peak_anonymous_bytes"])),
+        ("blob", in_gb(r["blob_bytes"])),
+        ("bits per weight: layers, whole file", f"{bits['layers']:.3f}, {bits['file']:.3f}"),
+    ])
+
+
+def _run(r: Results) -> list[str]:
+    cold = r["first_token_from_disk_seconds"]
+    bench = r["bench"]
+    return [
+        *_table(("", ""), [
+            ("`Blob.open`", f"{1000 * r['open_seconds']:.1f} ms"),
+            ("`edgemistral.load`", f"{1000 * r['load_seconds']:.1f} ms"),
+            ("first token of `edgemistral run`, from process start, blob in memory", f"{r['first_token_seconds']:.2f} s"),
+            ("the same, blob on the disk", "not known on this system" if cold is None else f"{cold:.2f} s"),
+            ("peak anonymous memory of `edgemistral bench`", in_gb(r["peak_anonymous_bytes"])),
+        ]),
+        "",
+        f"{bench['threads']} threads, {bench['kv_bits']}-bit KV:",
+        "",
+        *_table(("", "tokens", "depth", "tokens/s", "lowest", "highest", "rate", "limit", "share of it"), (
+            (
+                row["task"], str(row["tokens"]), str(row["depth"]), f"{row['tokens_per_second']:.2f}", f"{row['lowest']:.2f}",
+                f"{row['highest']:.2f}", _rate(row, "rate"), _rate(row, "ceiling"), f"{row['share']:.0%}",
+            )
+            for row in bench["rows"]
+        )),
+    ]
+
+
+def _rate(row: Results, name: str) -> str:
+    return f"{row[name] / 1e9:.1f} {'GB/s' if row['task'] == 'decode' else 'GMAC/s'}"
+
+
+def _long_context(r: Results) -> list[str]:
+    def speeds(task: str, limit: str) -> list[str]:
+        return _table((task, "tokens", "tokens/s", f"of the {limit}"), (
+            (f"from depth {s['depth']:,}", f"{s['tokens']:,}", f"{s['tokens_per_second']:.1f}", f"{s['share']:.0%}")
+            for s in r[task]
+        ))
+
+    return [
+        *speeds("prefill", "int8 peak"), "", *speeds("decode", "bandwidth"), "",
+        *_table(("", ""), [
+            (f"prefill of {r['tokens']:,} tokens", f"{r['prefill_seconds']:.1f} s"),
+            ("KV file, 8 bits", in_gb(r["kv_file_bytes"])),
+            ("peak anonymous memory", in_gb(r["peak_anonymous_bytes"])),
+            (f"mean KL from float32 at {len(r['kl'])} positions", f"{r['mean_kl']:.2e}"),
+            (f"largest, at position {r['positions'][r['kl'].index(max(r['kl']))]:,}", f"{max(r['kl']):.2e}"),
+            ("top-1 agreement there", f"{r['top1_agreement']:.0%}"),
+            ("for comparison: KL at the last, had attention seen half of the prompt", f"{r['kl_of_half_the_context']:.2e}"),
+            ("a prompt one token too long", f"{r['overflow']}; the conversation goes on with the same bits"),
+        ]),
+    ]
+
+
+def _quality(r: Results) -> list[str]:
+    return [line for name, methods in r.items() for line in (
+        *_table((name, "mean KL", "of Q4_0's", "top-1"), (
+            (method, f"{m['mean_kl']:.2e}", f"{m['mean_kl'] / methods['Q4_0']['mean_kl']:.2f}", f"{m['top1_agreement']:.1%}")
+            for method, m in methods.items()
+        )), "",
+    )][:-1]
+
+
+def _quantization_error(r: Results) -> list[str]:
+    errors = r["relative_squared_error"]
+    kinds = list(next(iter(errors.values())))
+    rates = ", ".join(f"{bits}: {rate:.0f}" for bits, rate in r["million_weights_per_second"].items())
+    return [
+        *_table(("relative squared error", *kinds), (
+            (method, *(f"{of[kind]:.3g}" for kind in kinds)) for method, of in errors.items()
+        )),
+        "",
+        f"Millions of weights a second that one thread quantizes: {rates}.",
+    ]
+
+
+SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
+    ("Start", "startup", "python bench/startup.py", _startup),
+    ("7B: quantizing", "seven_b_quantize", "python bench/seven_b.py WORK --only quantize", _quantize),
+    ("7B: running", "seven_b_run", "python bench/seven_b.py WORK --only run", _run),
+    ("30,000 tokens through two layers of a 7B, 4-bit weights", "long_context-4bit",
+     "python bench/long_context.py WORK --bits 4", _long_context),
+    ("30,000 tokens through two layers of a 7B, 8-bit weights", "long_context-8bit",
+     "python bench/long_context.py WORK --bits 8", _long_context),
+    ("Distance from float32, against Q4_0", "quality", "python bench/quality.py", _quality),
+    ("Error of the quantizers", "quantization_error", "python bench/quantization_error.py", _quantization_error),
+]
