@@ -1,0 +1,214 @@
+"""edgemistral beside llama.cpp on the same shapes, in turns: A B A B within one run, ratios round by round.
+
+    python bench/peers.py WORK [--bits 4] [--rounds 5]
+
+Both run models of true Mistral-7B shapes with random weights: ours a blob (`seven_b.py` makes it, or give --blob), theirs a
+GGUF made here, Q4_0 (or Q8_0) with a Q6_K head, which is what llama.cpp's own quantizer makes. Each lives in a process of
+its own that computes only when told to, so neither's threads disturb the other. Needs the `bench` extra.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import numpy as np
+from harness import prepare, save, work_argument
+
+from edgemistral.blob import Blob
+from edgemistral.plan import usable_cores
+
+PROMPT, DECODED = 512, 16
+TYPES = {4: "Q4_0", 8: "Q8_0"}
+
+
+# ---- their model -----------------------------------------------------------------------------------------------------
+
+def write_gguf(path: Path, blob: Blob, bits: int) -> None:
+    """A GGUF of the blob's shapes with random codes and small scales; its tokenizer is a list of made-up words."""
+    import gguf
+
+    c, kind = blob.config, gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(c.context)
+    writer.add_embedding_length(c.dim)
+    writer.add_block_count(c.n_layers)
+    writer.add_feed_forward_length(c.hidden_dim)
+    writer.add_head_count(c.n_heads)
+    writer.add_head_count_kv(c.n_kv_heads)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"w{n}".encode() for n in range(c.vocab_size)])
+    writer.add_token_scores([0.0] * c.vocab_size)
+    writer.add_token_types([gguf.TokenType.NORMAL] * c.vocab_size)
+    rng = np.random.default_rng(0)
+
+    def add(name: str, rows: int, cols: int, type_: Any) -> None:
+        block, size = gguf.GGML_QUANT_SIZES[type_]
+        data = np.resize(rng.integers(0, 256, 1 << 22, dtype=np.uint8), (rows * cols // block, size))
+        scale = np.frombuffer(np.float16(0.001).tobytes(), np.uint8)
+        at = size - 2 if type_ == kind.Q6_K else 0
+        data[:, at : at + 2] = scale
+        writer.add_tensor(name, data.reshape(rows, -1), raw_dtype=type_)
+
+    weights = getattr(kind, TYPES[bits])
+    add("token_embd.weight", c.vocab_size, c.dim, weights)
+    for layer in range(c.n_layers):
+        at = f"blk.{layer}."
+        for name, rows, cols in (
+            ("attn_q", c.q_dim, c.dim), ("attn_k", c.kv_dim, c.dim), ("attn_v", c.kv_dim, c.dim),
+            ("attn_output", c.dim, c.q_dim), ("ffn_gate", c.hidden_dim, c.dim), ("ffn_up", c.hidden_dim, c.dim),
+            ("ffn_down", c.dim, c.hidden_dim),
+        ):
+            add(f"{at}{name}.weight", rows, cols, weights)
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"{at}{name}.weight", np.ones(c.dim, np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(c.dim, np.float32))
+    add("output.weight", c.vocab_size, c.dim, kind.Q6_K if bits == 4 else weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# ---- one process each ------------------------------------------------------------------------------------------------
+
+class Peer:
+    """A process that measures when it reads a line: "prefill" or "decode" (and for ours "bandwidth" or "peak")."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, __file__, "--worker", *arguments]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                         text=True)
+        self.ask("decode")     # warms up, and waits for the model to be loaded
+
+    def ask(self, task: str) -> float:
+        """Tokens a second, or bytes or multiplications a second."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(task + "\n")
+        self._process.stdin.flush()
+        while not (line := self._process.stdout.readline()).startswith("RESULT "):
+            if not line:
+                raise click.ClickException(f"a worker ended; run {' '.join(map(str, self._process.args))} to see why")
+        return float(line.split()[1])
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def work(kind: str, model: str, threads: str) -> None:
+    """The life of a worker process."""
+    tasks = (ours if kind == "edgemistral" else theirs)(model, int(threads))
+    for line in sys.stdin:
+        print("RESULT", tasks[line.strip()](), flush=True)
+
+
+def ours(model: str, threads: int) -> dict[str, Any]:
+    from edgemistral.benchmark import Roofline
+    from edgemistral.transformer import Transformer
+
+    transformer = Transformer(Blob.open(model), threads=threads)
+    roofline = Roofline(threads, transformer.blob.data)
+    ids = np.arange(PROMPT, dtype=np.int32) + 3
+
+    def prefill() -> float:
+        start = time.perf_counter()
+        for first in range(0, PROMPT, transformer.chunk):
+            transformer.forward(ids[first : first + transformer.chunk], int(first + transformer.chunk >= PROMPT))
+        took = time.perf_counter() - start
+        transformer.truncate(0)
+        return PROMPT / took
+
+    def decode() -> float:
+        start = time.perf_counter()
+        for n in range(DECODED):
+            transformer.forward(ids[n : n + 1], 1)
+        took = time.perf_counter() - start
+        transformer.truncate(0)
+        return DECODED / took
+
+    return {"prefill": prefill, "decode": decode, "bandwidth": roofline.bandwidth, "peak": roofline.int8_peak}
+
+
+def theirs(model: str, threads: int) -> dict[str, Any]:
+    import llama_cpp
+
+    llama_cpp.llama_backend_init()
+    loaded = llama_cpp.llama_model_load_from_file(model.encode(), llama_cpp.llama_model_default_params())
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = PROMPT + 64, PROMPT, PROMPT
+    params.n_threads = params.n_threads_batch = threads
+    context = llama_cpp.llama_init_from_model(loaded, params)
+    memory = llama_cpp.llama_get_memory(context)
+
+    def evaluate(sizes: list[int]) -> float:
+        llama_cpp.llama_memory_clear(memory, True)
+        batches = [(llama_cpp.llama_token * size)(*range(3, 3 + size)) for size in sizes]
+        start = time.perf_counter()
+        for batch in batches:
+            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(batch, len(batch))):
+                raise RuntimeError("llama_decode failed")
+        llama_cpp.llama_synchronize(context)
+        return sum(sizes) / (time.perf_counter() - start)
+
+    return {"prefill": lambda: evaluate([PROMPT]), "decode": lambda: evaluate([1] * DECODED)}
+
+
+# ---- the comparison --------------------------------------------------------------------------------------------------
+
+@click.command()
+@work_argument
+@click.option("--blob", type=click.Path(exists=True, dir_okay=False), help="Our model.  [default: WORK/7b-q4.safetensors]")
+@click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--threads", type=int, help="[default: all cores]")
+def main(work: Path, blob: str | None, bits: str, rounds: int, threads: int | None) -> None:
+    """Measure edgemistral and llama.cpp in turns; llama.cpp's GGUF is made in WORK."""
+    threads = threads or usable_cores()
+    path = Path(blob) if blob else work / f"7b-q{bits}.safetensors"
+    with Blob.open(path) as opened:
+        gguf_path = work / f"{path.stem}-{TYPES[int(bits)]}.gguf"
+        if not gguf_path.exists():
+            prepare(work, 2 * opened.data.nbytes)
+            write_gguf(gguf_path, opened, int(bits))
+        n_layers = opened.config.n_layers
+    ours, theirs = Peer("edgemistral", str(path), str(threads)), Peer("llama.cpp", str(gguf_path), str(threads))
+    rows = []
+    for _ in range(rounds):
+        row = {"bandwidth": ours.ask("bandwidth"), "peak": ours.ask("peak")}
+        for task in ("decode", "prefill"):
+            row |= {f"ours_{task}": ours.ask(task), f"theirs_{task}": theirs.ask(task)}
+        rows.append(row)
+        click.echo(", ".join(f"{name} {value:.1f}" for name, value in row.items() if value < 1e6))
+    ours.close()
+    theirs.close()
+    summary = {}
+    for task in ("decode", "prefill"):
+        ratios = [row[f"ours_{task}"] / row[f"theirs_{task}"] for row in rows]
+        summary[task] = {
+            "ours": median(row[f"ours_{task}"] for row in rows),
+            "theirs": median(row[f"theirs_{task}"] for row in rows),
+            "ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},
+        }
+        click.echo(f"{task}: {json.dumps(summary[task])}")
+    save(f"peers_q{bits}", f"python bench/peers.py WORK --bits {bits}", {
+        "n_layers": n_layers, "bits": int(bits), "threads": threads, "prompt": PROMPT, "type": TYPES[int(bits)],
+        "llama_cpp_python": importlib.metadata.version("llama-cpp-python"), "rounds": rows, "summary": summary,
+    })
+
+
+if __name__ == "__main__":
+    if "--worker" in sys.argv:
+        work(*sys.argv[2:])
+    else:
+        main()
