@@ -23,8 +23,8 @@ import click
 import llvmlite.binding
 
 import edgemistral
+from edgemistral.cpu import performance_cores
 from edgemistral.kernels.lowering import choose
-from edgemistral.plan import usable_cores
 
 RESULTS = Path(__file__).parent / "results"
 EDGEMISTRAL = (sys.executable, "-m", "edgemistral")
@@ -39,7 +39,7 @@ def machine() -> dict[str, Any]:
     """What the figures depend on, and nothing that tells whose machine it is."""
     return {
         "cpu": f"{_cpu_name()} ({llvmlite.binding.get_host_cpu_name()})",
-        "cores": usable_cores(),
+        "cores": performance_cores(),
         "memory_bytes": _memory_bytes(),
         "os": _os_name(),
         "instructions": type(choose()).__name__,
@@ -152,7 +152,7 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None) ->
         assert process.stdout is not None
         first = process.stdout.read(1)
         first_seconds = time.perf_counter() - start
-        output = first + process.stdout.readall()
+        output = first + process.stdout.read()
         code = process.wait()
         seconds = time.perf_counter() - start
     if code != 0:

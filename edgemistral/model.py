@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgemistral.blob import Blob
 from edgemistral.config import ModelConfig
 from edgemistral.engine import Cancel, Engine, Generation, Ids, Progress, Usage
-from edgemistral.plan import plan
+from edgemistral.plan import Threads, plan
 from edgemistral.sampler import Logprobs, SamplingParams
 from edgemistral.text import StopStrings, StreamDecoder
 from edgemistral.tokenizer import Tokenizer
@@ -25,13 +25,14 @@ def load(
     path: str | os.PathLike[str],
     context: int | None = None,
     kv_bits: int = 8,
-    threads: int | None = None,
+    threads: Threads = None,
     max_ram: int | None = None,
 ) -> Model:
     """Map a blob and make ready to run it; a context manager.
 
     context: positions to make room for; None means the model's own maximum (the KV file is sparse).
-    kv_bits: 8, or 16 for reference. threads: None means all cores this process may use. max_ram: bytes.
+    kv_bits: 8, or 16 for reference. threads: None means the performance cores that this
+    process may use, "auto" the best number measured with this model (once, then remembered). max_ram: bytes.
     Raises BadBlob, BadRequest (its `field` names the argument) or OutOfMemoryBudget before anything is allocated.
     """
     from edgemistral.transformer import Transformer  # imports numba

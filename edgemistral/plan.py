@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
+from typing import Literal
 
 from edgemistral.blob import Blob
+from edgemistral.cpu import measured_threads, performance_cores
 from edgemistral.errors import BadRequest, OutOfMemoryBudget
 
 MAX_THREADS = 1024
+Threads = int | Literal["auto"] | None
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,11 @@ class Plan:
             raise OutOfMemoryBudget(self.total_bytes, max_ram)
 
 
-def plan(blob: Blob, context: int | None = None, kv_bits: int = 8, threads: int | None = None) -> Plan:
+def plan(blob: Blob, context: int | None = None, kv_bits: int = 8, threads: Threads = None) -> Plan:
     """The plan for a blob.
 
-    context: positions, None for the model's longest. threads: None for all cores that this process may use.
+    context: positions, None for the model's longest. threads: None for the performance cores that this process may use,
+    "auto" for the best number measured with this model.
     Raises BadRequest, whose `field` names the argument, for a value that the model cannot run with.
     """
     from edgemistral.kv_cache import KV_BITS, kv_file_bytes  # imports numba
@@ -43,7 +46,11 @@ def plan(blob: Blob, context: int | None = None, kv_bits: int = 8, threads: int 
 
     longest = blob.config.context
     context = _whole_number("context", longest if context is None else context, longest)
-    threads = _whole_number("threads", usable_cores() if threads is None else threads, MAX_THREADS)
+    if threads is None:
+        threads = performance_cores()
+    elif threads == "auto":
+        threads = measured_threads(blob)
+    threads = _whole_number("threads", threads, MAX_THREADS)
     if kv_bits not in KV_BITS:
         raise BadRequest(f"kv_bits is {kv_bits!r}: it must be {' or '.join(map(str, KV_BITS))}", "kv_bits")
     return Plan(
@@ -54,13 +61,6 @@ def plan(blob: Blob, context: int | None = None, kv_bits: int = 8, threads: int 
         kv_bytes=kv_file_bytes(blob.config, context, kv_bits),
         work_bytes=workspace_bytes(blob.config, context, threads),
     )
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):   # Linux: respects taskset and a container's cpuset
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _whole_number(field: str, value: object, high: int) -> int:

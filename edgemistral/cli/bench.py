@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
 from edgemistral.cli.errors import Command
 from edgemistral.cli.options import json_flag, kv_bits_option, model_argument, open_blob, threads_option
 from edgemistral.terminal import StatusLine, compile_notice
+
+if TYPE_CHECKING:
+    from edgemistral.plan import Threads
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -36,7 +40,7 @@ def bench(
     depths: tuple[int, ...],
     rounds: int,
     kv_bits: str,
-    threads: int | None,
+    threads: Threads,
     as_json: bool,
 ) -> None:
     """Measure reading a prompt and decoding, in tokens a second and as shares of this computer's own limits.

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edgemistral.cli.errors import Command
 from edgemistral.cli.options import json_flag, model_argument, model_path, read_text, threads_option
 from edgemistral.terminal import StatusLine, compile_notice
+
+if TYPE_CHECKING:
+    from edgemistral.plan import Threads
 
 
 @click.command("eval", cls=Command)
@@ -19,7 +23,7 @@ from edgemistral.terminal import StatusLine, compile_notice
 @click.option("--reference", type=click.Path(path_type=Path), metavar="CHECKPOINT", help="Its source, to compare with.")
 @threads_option
 @json_flag
-def eval_(model: str, text: str, reference: Path | None, threads: int | None, as_json: bool) -> None:
+def eval_(model: str, text: str, reference: Path | None, threads: Threads, as_json: bool) -> None:
     """Measure how well MODEL predicts the text file TEXT (- is standard input): its perplexity.
 
     With the checkpoint that MODEL was made of also how far apart their predictions are: the mean Kullback-Leibler

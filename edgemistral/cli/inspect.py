@@ -24,6 +24,7 @@ from edgemistral.terminal import human_bytes
 
 if TYPE_CHECKING:
     from edgemistral.blob import Blob
+    from edgemistral.plan import Threads
 
 
 @click.command(cls=Command)
@@ -82,7 +83,7 @@ def verify(model: str) -> None:
 @max_ram_option
 @json_flag
 def plan(
-    model: str, context: int | None, kv_bits: str, threads: int | None, max_ram: int | None, as_json: bool
+    model: str, context: int | None, kv_bits: str, threads: Threads, max_ram: int | None, as_json: bool
 ) -> None:
     """Show the exact memory that MODEL takes, before any of it is taken.
 

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -29,6 +29,16 @@ def size(text: str) -> int:
     return int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
 
 
+def threads(text: str) -> int | Literal["auto"]:
+    """A whole number, or auto."""
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no whole number, nor auto") from None
+
+
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     """Several options as one decorator, in the order of the help page."""
     def decorate(function: F) -> F:
@@ -46,7 +56,9 @@ context_option = click.option(
 kv_bits_option = click.option(
     "--kv-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits of a stored key or value."
 )
-threads_option = click.option("--threads", type=int, metavar="N", help="Threads to compute with.  [default: all cores]")
+threads_option = click.option(
+    "--threads", type=threads, metavar="N", help="Threads, or auto: measured once.  [default: performance cores]"
+)
 max_ram_option = click.option(
     "--max-ram", type=size, metavar="SIZE", help="Refuse to start when the plan is over this size."
 )

@@ -24,6 +24,7 @@ from edgemistral.terminal import StatusLine, compile_notice, printable
 
 if TYPE_CHECKING:
     from edgemistral.model import Model
+    from edgemistral.plan import Threads
 
 answer_options = options(
     click.option("--max-new-tokens", type=int, metavar="N", help="End an answer here.  [default: the context's end]"),
@@ -58,7 +59,7 @@ def run(
     max_new_tokens: int | None,
     context: int | None,
     kv_bits: str,
-    threads: int | None,
+    threads: Threads,
     max_ram: int | None,
     **sampling: Any,
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from edgemistral.cli.options import (
     threads_option,
 )
 from edgemistral.terminal import compile_notice
+
+if TYPE_CHECKING:
+    from edgemistral.plan import Threads
 
 
 @click.command(cls=Command)
@@ -36,7 +39,7 @@ from edgemistral.terminal import compile_notice
 @threads_option
 @max_ram_option
 def serve(
-    model: str | None, host: str, port: int, context: int | None, kv_bits: str, threads: int | None,
+    model: str | None, host: str, port: int, context: int | None, kv_bits: str, threads: Threads,
     max_ram: int | None, **settings: Any,
 ) -> None:
     """Serve MODEL over HTTP on this computer: a chat page, the OpenAI interface, and the model card's sample JSON.
