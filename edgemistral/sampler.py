@@ -205,7 +205,7 @@ def log_probabilities(logits: NDArray[np.float32], drawn: int, n: int) -> Logpro
     values -= values.max()
     values -= math.log(np.exp(values).sum())
     n = min(n, len(values))
-    best = np.argpartition(values, len(values) - n)[len(values) - n :]
+    best = np.argpartition(-values, max(n - 1, 0))[:n]
     best = best[np.lexsort((best, -values[best]))]   # ties: the lower id first
     return Logprobs(float(values[drawn]), tuple((int(i), float(values[i])) for i in best))
 

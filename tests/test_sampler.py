@@ -208,6 +208,9 @@ def test_logprobs_are_those_of_the_model():
     assert [i for i, _ in sampler.logprobs.top] == [1, 2, 3]
     assert [value for _, value in sampler.logprobs.top] == pytest.approx(expected[1:4])
     assert greedy()(logits, []) == 1 and greedy().logprobs is None
+    none = greedy(top_logprobs=0)
+    none(logits, [])
+    assert none.logprobs.drawn == pytest.approx(expected[1]) and none.logprobs.top == ()
     few = greedy(top_logprobs=20)
     few(logits, [])
     assert len(few.logprobs.top) == 5 and few.logprobs.top[4][1] == -np.inf

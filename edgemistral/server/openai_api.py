@@ -156,7 +156,7 @@ class _Completion:
 
 async def _respond(shape: _Chat | _Completion, events: AsyncGenerator[Event | None, None]) -> Response:
     """Stream the answers or wait for them, as the request asks."""
-    headers = {"x-request-id": shape.job.id, **warnings_header(shape.body.unknown())}
+    headers = {"x-request-id": shape.job.id, **warnings_header(shape.body.warnings())}
     common = {"id": shape.job.id, "created": int(time.time()), "model": shape.service.name}
     if shape.body.stream:
         return streaming.EventStream(_chunks(shape, events, {**common, "object": shape.chunk_kind}), headers)

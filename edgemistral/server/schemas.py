@@ -24,9 +24,9 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 class Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
-    def unknown(self) -> list[str]:
-        """Names in the request that mean nothing here."""
-        return list(self.model_extra or {})
+    def warnings(self) -> list[str]:
+        """A line for each name in the request that means nothing here."""
+        return [f"{name} is not known and was ignored" for name in self.model_extra or {}]
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------

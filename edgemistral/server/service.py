@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import re
 import secrets
 import threading
@@ -23,6 +24,8 @@ from edgemistral.model import Model, Reply
 from edgemistral.sampler import Logprobs
 from edgemistral.server.metrics import Metrics
 from edgemistral.server.scheduler import Job, Progress, Scheduler, Unavailable
+
+logger = logging.getLogger(__name__)
 
 KEEP_ALIVE = 5.0     # seconds without news after which a stream gets a comment
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -156,6 +159,11 @@ class Service:
                     self.metrics.first_token.observe(time.monotonic() - arrived)
                 for event in _merged(batch) if batch else (None,):
                     yield event
+        except EdgeMistralError:
+            raise
+        except Exception as error:   # told here, so that the connection lives on
+            logger.exception("request %s failed", job.id)
+            raise EdgeMistralError("an error inside the server") from error
         finally:
             watcher.cancel()
             self.scheduler.cancel(job.id)

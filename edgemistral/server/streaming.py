@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -14,8 +13,6 @@ from starlette.types import Receive, Scope, Send
 from edgemistral.server import failures
 from edgemistral.server.scheduler import Progress
 from edgemistral.server.service import Event
-
-logger = logging.getLogger(__name__)
 
 
 def data(value: Any) -> bytes:
@@ -51,10 +48,7 @@ class EventStream(Response):
                 async for chunk in chunks:
                     await body(chunk)
             except Exception as error:
-                status, failure, _ = failures.describe(error)
-                if status == 500:
-                    logger.exception("a stream failed")
-                await body(data(failure))
+                await body(data(failures.describe(error)[1]))
         await body(b"", more=False)
 
 

@@ -1,0 +1,74 @@
+"""A server on a free port of this computer, in a thread, over a model of random logits that can be made slow."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+from fake import FakeTransformer, tiny_config
+
+import edgemistral
+from edgemistral.engine import Engine
+from edgemistral.model import Model
+from edgemistral.tokenizer import Tokenizer
+
+TOKENIZER = Path(edgemistral.__path__[0]) / "demo" / "tokenizer.model"
+
+
+class SlowTransformer(FakeTransformer):
+    """Takes `seconds` for every call."""
+
+    seconds = 0.0
+
+    def forward(self, ids, n_logits):
+        time.sleep(self.seconds)
+        return super().forward(ids, n_logits)
+
+
+def fake_model(seconds=0.0, context=512, chunk=64, script=None) -> Model:
+    """A model whose answers depend on every id before them: an answer to another prompt, or mixed ones, would show."""
+    tokenizer = Tokenizer(TOKENIZER.read_bytes())
+    config = tiny_config(vocab_size=tokenizer.vocab_size, context=context, bos_id=1, eos_id=tokenizer.eos_id)
+    transformer = SlowTransformer(config, chunk=chunk, script=script)
+    transformer.seconds = seconds
+    return Model(Engine(transformer), tokenizer, Path("folder") / "fake-q4.safetensors")
+
+
+def saying(answer: str, prompt_ids, context=512, seconds=0.0) -> Model:
+    """A model that answers this prompt with this text."""
+    model = fake_model(seconds, context)
+    ids = model.tokenizer.encode(answer)
+    model.engine._transformer.script = dict(enumerate([*ids, model.tokenizer.eos_id], len(prompt_ids)))
+    return model
+
+
+@contextmanager
+def serving(app) -> Iterator[str]:
+    """The URL of the app while it is served."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, http="h11", ws="none", log_level="error", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+
+
+def wait_for(condition, seconds=5.0) -> None:
+    """Until the condition holds; fails if it does not within so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
