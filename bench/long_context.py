@@ -33,10 +33,10 @@ from tqdm import tqdm
 from edgemistral.benchmark import Roofline, bytes_of_a_token, products, seconds
 from edgemistral.blob import Blob
 from edgemistral.config import ModelConfig
+from edgemistral.cpu import performance_cores
 from edgemistral.engine import Engine
 from edgemistral.errors import ContextOverflow
 from edgemistral.kv_cache import kv_file_bytes
-from edgemistral.plan import usable_cores
 from edgemistral.sampler import SamplingParams
 from edgemistral.transformer import Transformer
 
@@ -64,7 +64,7 @@ class LongRun:
 
     def __init__(self, blob: Path, tokens: int, piece: int) -> None:
         opened = Blob.open(blob)
-        self.transformer = Transformer(opened, threads=usable_cores())
+        self.transformer = Transformer(opened, threads=performance_cores())
         self.engine, self.ceilings = Engine(self.transformer), Roofline(self.transformer.threads, opened.data)
         self.config, self.piece = opened.config, piece
         self.ids = prompt(self.config, tokens)
@@ -148,7 +148,7 @@ def compare(blob: Path, logits: NDArray[np.float32], tokens: int = TOKENS, piece
 
     def reference(config: ModelConfig, what: str) -> NDArray[np.float32]:
         with tqdm(desc=what, leave=False, disable=None) as bar:
-            return logits_at(weights, config, prompt(config, tokens), at, usable_cores(), bar)
+            return logits_at(weights, config, prompt(config, tokens), at, performance_cores(), bar)
 
     exact = reference(config, "float32 reference")
     blind = reference(dataclasses.replace(config, sliding_window=tokens // 2), "the same, half blind")

@@ -23,7 +23,7 @@ import numpy as np
 from harness import prepare, save, work_argument
 
 from edgemistral.blob import Blob
-from edgemistral.plan import usable_cores
+from edgemistral.cpu import performance_cores
 
 PROMPT, DECODED = 512, 16
 TYPES = {4: "Q4_0", 8: "Q8_0"}
@@ -174,7 +174,7 @@ def theirs(model: str, threads: int) -> dict[str, Any]:
 @click.option("--threads", type=int, help="[default: all cores]")
 def main(work: Path, blob: str | None, bits: str, rounds: int, threads: int | None) -> None:
     """Measure edgemistral and llama.cpp in turns; llama.cpp's GGUF is made in WORK."""
-    threads = threads or usable_cores()
+    threads = threads or performance_cores()
     path = Path(blob) if blob else work / f"7b-q{bits}.safetensors"
     with Blob.open(path) as opened:
         gguf_path = work / f"{path.stem}-{TYPES[int(bits)]}.gguf"
