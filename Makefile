@@ -19,7 +19,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-bench  ## the figures of bench/RESULTS.md
-	$(BIN)/python bench/run_all.py $(or $(WORK),$(error WORK names a folder with 23 GB free for large files: make bench WORK=folder))
+	$(BIN)/python bench/run_all.py $(or $(WORK),$(error WORK names a folder with 30 GB free for large files: make bench WORK=folder))
 
 clean:
 	rm -rf $(VENV)

@@ -110,6 +110,21 @@ def _rate(row: Results, name: str) -> str:
     return f"{row[name] / 1e9:.1f} {'GB/s' if row['task'] == 'decode' else 'GMAC/s'}"
 
 
+def _peers(r: Results) -> list[str]:
+    return [
+        f"{r['n_layers']} layers, {r['threads']} threads, against {r['type']} in llama-cpp-python {r['llama_cpp_python']}, "
+        f"prompts of {r['prompt']} tokens; medians over {len(r['rounds'])} rounds:",
+        "",
+        *_table(("tokens/s", "ours", "llama.cpp", "ratio", "lowest", "highest"), (
+            (
+                task, f"{s['ours']:.2f}", f"{s['theirs']:.2f}", f"{s['ratio']['median']:.2f}", f"{s['ratio']['min']:.2f}",
+                f"{s['ratio']['max']:.2f}",
+            )
+            for task, s in r["summary"].items()
+        )),
+    ]
+
+
 def _long_context(r: Results) -> list[str]:
     def speeds(task: str, limit: str) -> list[str]:
         return _table((task, "tokens", "tokens/s", f"of the {limit}"), (
@@ -158,6 +173,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ("Start", "startup", "python bench/startup.py", _startup),
     ("7B: quantizing", "seven_b_quantize", "python bench/seven_b.py WORK --only quantize", _quantize),
     ("7B: running", "seven_b_run", "python bench/seven_b.py WORK --only run", _run),
+    ("7B beside llama.cpp, in turns", "peers_q4", "python bench/peers.py WORK", _peers),
     ("30,000 tokens through two layers of a 7B, 4-bit weights", "long_context-4bit",
      "python bench/long_context.py WORK --bits 4", _long_context),
     ("30,000 tokens through two layers of a 7B, 8-bit weights", "long_context-8bit",

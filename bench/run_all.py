@@ -1,6 +1,6 @@
 """All benchmarks one after another, then bench/RESULTS.md.
 
-    python bench/run_all.py WORK         # an hour on a quiet machine, 25 GB of disk in WORK
+    python bench/run_all.py WORK         # an hour on a quiet machine, 30 GB of disk in WORK
     python bench/run_all.py --report     # only RESULTS.md, from the results of earlier runs
 """
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 SCRIPTS = (
     ("startup.py",),
     ("seven_b.py", "WORK"),
+    ("peers.py", "WORK"),
     ("long_context.py", "WORK", "--bits", "4"),
     ("long_context.py", "WORK", "--bits", "8"),
     ("quality.py",),
