@@ -47,65 +47,62 @@ def unrolled(**constants: int) -> Callable[[Callable[..., Any]], Callable[..., A
     return rewrite
 
 
-class _Unroller(ast.NodeTransformer):
+class _Unroller:
+    """Makes a changed copy of a tree: the body of a loop is visited for every value."""
+
     def __init__(self, constants: dict[str, int]) -> None:
         self.values = dict(constants)
         self.registers: set[str] = set()
 
     def compute(self, node: ast.expr) -> Any:
+        """The value of an expression of constants."""
         return eval(compile(ast.Expression(ast.fix_missing_locations(node)), "<unroll>", "eval"), {"range": range}, self.values)
 
-    def body(self, statements: list[ast.stmt]) -> list[ast.stmt]:
-        result: list[ast.stmt] = []
-        for statement in statements:
-            new = self.visit(ast.parse(ast.unparse(statement)).body[0])   # a fresh copy: bodies are visited many times
-            result.extend(new if isinstance(new, list) else [] if new is None else [new])
-        return result
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
-        node.body = self.body(node.body)
-        return node
-
-    def visit_For(self, node: ast.For) -> ast.stmt | list[ast.stmt]:
-        if not _calls(node.iter, "unroll"):
-            node.iter = self.visit(node.iter)
-            node.body = self.body(node.body)
+    def visit(self, node: Any) -> Any:
+        """What becomes of a node: another one, or a list of statements; a list of nodes becomes one list."""
+        if isinstance(node, list):
+            changed = [self.visit(element) for element in node]
+            return [each for one in changed for each in (one if isinstance(one, list) else [one])]
+        if not isinstance(node, ast.AST):
             return node
+        special = getattr(self, f"visit_{type(node).__name__}", None)
+        return special(node) if special else self.copy(node)
+
+    def copy(self, node: ast.AST) -> ast.AST:
+        return type(node)(**{name: self.visit(getattr(node, name, None)) for name in node._fields})
+
+    def visit_For(self, node: ast.For) -> ast.AST | list[ast.stmt]:
+        if not _calls(node.iter, "unroll"):
+            return self.copy(node)
         assert isinstance(node.target, ast.Name) and isinstance(node.iter, ast.Call)
         result: list[ast.stmt] = []
         for value in range(*(self.compute(argument) for argument in node.iter.args)):
             self.values[node.target.id] = value
-            result += self.body(node.body)
+            result += self.visit(node.body)
         self.values.pop(node.target.id, None)
         return result
 
-    def visit_While(self, node: ast.While) -> ast.stmt:
-        node.test, node.body = self.visit(node.test), self.body(node.body)
-        return node
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        if not _calls(node.test, "static"):
+            return self.copy(node)
+        assert isinstance(node.test, ast.Call)
+        kept: list[ast.stmt] = self.visit(node.body if self.compute(node.test.args[0]) else node.orelse)
+        return kept
 
-    def visit_If(self, node: ast.If) -> ast.stmt | list[ast.stmt]:
-        if _calls(node.test, "static"):
-            assert isinstance(node.test, ast.Call)
-            return self.body(node.body if self.compute(node.test.args[0]) else node.orelse)
-        node.test, node.body, node.orelse = self.visit(node.test), self.body(node.body), self.body(node.orelse)
-        return node
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | list[ast.stmt]:
+        if not _calls(node.value, "registers"):
+            return self.copy(node)
+        self.registers.update(target.id for target in node.targets if isinstance(target, ast.Name))
+        return []
 
-    def visit_Assign(self, node: ast.Assign) -> ast.stmt | None:
-        if _calls(node.value, "registers"):
-            self.registers.update(target.id for target in node.targets if isinstance(target, ast.Name))
-            return None
-        self.generic_visit(node)
-        return node
-
-    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         if isinstance(node.value, ast.Name) and node.value.id in self.registers:
             index = self.compute(node.slice)
             parts = index if isinstance(index, tuple) else (index,)
             return ast.Name("_".join(map(str, (node.value.id, *parts))), node.ctx)
-        self.generic_visit(node)
-        return node
+        return self.copy(node)
 
-    def visit_Name(self, node: ast.Name) -> ast.expr:
+    def visit_Name(self, node: ast.Name) -> ast.AST:
         if isinstance(node.ctx, ast.Load) and node.id in self.values:
             return ast.Constant(self.values[node.id])
         return node
