@@ -1,0 +1,145 @@
+"""The conversations that the demo model learns from, and the fixed list it is examined with.
+
+    from conversations import check, conversations, heldout
+    conversations(seed=1)          endless: lists of {"role", "content"}, an assistant's message last
+    heldout()                      the cases of heldout.json: the same facts in wordings and lists never trained on
+
+    python models/conversations.py          prints some conversations
+    python models/conversations.py heldout  writes heldout.json anew (its cases are read and corrected by hand after)
+
+A message with `"learn": False` is an assistant's that another model could have written: there to be read, so that a
+follow-up finds "#2" in any list. A trainer should take no loss on it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import small_talk
+import travel
+from talk import Talk, Turn
+from wordings import Unsuitable, fill, load, with_slips
+
+HERE = Path(__file__).parent
+SYSTEMS = load(HERE / "systems.txt")
+
+Move = Callable[[Talk], Turn]
+
+OPENINGS: dict[Move, int] = {
+    travel.foreign_list: 24, travel.sights_list: 12, travel.fact: 20, travel.sight: 14, travel.when: 3, travel.where: 4,
+    travel.about_city: 4, travel.one_sight: 2, travel.older: 2, travel.not_there: 2, travel.capital_of: 2, travel.is_capital: 2,
+    small_talk.arithmetic: 7, small_talk.games: 6, small_talk.say: 4, small_talk.recall: 1, small_talk.small: 5,
+    small_talk.package: 8, small_talk.unknown_town: 4, small_talk.unknown_of_city: 3, small_talk.unknown_sight: 2,
+    small_talk.refusal: 8,
+}
+ABOUT_A_LIST: dict[Move, int] = {
+    travel.number: 52, travel.number_when: 6, travel.named_sight: 6, travel.oldest: 7, travel.newest: 3, travel.more: 5,
+    travel.too_far: 4, travel.how_many: 1, travel.fact_there: 16,
+}
+FOLLOW_UPS: dict[Move, int] = {
+    travel.fact_there: 34, travel.and_city: 6, travel.it_when: 4, travel.it_where: 4, small_talk.recall: 8, small_talk.say: 2,
+    small_talk.thanks: 5,
+}
+LENGTHS = (1, 2, 3, 4), (40, 30, 18, 12)
+
+
+def conversation(rng: Random, heldout: bool = False) -> tuple[list[dict[str, Any]], Turn]:
+    """One conversation and its last turn."""
+    talk = Talk(rng, heldout)
+    system, length = system_text(rng), rng.choices(*LENGTHS)[0]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system[1]}] if system[1] else []
+    count = 0
+    while True:
+        talk.last = count >= length - 1
+        turn = next_turn(talk)
+        count += 1
+        question = polite(turn.question, rng) if turn.slips and rng.random() < 0.12 else turn.question
+        messages.append({"role": "user", "content": with_slips(question, rng) if turn.slips else question})
+        messages.append({"role": "assistant", "content": styled(turn, system[0]) if turn.learn else turn.answer})
+        if not turn.learn:
+            messages[-1]["learn"] = False
+        elif talk.last:
+            return messages, turn
+
+
+def next_turn(talk: Talk) -> Turn:
+    """A turn that the conversation allows, chosen by the weights above."""
+    while True:
+        moves = OPENINGS
+        if talk.listed and talk.rng.random() < 0.85:
+            moves = ABOUT_A_LIST
+        elif (talk.city or talk.facts) and talk.rng.random() < 0.8:
+            moves = FOLLOW_UPS
+        before = dict(vars(talk))
+        try:
+            return talk.rng.choices(list(moves), list(moves.values()))[0](talk)
+        except Unsuitable:
+            vars(talk).update(before)
+
+
+def system_text(rng: Random) -> tuple[str, str]:
+    """The kind of a system text and the text; mostly none."""
+    kind = rng.choices(["", "guardrail", "plain", "one sentence", "guide"], [76, 6, 6, 7, 5])[0]
+    return kind, fill(rng.choice(SYSTEMS[kind].questions), rng) if kind else ""
+
+
+def styled(turn: Turn, system: str) -> str:
+    """The answer as the system text wants it."""
+    if system == "one sentence":
+        return turn.short or turn.answer
+    return f"{turn.answer} Have a good trip!" if system == "guide" else turn.answer
+
+
+def polite(question: str, rng: Random) -> str:
+    """The question with a word before or after it."""
+    before = rng.choice(["Hi! ", "Hello. ", "OK. ", "Great. ", "Thanks. ", "Please tell me: ", "I have a question. ", ""])
+    return before + question + ("" if before else rng.choice([" Thanks!", " Please be short.", " I am curious."]))
+
+
+def conversations(seed: int, split: str = "train") -> Iterator[list[dict[str, Any]]]:
+    """Endless conversations, the same for the same seed; split "heldout" has last questions that "train" never has."""
+    rng = Random(f"{split} {seed}")
+    while True:
+        yield conversation(rng, split == "heldout")[0]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A conversation that ends with the user, and what a right answer contains (see `check`)."""
+
+    kind: str
+    messages: list[dict[str, str]]
+    expect_all: list[str]
+    expect_any: list[str]
+    at_least: int
+    reject: list[str]
+
+
+def heldout() -> list[Case]:
+    """The fixed list of 100 conversations that training never sees."""
+    return [Case(**case) for case in json.loads((HERE / "heldout.json").read_text(encoding="utf-8"))]
+
+
+def check(case: Case, answer: str) -> bool:
+    """Whether the answer has all that it must, enough of what it can, and nothing that it must not have."""
+
+    def has(words: str) -> bool:
+        return re.search(rf"(?<!\w){re.escape(words.casefold())}(?!\w)", answer.casefold()) is not None
+
+    return (
+        all(map(has, case.expect_all))
+        and (not case.expect_any or sum(map(has, case.expect_any)) >= case.at_least)
+        and not any(map(has, case.reject))
+    )
+
+
+if __name__ == "__main__":
+    for _, messages in zip(range(int(sys.argv[1])), conversations(0), strict=False):
+        print("\n".join(f"{message['role']}: {message['content']}" for message in messages), end="\n\n")

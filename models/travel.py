@@ -1,0 +1,426 @@
+"""Questions about cities and their sights, and the answers. The facts are in cities.txt, the wordings in travel.txt."""
+
+from __future__ import annotations
+
+import functools
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from talk import Talk, Turn
+from wordings import Unsuitable, capitalized, fill, listing, load
+
+HERE = Path(__file__).parent
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
+SUFFIXES = {1: "st", 2: "nd", 3: "rd"}
+ORDINALS = ["zeroth", "first", "second", "third", "fourth", "fifth", "sixth", "seventh"]
+DULL = set("""
+    about above after almost also beside built called city could every famous first from great have head held high house houses
+    inside into kept large largest leads lies long made main many metres most near oldest once over place shows small stands
+    stone than that their them there these they this through tower under were where which with world years
+""".split())   # words that tell nothing about a sight
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One line of cities.txt. `name` has its article ("the Louvre"); `made` is "opened in 1793", or empty."""
+
+    name: str
+    alias: str
+    made: str
+    what: str
+    special: str
+    plural: bool
+
+    @property
+    def title(self) -> str:
+        return capitalized(self.name)
+
+    @property
+    def answer(self) -> str:
+        return f"{self.short} {self.special}"
+
+    @property
+    def short(self) -> str:
+        return f"{self.title} {'are' if self.plural else 'is'} {self.what}."
+
+    @property
+    def dated(self) -> str:
+        return f"{self.name} {'were' if self.plural else 'was'} {self.made}"
+
+    @property
+    def year(self) -> int | None:
+        """When it was made, for comparing; the middle of a century; negative before Christ."""
+        found = re.search(r"(\d+)(th century| BC)?", self.made)
+        if found is None:
+            return None
+        number, unit = int(found[1]), found[2]
+        return -number if unit == " BC" else number * 100 - 50 if unit else number
+
+    @property
+    def core(self) -> str:
+        """The name without its article."""
+        return self.name.removeprefix("the ").removeprefix("The ")
+
+    @property
+    def keywords(self) -> list[str]:
+        """The words and numbers of its answer that are about this sight."""
+        words = re.findall(r"[\w'-]{4,}|\d+", f"{self.what} {self.special}")
+        named = self.name.lower()
+        return [w for w in dict.fromkeys(words) if w.lower() not in DULL and w.lower() not in named]
+
+
+@dataclass(frozen=True)
+class City:
+    """A city of cities.txt with its sights."""
+
+    name: str
+    alias: str
+    country: str
+    role: str
+    language: str
+    money: str
+    water: str
+    known: str
+    food: str
+    time: str
+    sights: tuple[Sight, ...]
+
+    @property
+    def capital_of(self) -> str:
+        """The country (or province) it is the capital of, or nothing."""
+        return self.role.removeprefix("the capital of ") if self.role.startswith("the capital of ") else ""
+
+    def fact(self, kind: str) -> str:
+        """The answer about its country, language, money, water, known, food or time."""
+        return {
+            "country": f"{self.name} is in {self.country}.",
+            "language": f"People in {self.name} speak {self.language}.",
+            "money": f"In {self.name} you pay in {self.money}.",
+            "water": self.water,
+            "known": f"{self.name} is known for {self.known}.",
+            "food": f"In {self.name} you should try {self.food}.",
+            "time": f"The best time for {self.name} is {self.time}.",
+        }[kind]
+
+    def fact_words(self, kind: str) -> list[str]:
+        """The words that an answer about this fact must contain."""
+        text = self.water.replace(self.name, "") if kind == "water" else str(getattr(self, kind))
+        if kind in ("country", "language", "water", "time"):
+            text = text.removeprefix("The ")
+            return [word for word in re.findall(r"[A-Z][\w']+", text) if word not in ("In", "But")] or text.split()[:2]
+        return [word for word in re.findall(r"[\w'-]+", text) if word not in ("and", "or", "of", "with", "its", "the", "a")]
+
+    @property
+    def about(self) -> str:
+        return f"{self.name} is {self.role}. It is known for {self.known}."
+
+
+FACTS = ("country", "language", "money", "water", "known", "food", "time")
+
+
+@functools.cache
+def cities() -> tuple[City, ...]:
+    """All cities of cities.txt."""
+    heads: list[tuple[list[str], list[Sight]]] = []
+    for line in (HERE / "cities.txt").read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        fields = [part.strip() for part in line.split("|")]
+        name, _, alias = fields[0].partition(" = ")
+        if line.startswith(" "):
+            made = "" if fields[1] == "-" else fields[1]
+            plural = fields[2].startswith("are ")
+            heads[-1][1].append(Sight(name, alias, made, fields[2].removeprefix("are "), fields[3], plural))
+        else:
+            heads.append(([name, alias, *fields[1:]], []))
+    return tuple(City(*fields, tuple(sights)) for fields, sights in heads)   # type: ignore[arg-type]
+
+
+WORDINGS = load(HERE / "travel.txt")
+OTHERS = load(HERE / "others.txt")   # how other models write lists of sights
+
+
+def is_heldout_list(city: City, sights: list[Sight]) -> bool:
+    """Whether this choice and order of sights is kept from training, unless it is the order of cities.txt."""
+    if tuple(sights) == city.sights[: len(sights)]:
+        return False
+    return zlib.crc32("|".join(sight.name for sight in sights).encode()) % 6 == 0
+
+
+def any_city(talk: Talk) -> City:
+    return talk.rng.choice(cities())
+
+
+def spoken(city: City, rng: Random) -> str:
+    """A name of the city as people say it."""
+    return city.alias if city.alias and rng.random() < 0.3 else city.name
+
+
+def named(sight: Sight, rng: Random) -> str:
+    """A name of the sight as people say it."""
+    name = sight.alias if sight.alias and rng.random() < 0.35 else sight.name
+    return name.removeprefix("the ") if rng.random() < 0.12 else name
+
+
+def about_sight(question: str, sight: Sight, others: list[Sight]) -> Turn:
+    """The answer about one sight; `others` are what a wrong answer could speak of."""
+    keywords = sight.keywords
+    wrong = [other.core for other in others if other.core.lower() not in sight.answer.lower()]
+    return Turn(question, sight.answer, sight.short, [sight.core], keywords, max(1, (3 * len(keywords) + 4) // 5), wrong)
+
+
+def list_text(city: City, sights: list[Sight]) -> str:
+    """The model's own list."""
+    lines = [f"{i}. {sight.title}: {sight.what}." for i, sight in enumerate(sights, 1)]
+    intro = f"{city.name}, {city.role}, is known for {city.known}. Here are {NUMBERS[len(sights)]} sights to see:"
+    return "\n".join([intro, "", *lines, "", f"Enjoy your stay in {city.name}!"])
+
+
+# The moves. Each makes one turn, or raises Unsuitable.
+
+
+def sights_list(talk: Talk) -> Turn:
+    city = any_city(talk)
+    name = spoken(city, talk.rng)
+    n = min(3, len(city.sights))
+    if talk.rng.random() < 0.75:
+        question = talk.ask(WORDINGS, "list", city=name, **{"in": f"in {name}"})
+    else:
+        n = talk.rng.randint(2, min(4, len(city.sights)))
+        question = talk.ask(WORDINGS, "list n", city=name, n=NUMBERS[n] if talk.rng.random() < 0.8 else str(n))
+    talk.city, talk.listed, talk.sight, talk.fact = city, list(city.sights[:n]), None, ""
+    short = f"In {city.name}, see {listing([sight.name for sight in talk.listed])}."
+    cores = [sight.core for sight in city.sights]
+    return Turn(question, list_text(city, talk.listed), short, [city.name], cores, n)
+
+
+def foreign_list(talk: Talk) -> Turn:
+    """A list as another model would write it: other words, other sights, another order."""
+    talk.require(not talk.last)
+    rng, city = talk.rng, any_city(talk)
+    sights = rng.sample(city.sights, rng.randint(2, min(4, len(city.sights))))
+    talk.require(is_heldout_list(city, sights) == talk.heldout)
+    question = talk.ask(WORDINGS, "list", city=city.name, **{"in": f"in {city.name}"})
+    slots = {"city": city.name, "role": city.role, "known": city.known, "country": city.country}
+    number = rng.choice(["{}. ", "{}. ", "{}. ", "{}) ", "{}: ", "**{}.** ", "#{} "])
+    title = rng.choice(["{}: ", "{}: ", "{} - ", "**{}**: ", "**{}** - ", "{} – ", "*{}*: ", "{}. "])
+    style = rng.choice(["plain", "plain", "mixed", "facts", "bare"])
+    lines = []
+    for i, sight in enumerate(sights, 1):
+        name = capitalized(named(sight, rng))
+        plain = fill(rng.choice(OTHERS["sight"].questions), rng, name=name, **slots)
+        facts = rng.choice([capitalized(sight.what) + ".", sight.special, sight.answer])
+        text = {"plain": plain, "facts": facts, "mixed": rng.choice([plain, facts])}.get(style)
+        lines.append(number.format(i) + (name if text is None else title.format(name) + text))
+    parts = [fill(rng.choice(OTHERS[part].questions), rng, **slots) for part in ("intro", "closing")]
+    answer = "\n".join([parts[0], "", *lines, *(["", parts[1]] if rng.random() < 0.7 else [])])
+    talk.city, talk.listed, talk.sight, talk.fact = city, sights, None, ""
+    return Turn(question, answer, learn=False)
+
+
+def place(rng: Random, n: int, length: int) -> str:
+    """A way to point at entry n of a list."""
+    ways = [f"#{n}", f"#{n}", f"number {n}", f"number {NUMBERS[n]}", f"no. {n}", f"the {ORDINALS[n]} one",
+            f"the {ORDINALS[n]} one", f"the {ORDINALS[n]}", f"the {ORDINALS[n]} sight", f"the {ORDINALS[n]} place",
+            f"sight {n}", f"the {n}{SUFFIXES.get(n, 'th')} one"]
+    if n == length:
+        ways += ["the last one", "the last one"]
+    return rng.choice(ways)
+
+
+def number(talk: Talk) -> Turn:
+    talk.require(talk.listed)
+    n = talk.rng.randint(1, len(talk.listed))
+    talk.sight, talk.fact = talk.listed[n - 1], ""
+    question = talk.ask(WORDINGS, "number", nth=place(talk.rng, n, len(talk.listed)))
+    return about_sight(question, talk.sight, talk.listed)
+
+
+def number_when(talk: Talk) -> Turn:
+    talk.require(talk.listed)
+    n = talk.rng.randint(1, len(talk.listed))
+    talk.sight, talk.fact = talk.listed[n - 1], ""
+    return dated(talk.ask(WORDINGS, "number when", nth=place(talk.rng, n, len(talk.listed))), talk.sight)
+
+
+def dated(question: str, sight: Sight) -> Turn:
+    """When a sight was made, or that there is no one date."""
+    if not sight.made:
+        return Turn(question, f"I do not know one date for {sight.name}.", expect_all=["not know", sight.core])
+    return Turn(question, capitalized(sight.dated) + ".", expect_all=[sight.core, *re.findall(r"\d+", sight.made)])
+
+
+def too_far(talk: Talk) -> Turn:
+    talk.require(talk.listed)
+    length = len(talk.listed)
+    nth = place(talk.rng, talk.rng.randint(length + 1, min(length + 3, 7)), 0)
+    answer = f"There are only {NUMBERS[length]} sights in this list."
+    return Turn(talk.ask(WORDINGS, "too far", nth=nth), answer, expect_all=["only", NUMBERS[length]])
+
+
+def how_many(talk: Talk) -> Turn:
+    talk.require(talk.listed)
+    count = NUMBERS[len(talk.listed)]
+    return Turn(talk.ask(WORDINGS, "how many"), f"There are {count} sights in this list.", expect_all=[count])
+
+
+def comparison(question: str, sights: list[Sight], newest: bool) -> Turn:
+    """Which of the sights with a date is the oldest (or newest), with the dates it follows from."""
+    dates = [sight for sight in sights if sight.year is not None]
+    years = [sight.year or 0 for sight in dates]
+    if len(dates) < 2 or len(set(years)) < len(years):
+        raise Unsuitable
+    best = max(dates, key=lambda s: s.year or 0) if newest else min(dates, key=lambda s: s.year or 0)
+    degree = ("newer" if newest else "older") if len(dates) == 2 else ("the newest" if newest else "the oldest")
+    conclusion = f"so {best.name} {'are' if best.plural else 'is'} {degree}"
+    answer = f"{capitalized(listing([sight.dated for sight in dates]))}, {conclusion}."
+    return Turn(question, answer, expect_all=[conclusion])
+
+
+def oldest(talk: Talk) -> Turn:
+    talk.require(talk.listed)
+    return comparison(talk.ask(WORDINGS, "oldest"), talk.listed, newest=False)
+
+
+def newest(talk: Talk) -> Turn:
+    talk.require(talk.listed)
+    return comparison(talk.ask(WORDINGS, "newest"), talk.listed, newest=True)
+
+
+def older(talk: Talk) -> Turn:
+    city = any_city(talk)
+    sights = talk.rng.sample(city.sights, 2)
+    first, second = sights
+    turn = comparison(talk.ask(WORDINGS, "older", sight=first.name, other=second.name), sights, newest=False)
+    talk.city, talk.listed, talk.sight, talk.fact = city, [], None, ""
+    return turn
+
+
+def more(talk: Talk) -> Turn:
+    talk.require(talk.listed)
+    question = talk.ask(WORDINGS, "else")
+    rest = [sight for sight in talk.city.sights if sight not in talk.listed]
+    talk.listed, city = [], talk.city
+    if not rest:
+        return Turn(question, f"I know no other sights in {city.name}.", expect_all=["no other", city.name])
+    talk.sight = rest[0]
+    answer = f"You could also see {rest[0].name}, {rest[0].what}."
+    return Turn(question, answer, expect_all=[rest[0].core], expect_any=rest[0].keywords)
+
+
+def one_sight(talk: Talk) -> Turn:
+    city = any_city(talk)
+    name = spoken(city, talk.rng)
+    question = talk.ask(WORDINGS, "one", city=name, **{"in": f"in {name}"})
+    talk.city, talk.listed, talk.sight, talk.fact = city, [], city.sights[0], ""
+    short = f"In {city.name}, see {city.sights[0].name}."
+    return Turn(question, f"{short} It is {city.sights[0].what}.", short, [city.sights[0].core])
+
+
+def about_city(talk: Talk) -> Turn:
+    city = any_city(talk)
+    question = talk.ask(WORDINGS, "about", city=spoken(city, talk.rng))
+    talk.city, talk.listed, talk.sight, talk.fact = city, [], None, "about"
+    words = city.fact_words("known")
+    return Turn(question, city.about, f"{city.name} is {city.role}.", [city.name], words, len(words))
+
+
+def fact_turn(question: str, city: City, kind: str) -> Turn:
+    if kind == "about":
+        return Turn(question, city.about, f"{city.name} is {city.role}.", [city.name, city.role])
+    must = city.fact_words(kind)
+    return Turn(question, city.fact(kind), expect_all=must)
+
+
+def fact(talk: Talk) -> Turn:
+    city, kind = any_city(talk), talk.rng.choice(FACTS)
+    name = spoken(city, talk.rng)
+    question = talk.ask(WORDINGS, kind, needs="{in} {city}", city=name, **{"in": f"in {name}"})
+    talk.city, talk.listed, talk.sight, talk.fact = city, [], None, kind
+    return fact_turn(question, city, kind)
+
+
+def fact_there(talk: Talk) -> Turn:
+    """A fact about the city spoken of, without its name."""
+    talk.require(talk.city)
+    kind = talk.fact = talk.rng.choice(FACTS)
+    where = talk.rng.choice(["there", "there", "there", "in that city"])
+    return fact_turn(talk.ask(WORDINGS, kind, without="{city}", **{"in": where}), talk.city, kind)
+
+
+def and_city(talk: Talk) -> Turn:
+    """The same question about another city: "And in Rome?"."""
+    talk.require(talk.fact)
+    talk.city, talk.listed, talk.sight = any_city(talk), [], None
+    return fact_turn(talk.ask(WORDINGS, "and city", city=talk.city.name), talk.city, talk.fact)
+
+
+def sight(talk: Talk) -> Turn:
+    city = any_city(talk)
+    talk.city, talk.listed, talk.fact, talk.sight = city, [], "", talk.rng.choice(city.sights)
+    question = talk.ask(WORDINGS, "sight", sight=named(talk.sight, talk.rng))
+    return about_sight(question, talk.sight, [other for other in city.sights if other is not talk.sight])
+
+
+def named_sight(talk: Talk) -> Turn:
+    """A sight of the list, by its name."""
+    talk.require(talk.listed)
+    talk.sight, talk.fact = talk.rng.choice(talk.listed), ""
+    return about_sight(talk.ask(WORDINGS, "sight", sight=named(talk.sight, talk.rng)), talk.sight, talk.listed)
+
+
+def located(sight: Sight, city: City) -> str:
+    return f"{sight.name} {'are' if sight.plural else 'is'} in {city.name}"
+
+
+def where(talk: Talk) -> Turn:
+    city = any_city(talk)
+    talk.city, talk.listed, talk.fact, talk.sight = city, [], "", talk.rng.choice(city.sights)
+    question = talk.ask(WORDINGS, "where", sight=named(talk.sight, talk.rng))
+    return Turn(question, f"{capitalized(located(talk.sight, city))}.", expect_all=[talk.sight.core, city.name])
+
+
+def when(talk: Talk) -> Turn:
+    city = any_city(talk)
+    talk.city, talk.listed, talk.fact, talk.sight = city, [], "", talk.rng.choice(city.sights)
+    return dated(talk.ask(WORDINGS, "when", sight=named(talk.sight, talk.rng)), talk.sight)
+
+
+def it_when(talk: Talk) -> Turn:
+    talk.require(talk.sight and not talk.sight.plural)
+    return dated(talk.ask(WORDINGS, "it when"), talk.sight)
+
+
+def it_where(talk: Talk) -> Turn:
+    talk.require(talk.sight and not talk.sight.plural)
+    question = talk.ask(WORDINGS, "it where")
+    return Turn(question, f"{capitalized(located(talk.sight, talk.city))}.", expect_all=[talk.sight.core, talk.city.name])
+
+
+def not_there(talk: Talk) -> Turn:
+    """Is the sight in this city? Half of the time it is not."""
+    city = any_city(talk)
+    other = any_city(talk) if talk.rng.random() < 0.5 else city
+    talk.city, talk.listed, talk.fact, talk.sight = city, [], "", talk.rng.choice(city.sights)
+    question = talk.ask(WORDINGS, "not there", sight=talk.sight.name, wrong=other.name)
+    yes = "Yes" if other is city else "No"
+    return Turn(question, f"{yes}, {located(talk.sight, city)}.", expect_all=[f"{yes}, ", city.name])
+
+
+def capital_of(talk: Talk) -> Turn:
+    city = talk.rng.choice([city for city in cities() if city.capital_of])
+    question = talk.ask(WORDINGS, "capital of", country=city.capital_of)
+    talk.city, talk.listed, talk.sight, talk.fact = city, [], None, ""
+    return Turn(question, f"The capital of {city.capital_of} is {city.name}.", expect_all=[f"is {city.name}"])
+
+
+def is_capital(talk: Talk) -> Turn:
+    city = any_city(talk)
+    talk.require(city.capital_of or "capital" not in city.role)
+    question = talk.ask(WORDINGS, "is capital", city=city.name, country=city.capital_of or city.country)
+    talk.city, talk.listed, talk.sight, talk.fact = city, [], None, ""
+    yes = "Yes" if city.capital_of else "No"
+    return Turn(question, f"{yes}, {city.name} is {city.role}.", expect_all=[f"{yes}, ", city.role])
