@@ -2,10 +2,11 @@
 
     from conversations import check, conversations, heldout
     conversations(seed=1)          endless: lists of {"role", "content"}, an assistant's message last
-    heldout()                      the cases of heldout.json: the same facts in wordings and lists never trained on
+    heldout()                      100 cases: the same facts in wordings and lists of sights that are never trained on
+    sample()                       the model card's sample conversation as one more case
+    check(case, answer)            whether the answer is right
 
-    python models/conversations.py          prints some conversations
-    python models/conversations.py heldout  writes heldout.json anew (its cases are read and corrected by hand after)
+    python models/conversations.py 20       prints some conversations
 
 A message with `"learn": False` is an assistant's that another model could have written: there to be read, so that a
 follow-up finds "#2" in any list. A trainer should take no loss on it.
@@ -17,7 +18,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,14 +29,14 @@ from talk import Talk, Turn
 from wordings import Unsuitable, fill, load, with_slips
 
 HERE = Path(__file__).parent
-SYSTEMS = load(HERE / "systems.txt")
+SYSTEMS = load(HERE / "texts" / "systems.txt")
 
 Move = Callable[[Talk], Turn]
 
 OPENINGS: dict[Move, int] = {
-    travel.foreign_list: 24, travel.sights_list: 12, travel.fact: 20, travel.sight: 14, travel.when: 3, travel.where: 4,
+    travel.foreign_list: 30, travel.sights_list: 12, travel.fact: 20, travel.sight: 14, travel.when: 3, travel.where: 4,
     travel.about_city: 4, travel.one_sight: 2, travel.older: 2, travel.not_there: 2, travel.capital_of: 2, travel.is_capital: 2,
-    small_talk.arithmetic: 7, small_talk.games: 6, small_talk.say: 4, small_talk.recall: 1, small_talk.small: 5,
+    small_talk.arithmetic: 12, small_talk.games: 6, small_talk.say: 4, small_talk.recall: 1, small_talk.small: 5,
     small_talk.package: 8, small_talk.unknown_town: 4, small_talk.unknown_of_city: 3, small_talk.unknown_sight: 2,
     small_talk.refusal: 8,
 }
@@ -47,7 +48,8 @@ FOLLOW_UPS: dict[Move, int] = {
     travel.fact_there: 34, travel.and_city: 6, travel.it_when: 4, travel.it_where: 4, small_talk.recall: 8, small_talk.say: 2,
     small_talk.thanks: 5,
 }
-LENGTHS = (1, 2, 3, 4), (40, 30, 18, 12)
+LINGER: dict[str, Move] = {move.__name__: move for move in (small_talk.arithmetic, small_talk.games, small_talk.package)}
+LENGTHS = (1, 2, 3), (45, 33, 22)   # turns; one more where the last would be a list of another model
 
 
 def conversation(rng: Random, heldout: bool = False) -> tuple[list[dict[str, Any]], Turn]:
@@ -60,8 +62,7 @@ def conversation(rng: Random, heldout: bool = False) -> tuple[list[dict[str, Any
         talk.last = count >= length - 1
         turn = next_turn(talk)
         count += 1
-        question = polite(turn.question, rng) if turn.slips and rng.random() < 0.12 else turn.question
-        messages.append({"role": "user", "content": with_slips(question, rng) if turn.slips else question})
+        messages.append({"role": "user", "content": turn.question if heldout else typed(turn, rng)})
         messages.append({"role": "assistant", "content": styled(turn, system[0]) if turn.learn else turn.answer})
         if not turn.learn:
             messages[-1]["learn"] = False
@@ -73,15 +74,23 @@ def next_turn(talk: Talk) -> Turn:
     """A turn that the conversation allows, chosen by the weights above."""
     while True:
         moves = OPENINGS
-        if talk.listed and talk.rng.random() < 0.85:
+        if talk.listed and talk.rng.random() < 0.9:
             moves = ABOUT_A_LIST
-        elif (talk.city or talk.facts) and talk.rng.random() < 0.8:
+        elif (talk.city or talk.facts) and talk.rng.random() < 0.65:
             moves = FOLLOW_UPS
         before = dict(vars(talk))
+        move = talk.rng.choices(list(moves), list(moves.values()))[0]
+        if talk.kind in LINGER and talk.rng.random() < 0.5:
+            move = LINGER[talk.kind]
         try:
-            return talk.rng.choices(list(moves), list(moves.values()))[0](talk)
+            turn = move(talk)
         except Unsuitable:
             vars(talk).update(before)
+            continue
+        turn.kind = talk.kind = move.__name__
+        if move.__module__ == small_talk.__name__:   # "it" would no longer be the sight, nor "And in Rome?" the fact
+            talk.sight, talk.fact = None, ""
+        return turn
 
 
 def system_text(rng: Random) -> tuple[str, str]:
@@ -97,10 +106,12 @@ def styled(turn: Turn, system: str) -> str:
     return f"{turn.answer} Have a good trip!" if system == "guide" else turn.answer
 
 
-def polite(question: str, rng: Random) -> str:
-    """The question with a word before or after it."""
-    before = rng.choice(["Hi! ", "Hello. ", "OK. ", "Great. ", "Thanks. ", "Please tell me: ", "I have a question. ", ""])
-    return before + question + ("" if before else rng.choice([" Thanks!", " Please be short.", " I am curious."]))
+def typed(turn: Turn, rng: Random) -> str:
+    """The question as people type it: at times with a word before it, and with slips."""
+    if not turn.slips:
+        return turn.question
+    before = rng.choice(["Hi! ", "Hello. ", "OK. ", "Great. ", "Thanks. ", "Please tell me: "]) if rng.random() < 0.12 else ""
+    return with_slips(before + turn.question, rng)
 
 
 def conversations(seed: int, split: str = "train") -> Iterator[list[dict[str, Any]]]:
@@ -116,6 +127,7 @@ class Case:
 
     kind: str
     messages: list[dict[str, str]]
+    answer: str   # a right answer
     expect_all: list[str]
     expect_any: list[str]
     at_least: int
@@ -124,7 +136,12 @@ class Case:
 
 def heldout() -> list[Case]:
     """The fixed list of 100 conversations that training never sees."""
-    return [Case(**case) for case in json.loads((HERE / "heldout.json").read_text(encoding="utf-8"))]
+    return [Case(**case) for case in json.loads((HERE / "heldout.json").read_text(encoding="utf-8"))["cases"]]
+
+
+def sample() -> Case:
+    """The model card's sample conversation: what is so great about the Eiffel Tower?"""
+    return Case(**json.loads((HERE / "heldout.json").read_text(encoding="utf-8"))["sample"])
 
 
 def check(case: Case, answer: str) -> bool:

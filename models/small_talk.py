@@ -11,31 +11,26 @@ import travel
 from talk import Talk, Turn
 from wordings import capitalized, fill, listing, load
 
-HERE = Path(__file__).parent
-TALK = load(HERE / "talk.txt")
-GAMES = load(HERE / "games.txt")
-SLOTS: dict[str, list[str]] = json.loads((HERE / "slots.json").read_text(encoding="utf-8"))
-WORDS: dict[str, list[list[str]]] = json.loads((HERE / "words.json").read_text(encoding="utf-8"))
+TEXTS = Path(__file__).parent / "texts"
+TALK = load(TEXTS / "talk.txt")
+GAMES = load(TEXTS / "games.txt")
+SLOTS: dict[str, list[str]] = json.loads((TEXTS / "slots.json").read_text(encoding="utf-8"))
+WORDS: dict[str, list[list[str]]] = json.loads((TEXTS / "words.json").read_text(encoding="utf-8"))
 
 I_AM_SMALL = "I am a very small demonstration model"
-SYLLABLES = ("bra ka lo mi ter wen dor fal gri han jo kel lam nor os pel quin ras sul tam ul vor wes yar zen "
-             "bel cas dun el fir gol").split()
-ENDINGS = ["burg", "ville", "ton", "ia", "stad", "grad", "ford", "o", "hausen", "mouth", "a", "bury", "wick", "dale", "by"]
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
 
 
 def fixed(talk: Talk, group: str) -> Turn:
     """A question of a group of talk.txt with its fixed answer."""
     name = talk.rng.choice([name for name in TALK if name.startswith(group + " ")])
     answer = TALK[name].answer
-    return Turn(talk.ask(TALK, name, **slots(talk.rng)), answer, expect_all=[answer.split(". ")[-1].rstrip(".!")])
+    short = answer.split(". ")[0].rstrip(".") + "." * answer.endswith(".")
+    return Turn(talk.ask(TALK, name, **slots(talk.rng)), answer, short, expect_all=[short.rstrip(".!")])
 
 
 def slots(rng: Random) -> dict[str, str]:
     """A word for every slot of talk.txt."""
-    words = {name: rng.choice(SLOTS[name]) for name in ("illness", "body", "task", "thing", "tongue", "person", "topic", "machine")}
-    return {**words, "why": rng.choice(SLOTS["why"]), "large": str(rng.randint(200, 99999))}
+    return {**{name: rng.choice(words) for name, words in SLOTS.items()}, "large": str(rng.randint(200, 99999))}
 
 
 def small(talk: Talk) -> Turn:
@@ -64,11 +59,12 @@ def unknown_town(talk: Talk) -> Turn:
     elif rng.random() < 0.4:
         town = rng.choice(SLOTS["town"])
     else:
-        town = capitalized("".join(rng.choices(SYLLABLES, k=rng.randint(1, 2))) + rng.choice(ENDINGS))
+        town = capitalized("".join(rng.choices(SLOTS["syllable"], k=rng.randint(1, 2))) + rng.choice(SLOTS["ending"]))
     question = talk.ask(travel.WORDINGS, "unknown city", town=town)
     answer = f"I am sorry, I do not know {town}. {I_AM_SMALL}, but I know ninety big cities, such as Paris, Tokyo or Cairo."
     talk.city, talk.listed, talk.sight, talk.fact = None, [], None, ""
-    return Turn(question, answer, f"I am sorry, I do not know {town}.", ["do not know", town], reject=["1.", "known for"], slips=False)
+    short = f"I am sorry, I do not know {town}."
+    return Turn(question, answer, short, ["do not know", town], reject=["1.", "known for"], slips=False)
 
 
 def unknown_of_city(talk: Talk) -> Turn:
@@ -91,11 +87,14 @@ def unknown_sight(talk: Talk) -> Turn:
 
 # Sums
 
+KINDS_OF_SUM = ["sum", "difference", "product", "larger", "smaller", "double", "half", "next", "order"]
+
 
 def arithmetic(talk: Talk) -> Turn:
     rng = talk.rng
-    kind = rng.choice(["sum", "sum", "difference", "product", "product", "larger", "smaller", "double", "half", "next", "order"])
-    a, b = rng.randint(0, 20), rng.randint(0, 20)
+    kind = rng.choices(KINDS_OF_SUM, [6, 4, 6, 1, 1, 1, 1, 1, 1])[0]
+    limit = 12 if rng.random() < 0.8 else 20
+    a, b = rng.randint(0, limit), rng.randint(0, limit)
     if kind == "sum":
         answer, key = f"{a} + {b} = {a + b}.", f"= {a + b}"
     elif kind == "difference":
@@ -105,7 +104,7 @@ def arithmetic(talk: Talk) -> Turn:
         a, b = rng.randint(0, 12), rng.randint(0, 12)
         answer, key = f"{a} x {b} = {a * b}.", f"= {a * b}"
     elif kind in ("larger", "smaller"):
-        a, b = rng.sample(range(1, 101), 2)
+        a, b = rng.sample(range(1, 51), 2)
         low, high = min(a, b), max(a, b)
         answer = f"{high} is larger than {low}." if kind == "larger" else f"{low} is smaller than {high}."
         key = answer
@@ -145,12 +144,14 @@ def letters(talk: Talk) -> Turn:
     kind = rng.choice(["first letter", "first letter", "last letter", "letter count"])
     results = {"first letter": word[0].upper(), "last letter": word[-1].upper(), "letter count": str(len(word))}
     answer = GAMES[kind].answer.format(word=word, result=results[kind])
-    return Turn(talk.ask(GAMES, kind, word=word), capitalized(answer), expect_all=[answer[len(word) :].rstrip(".")], slips=False)
+    tail = answer.removeprefix(word + " ").rstrip(".")
+    return Turn(talk.ask(GAMES, kind, word=word), capitalized(answer), expect_all=[tail], slips=False)
 
 
 def calendar(talk: Talk) -> Turn:
     rng = talk.rng
-    what, names = rng.choice([("day", DAYS), ("month", MONTHS)])
+    what = rng.choice(["day", "month"])
+    names = SLOTS[what]
     at = rng.randrange(len(names))
     kind, step = rng.choice([("after", 1), ("before", -1)])
     result = names[(at + step) % len(names)]
@@ -161,7 +162,8 @@ def calendar(talk: Talk) -> Turn:
 def alphabet(talk: Talk) -> Turn:
     at = talk.rng.randrange(25)
     first, second = chr(65 + at), chr(66 + at)
-    return Turn(talk.ask(GAMES, "alphabet", word=first), f"{second} comes after {first}.", expect_all=[f"{second} comes"], slips=False)
+    answer = f"{second} comes after {first}."
+    return Turn(talk.ask(GAMES, "alphabet", word=first), answer, expect_all=[f"{second} comes"], slips=False)
 
 
 def games(talk: Talk) -> Turn:

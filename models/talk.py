@@ -27,6 +27,7 @@ class Turn:
     reject: list[str] = field(default_factory=list)
     learn: bool = True
     slips: bool = True   # may be typed carelessly
+    kind: str = ""       # the name of the move that made it
 
 
 @dataclass
@@ -40,9 +41,12 @@ class Talk:
     listed: list[Any] = field(default_factory=list)   # travel.Sight, as numbered in the last list
     sight: Any = None       # the sight spoken of last
     fact: str = ""          # the kind of fact asked for last
+    kind: str = ""          # the name of the last move
     facts: dict[str, str] = field(default_factory=dict)   # what the user said about herself
 
-    def ask(self, intents: Mapping[str, Intent], name: str, *, needs: str = "", without: str = "", **slots: str) -> str:
+    def ask(
+        self, intents: Mapping[str, Intent], name: str, /, *, needs: str = "", without: str = "", **slots: str
+    ) -> str:
         """A question of this intent; only wordings that contain one of the words `needs` and none of `without`."""
         intent = intents[name]
         patterns = [

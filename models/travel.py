@@ -12,15 +12,10 @@ from random import Random
 from talk import Talk, Turn
 from wordings import Unsuitable, capitalized, fill, listing, load
 
-HERE = Path(__file__).parent
+TEXTS = Path(__file__).parent / "texts"
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
 SUFFIXES = {1: "st", 2: "nd", 3: "rd"}
 ORDINALS = ["zeroth", "first", "second", "third", "fourth", "fifth", "sixth", "seventh"]
-DULL = set("""
-    about above after almost also beside built called city could every famous first from great have head held high house houses
-    inside into kept large largest leads lies long made main many metres most near oldest once over place shows small stands
-    stone than that their them there these they this through tower under were where which with world years
-""".split())   # words that tell nothing about a sight
 
 
 @dataclass(frozen=True)
@@ -67,9 +62,8 @@ class Sight:
     @property
     def keywords(self) -> list[str]:
         """The words and numbers of its answer that are about this sight."""
-        words = re.findall(r"[\w'-]{4,}|\d+", f"{self.what} {self.special}")
-        named = self.name.lower()
-        return [w for w in dict.fromkeys(words) if w.lower() not in DULL and w.lower() not in named]
+        words = re.findall(r"[A-Z]?[\w'-]{5,}|[A-Z]\w{3,}|\d+", f"{self.what} {self.special}")
+        return [word for word in dict.fromkeys(words) if word.lower() not in self.name.lower()]
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,7 @@ FACTS = ("country", "language", "money", "water", "known", "food", "time")
 def cities() -> tuple[City, ...]:
     """All cities of cities.txt."""
     heads: list[tuple[list[str], list[Sight]]] = []
-    for line in (HERE / "cities.txt").read_text(encoding="utf-8").splitlines():
+    for line in (TEXTS / "cities.txt").read_text(encoding="utf-8").splitlines():
         if not line or line.startswith("#"):
             continue
         fields = [part.strip() for part in line.split("|")]
@@ -139,8 +133,8 @@ def cities() -> tuple[City, ...]:
     return tuple(City(*fields, tuple(sights)) for fields, sights in heads)   # type: ignore[arg-type]
 
 
-WORDINGS = load(HERE / "travel.txt")
-OTHERS = load(HERE / "others.txt")   # how other models write lists of sights
+WORDINGS = load(TEXTS / "travel.txt")
+OTHERS = load(TEXTS / "others.txt")   # how other models write lists of sights
 
 
 def is_heldout_list(city: City, sights: list[Sight]) -> bool:
@@ -199,24 +193,24 @@ def sights_list(talk: Talk) -> Turn:
 
 def foreign_list(talk: Talk) -> Turn:
     """A list as another model would write it: other words, other sights, another order."""
-    talk.require(not talk.last)
     rng, city = talk.rng, any_city(talk)
     sights = rng.sample(city.sights, rng.randint(2, min(4, len(city.sights))))
     talk.require(is_heldout_list(city, sights) == talk.heldout)
     question = talk.ask(WORDINGS, "list", city=city.name, **{"in": f"in {city.name}"})
     slots = {"city": city.name, "role": city.role, "known": city.known, "country": city.country}
-    number = rng.choice(["{}. ", "{}. ", "{}. ", "{}) ", "{}: ", "**{}.** ", "#{} "])
+    number = rng.choice(["{}. ", "{}. ", "{}. ", "{}. ", "{}) ", "{}: ", "**{}.** ", "#{} ", "- "])
     title = rng.choice(["{}: ", "{}: ", "{} - ", "**{}**: ", "**{}** - ", "{} – ", "*{}*: ", "{}. "])
-    style = rng.choice(["plain", "plain", "mixed", "facts", "bare"])
+    style = rng.choice(["plain", "plain", "mixed", "facts", "bare", "bare"])
+    separator = rng.choice(["\n"] * 6 + ["\n\n", " "])
     lines = []
     for i, sight in enumerate(sights, 1):
         name = capitalized(named(sight, rng))
-        plain = fill(rng.choice(OTHERS["sight"].questions), rng, name=name, **slots)
+        plain = fill(rng.choice(OTHERS["sight"].questions), rng, name=name, core=name.removeprefix("The "), **slots)
         facts = rng.choice([capitalized(sight.what) + ".", sight.special, sight.answer])
         text = {"plain": plain, "facts": facts, "mixed": rng.choice([plain, facts])}.get(style)
         lines.append(number.format(i) + (name if text is None else title.format(name) + text))
     parts = [fill(rng.choice(OTHERS[part].questions), rng, **slots) for part in ("intro", "closing")]
-    answer = "\n".join([parts[0], "", *lines, *(["", parts[1]] if rng.random() < 0.7 else [])])
+    answer = "\n\n".join([parts[0], separator.join(lines), *(parts[1:] if rng.random() < 0.5 else [])])
     talk.city, talk.listed, talk.sight, talk.fact = city, sights, None, ""
     return Turn(question, answer, learn=False)
 
@@ -231,18 +225,23 @@ def place(rng: Random, n: int, length: int) -> str:
     return rng.choice(ways)
 
 
-def number(talk: Talk) -> Turn:
+def entry(talk: Talk) -> int:
+    """The number of a sight in the list, not of the one spoken of last."""
     talk.require(talk.listed)
     n = talk.rng.randint(1, len(talk.listed))
+    talk.require(talk.listed[n - 1] is not talk.sight)
     talk.sight, talk.fact = talk.listed[n - 1], ""
+    return n
+
+
+def number(talk: Talk) -> Turn:
+    n = entry(talk)
     question = talk.ask(WORDINGS, "number", nth=place(talk.rng, n, len(talk.listed)))
     return about_sight(question, talk.sight, talk.listed)
 
 
 def number_when(talk: Talk) -> Turn:
-    talk.require(talk.listed)
-    n = talk.rng.randint(1, len(talk.listed))
-    talk.sight, talk.fact = talk.listed[n - 1], ""
+    n = entry(talk)
     return dated(talk.ask(WORDINGS, "number when", nth=place(talk.rng, n, len(talk.listed))), talk.sight)
 
 
@@ -346,7 +345,7 @@ def fact(talk: Talk) -> Turn:
 def fact_there(talk: Talk) -> Turn:
     """A fact about the city spoken of, without its name."""
     talk.require(talk.city)
-    kind = talk.fact = talk.rng.choice(FACTS)
+    kind = talk.fact = talk.rng.choice([kind for kind in FACTS if kind != talk.fact])
     where = talk.rng.choice(["there", "there", "there", "in that city"])
     return fact_turn(talk.ask(WORDINGS, kind, without="{city}", **{"in": where}), talk.city, kind)
 
@@ -367,13 +366,13 @@ def sight(talk: Talk) -> Turn:
 
 def named_sight(talk: Talk) -> Turn:
     """A sight of the list, by its name."""
-    talk.require(talk.listed)
-    talk.sight, talk.fact = talk.rng.choice(talk.listed), ""
+    entry(talk)
     return about_sight(talk.ask(WORDINGS, "sight", sight=named(talk.sight, talk.rng)), talk.sight, talk.listed)
 
 
 def located(sight: Sight, city: City) -> str:
-    return f"{sight.name} {'are' if sight.plural else 'is'} in {city.name}"
+    country = "" if city.country == city.name else f", {city.country.removeprefix('the ')}"
+    return f"{sight.name} {'are' if sight.plural else 'is'} in {city.name}{country}"
 
 
 def where(talk: Talk) -> Turn:
@@ -407,7 +406,7 @@ def not_there(talk: Talk) -> Turn:
     talk.city, talk.listed, talk.fact, talk.sight = city, [], "", talk.rng.choice(city.sights)
     question = talk.ask(WORDINGS, "not there", sight=talk.sight.name, wrong=other.name)
     yes = "Yes" if other is city else "No"
-    return Turn(question, f"{yes}, {located(talk.sight, city)}.", expect_all=[f"{yes}, ", city.name])
+    return Turn(question, f"{yes}, {located(talk.sight, city)}.", expect_all=[yes, city.name])
 
 
 def capital_of(talk: Talk) -> Turn:
@@ -419,8 +418,9 @@ def capital_of(talk: Talk) -> Turn:
 
 def is_capital(talk: Talk) -> Turn:
     city = any_city(talk)
+    is_one = city.capital_of == city.country
     talk.require(city.capital_of or "capital" not in city.role)
-    question = talk.ask(WORDINGS, "is capital", city=city.name, country=city.capital_of or city.country)
+    question = talk.ask(WORDINGS, "is capital", city=city.name, country=city.country)
     talk.city, talk.listed, talk.sight, talk.fact = city, [], None, ""
-    yes = "Yes" if city.capital_of else "No"
-    return Turn(question, f"{yes}, {city.name} is {city.role}.", expect_all=[f"{yes}, ", city.role])
+    yes = "Yes" if is_one else "No"
+    return Turn(question, f"{yes}, {city.name} is {city.role}.", expect_all=[yes, city.role])

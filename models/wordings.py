@@ -44,7 +44,7 @@ def load(path: Path) -> dict[str, Intent]:
     return intents
 
 
-def fill(pattern: str, rng: Random, **slots: str) -> str:
+def fill(pattern: str, rng: Random, /, **slots: str) -> str:
     """The pattern with one alternative of each [choice] and its {slots} filled; "{nth}" at its start gets a capital."""
     while "[" in pattern:
         pattern = CHOICE.sub(lambda match: rng.choice(match[1].split("|")), pattern)
