@@ -49,7 +49,7 @@ FOLLOW_UPS: dict[Move, int] = {
     small_talk.thanks: 5,
 }
 LINGER: dict[str, Move] = {move.__name__: move for move in (small_talk.arithmetic, small_talk.games, small_talk.package)}
-LENGTHS = (1, 2, 3), (45, 33, 22)   # turns; one more where the last would be a list of another model
+LENGTHS = (1, 2, 3), (45, 33, 22)   # turns, not counting lists of another model; four turns at most
 
 
 def conversation(rng: Random, heldout: bool = False) -> tuple[list[dict[str, Any]], Turn]:
@@ -57,15 +57,15 @@ def conversation(rng: Random, heldout: bool = False) -> tuple[list[dict[str, Any
     talk = Talk(rng, heldout)
     system, length = system_text(rng), rng.choices(*LENGTHS)[0]
     messages: list[dict[str, Any]] = [{"role": "system", "content": system[1]}] if system[1] else []
-    count = 0
     while True:
-        talk.last = count >= length - 1
+        talk.last = talk.turn >= length - 1
         turn = next_turn(talk)
-        count += 1
+        talk.turn += 1
         messages.append({"role": "user", "content": turn.question if heldout else typed(turn, rng)})
         messages.append({"role": "assistant", "content": styled(turn, system[0]) if turn.learn else turn.answer})
         if not turn.learn:
             messages[-1]["learn"] = False
+            length = min(length + 1, travel.MOST_TURNS)
         elif talk.last:
             return messages, turn
 
@@ -103,7 +103,7 @@ def styled(turn: Turn, system: str) -> str:
     """The answer as the system text wants it."""
     if system == "one sentence":
         return turn.short or turn.answer
-    return f"{turn.answer} Have a good trip!" if system == "guide" else turn.answer
+    return f"{turn.answer} Have a good trip!" if system == "guide" and hasattr(travel, turn.kind) else turn.answer
 
 
 def typed(turn: Turn, rng: Random) -> str:

@@ -12,7 +12,7 @@ import travel
 from conversations import HERE, Case, check, conversation
 from talk import Turn
 
-SEED = 5
+SEED = 8
 CASES = {   # how many of each kind of last question: 70 of travel, 10 of this package, 8 sums, 6 of small talk, 6 refusals
     "number": 20, "number_when": 3, "named_sight": 2, "oldest": 4, "newest": 1, "more": 2, "too_far": 1,
     "sights_list": 6, "one_sight": 1, "about_city": 1, "fact": 8, "fact_there": 8, "and_city": 1, "sight": 4, "where": 2,

@@ -81,8 +81,7 @@ def unknown_sight(talk: Talk) -> Turn:
     fake = f"the {talk.rng.choice(SLOTS['fake first'])} {talk.rng.choice(SLOTS['fake second'])}"
     question = talk.ask(travel.WORDINGS, "unknown sight", fake=fake, city=travel.any_city(talk).name)
     talk.city, talk.listed, talk.sight, talk.fact = None, [], None, ""
-    answer = f"I am sorry, I do not know that sight. {I_AM_SMALL} and know only some famous places."
-    return Turn(question, answer, "I am sorry, I do not know that sight.", ["do not know"])
+    return travel.about_sight(question, travel.Sight(fake), [])
 
 
 # Sums
@@ -107,7 +106,7 @@ def arithmetic(talk: Talk) -> Turn:
         a, b = rng.sample(range(1, 51), 2)
         low, high = min(a, b), max(a, b)
         answer = f"{high} is larger than {low}." if kind == "larger" else f"{low} is smaller than {high}."
-        key = answer
+        key = answer.rstrip(".")
     elif kind == "double":
         answer, key = f"Twice {a} is {2 * a}.", f"is {2 * a}"
     elif kind == "half":
@@ -118,9 +117,8 @@ def arithmetic(talk: Talk) -> Turn:
         answer, key = f"{a + 1} comes after {a}.", f"{a + 1} comes"
     else:
         numbers = rng.sample(range(1, 31), 3)
-        answer = key = f"{listing([str(n) for n in sorted(numbers)])}."
-        question = talk.ask(GAMES, "order", numbers=", ".join(map(str, numbers)))
-        return Turn(question, answer, expect_all=[key])
+        key = listing([str(n) for n in sorted(numbers)])
+        return Turn(talk.ask(GAMES, "order", numbers=", ".join(map(str, numbers))), f"{key}.", expect_all=[key])
     return Turn(talk.ask(GAMES, kind, a=str(a), b=str(b)), answer, expect_all=[key])
 
 

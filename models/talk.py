@@ -37,6 +37,7 @@ class Talk:
     rng: Random
     heldout: bool = False
     last: bool = False
+    turn: int = 0           # turns so far
     city: Any = None        # travel.City
     listed: list[Any] = field(default_factory=list)   # travel.Sight, as numbered in the last list
     sight: Any = None       # the sight spoken of last

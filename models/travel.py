@@ -14,20 +14,27 @@ from wordings import Unsuitable, capitalized, fill, listing, load
 
 TEXTS = Path(__file__).parent / "texts"
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
+MOST_TURNS = 4   # of a conversation
 SUFFIXES = {1: "st", 2: "nd", 3: "rd"}
 ORDINALS = ["zeroth", "first", "second", "third", "fourth", "fifth", "sixth", "seventh"]
 
 
+UNKNOWN_SIGHT = "I am sorry, I do not know that sight. I am a very small demonstration model and know only some famous places."
+
+
 @dataclass(frozen=True)
 class Sight:
-    """One line of cities.txt. `name` has its article ("the Louvre"); `made` is "opened in 1793", or empty."""
+    """One line of cities.txt. `name` has its article ("the Louvre"); `made` is "opened in 1793", or empty.
+
+    Of a sight that is not in cities.txt only the name is known; others may speak of it.
+    """
 
     name: str
-    alias: str
-    made: str
-    what: str
-    special: str
-    plural: bool
+    alias: str = ""
+    made: str = ""
+    what: str = ""
+    special: str = ""
+    plural: bool = False
 
     @property
     def title(self) -> str:
@@ -35,10 +42,12 @@ class Sight:
 
     @property
     def answer(self) -> str:
-        return f"{self.short} {self.special}"
+        return f"{self.short} {self.special}" if self.what else UNKNOWN_SIGHT
 
     @property
     def short(self) -> str:
+        if not self.what:
+            return UNKNOWN_SIGHT.partition(".")[0] + "."
         return f"{self.title} {'are' if self.plural else 'is'} {self.what}."
 
     @property
@@ -161,6 +170,8 @@ def named(sight: Sight, rng: Random) -> str:
 
 def about_sight(question: str, sight: Sight, others: list[Sight]) -> Turn:
     """The answer about one sight; `others` are what a wrong answer could speak of."""
+    if not sight.what:
+        return Turn(question, sight.answer, sight.short, ["do not know"])
     keywords = sight.keywords
     wrong = [other.core for other in others if other.core.lower() not in sight.answer.lower()]
     return Turn(question, sight.answer, sight.short, [sight.core], keywords, max(1, (3 * len(keywords) + 4) // 5), wrong)
@@ -193,21 +204,25 @@ def sights_list(talk: Talk) -> Turn:
 
 def foreign_list(talk: Talk) -> Turn:
     """A list as another model would write it: other words, other sights, another order."""
+    talk.require(talk.turn < MOST_TURNS - 1)   # a question about it must follow
     rng, city = talk.rng, any_city(talk)
     sights = rng.sample(city.sights, rng.randint(2, min(4, len(city.sights))))
+    if rng.random() < 0.12:
+        sights[rng.randrange(len(sights))] = Sight(rng.choice(OTHERS["unknown sight"].questions))
     talk.require(is_heldout_list(city, sights) == talk.heldout)
     question = talk.ask(WORDINGS, "list", city=city.name, **{"in": f"in {city.name}"})
     slots = {"city": city.name, "role": city.role, "known": city.known, "country": city.country}
     number = rng.choice(["{}. ", "{}. ", "{}. ", "{}. ", "{}) ", "{}: ", "**{}.** ", "#{} ", "- "])
     title = rng.choice(["{}: ", "{}: ", "{} - ", "**{}**: ", "**{}** - ", "{} – ", "*{}*: ", "{}. "])
-    style = rng.choice(["plain", "plain", "mixed", "facts", "bare", "bare"])
+    style = rng.choice(["plain", "plain", "mixed", "facts", "long", "bare", "bare"])
     separator = rng.choice(["\n"] * 6 + ["\n\n", " "])
     lines = []
     for i, sight in enumerate(sights, 1):
         name = capitalized(named(sight, rng))
         plain = fill(rng.choice(OTHERS["sight"].questions), rng, name=name, core=name.removeprefix("The "), **slots)
         facts = rng.choice([capitalized(sight.what) + ".", sight.special, sight.answer])
-        text = {"plain": plain, "facts": facts, "mixed": rng.choice([plain, facts])}.get(style)
+        texts = {"plain": plain, "facts": facts, "mixed": rng.choice([plain, facts]), "long": f"{facts} {plain}", "bare": None}
+        text = texts[style if sight.what or style == "bare" else "plain"]
         lines.append(number.format(i) + (name if text is None else title.format(name) + text))
     parts = [fill(rng.choice(OTHERS[part].questions), rng, **slots) for part in ("intro", "closing")]
     answer = "\n\n".join([parts[0], separator.join(lines), *(parts[1:] if rng.random() < 0.5 else [])])
@@ -249,7 +264,7 @@ def dated(question: str, sight: Sight) -> Turn:
     """When a sight was made, or that there is no one date."""
     if not sight.made:
         return Turn(question, f"I do not know one date for {sight.name}.", expect_all=["not know", sight.core])
-    return Turn(question, capitalized(sight.dated) + ".", expect_all=[sight.core, *re.findall(r"\d+", sight.made)])
+    return Turn(question, capitalized(sight.dated) + ".", expect_all=[sight.core, *re.findall(r"\d+\w*", sight.made)])
 
 
 def too_far(talk: Talk) -> Turn:
@@ -323,15 +338,14 @@ def about_city(talk: Talk) -> Turn:
     city = any_city(talk)
     question = talk.ask(WORDINGS, "about", city=spoken(city, talk.rng))
     talk.city, talk.listed, talk.sight, talk.fact = city, [], None, "about"
-    words = city.fact_words("known")
-    return Turn(question, city.about, f"{city.name} is {city.role}.", [city.name], words, len(words))
+    return fact_turn(question, city, "about")
 
 
 def fact_turn(question: str, city: City, kind: str) -> Turn:
     if kind == "about":
-        return Turn(question, city.about, f"{city.name} is {city.role}.", [city.name, city.role])
-    must = city.fact_words(kind)
-    return Turn(question, city.fact(kind), expect_all=must)
+        words = [*re.findall(r"[A-Z]\w+", city.role), *city.fact_words("known")]
+        return Turn(question, city.about, f"{city.name} is {city.role}.", [city.name], words, (3 * len(words) + 4) // 5)
+    return Turn(question, city.fact(kind), expect_all=[city.name, *city.fact_words(kind)])
 
 
 def fact(talk: Talk) -> Turn:

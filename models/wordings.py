@@ -67,7 +67,7 @@ def with_slips(text: str, rng: Random) -> str:
     if rng.random() < 0.10:
         text = text.lower()
     if rng.random() < 0.10:
-        text = text.rstrip("?.")
+        text = text.rstrip("?. ")
     if rng.random() < 0.05 and len(text) > 8:
         at = rng.randrange(1, len(text) - 1)
         if text[at : at + 2].isalpha():

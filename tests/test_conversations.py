@@ -26,6 +26,17 @@ def some(n: int, seed: int = 0, split: str = "train") -> list:
     return list(itertools.islice(conversations(seed, split), n))
 
 
+def talk_of_a_list(seed: int, heldout: bool = False) -> tuple[Talk, str]:
+    """A conversation that began with a list of another model, and that list."""
+    rng = Random(seed)
+    while True:
+        talk = Talk(rng, heldout)
+        try:
+            return talk, travel.foreign_list(talk).answer
+        except wordings.Unsuitable:   # drew a list of the other split
+            continue
+
+
 def plain(text: str) -> str:
     """The text without its capitals, marks and spaces."""
     return re.sub(r"\W+", " ", text.casefold()).strip()
@@ -74,28 +85,20 @@ def test_years_are_read_from_the_words():
 
 def test_a_number_means_the_sight_at_that_place_in_any_list():
     """The names are read back from the list as it was written, whatever its style."""
-    by_name = {name: sight for city in CITIES for sight in city.sights for name in (sight.core, sight.alias) if name}
     checked = 0
-    for seed in range(1500):
-        talk = Talk(Random(seed))
-        listed = (travel.foreign_list if seed % 3 else travel.sights_list)(talk).answer
-        places = [sorted(found for name, s in by_name.items() if s is sight and (found := listed.find(name)) >= 0)[0]
-                  for sight in talk.listed]
-        entries = re.findall(r"(?m)^\W*(\d)\W+(?:The |the )?(.*)$", listed)
-        for n, text in entries:
+    for seed in range(500):
+        talk, listed = talk_of_a_list(seed)
+        for n, text in re.findall(r"(?m)^\W*(\d)\W+(?:The )?(.*)$", listed):
             sight = talk.listed[int(n) - 1]
             assert text.startswith((sight.core, sight.alias.removeprefix("the ") or sight.core)), (text, sight)
-        assert entries or places
-        try:
-            turn = travel.number(talk)
-        except wordings.Unsuitable:
-            continue
+            checked += 1
+        turn = travel.number(talk)
         n = next(i for i, sight in enumerate(talk.listed) if sight is talk.sight) + 1
-        assert turn.answer.startswith(talk.sight.title) and turn.answer == talk.sight.answer
+        assert turn.answer == talk.sight.answer
+        assert turn.answer.startswith(talk.sight.title if talk.sight.what else "I am sorry")
         ways = {f"#{n}", str(n), travel.NUMBERS[n], travel.ORDINALS[n]} | ({"last"} if n == len(talk.listed) else set())
         assert any(way in turn.question.lower() for way in ways)
-        checked += 1
-    assert checked > 1000
+    assert checked > 500
 
 
 @pytest.mark.parametrize("move", [travel.oldest, travel.newest])
@@ -103,8 +106,7 @@ def test_the_oldest_and_the_newest_are_what_the_dates_say(move):
     best = min if move is travel.oldest else max
     checked = 0
     for seed in range(300):
-        talk = Talk(Random(seed))
-        travel.foreign_list(talk)
+        talk, _ = talk_of_a_list(seed)
         try:
             answer = move(talk).answer
         except wordings.Unsuitable:
@@ -134,7 +136,9 @@ def expansions(pattern: str) -> set[str]:
     if match is None:
         return {plain(pattern)}
     return {
-        text for choice in match[1].split("|") for text in expansions(pattern[: match.start()] + choice + pattern[match.end() :])
+        text
+        for choice in match[1].split("|")
+        for text in expansions(pattern[: match.start()] + choice + pattern[match.end() :])
     }
 
 
@@ -161,12 +165,8 @@ def test_training_never_sees_a_heldout_question_or_list():
 
 def test_the_orders_of_foreign_lists_are_split():
     for heldout_list in (False, True):
-        for seed in range(300):
-            talk = Talk(Random(seed), heldout=heldout_list)
-            try:
-                travel.foreign_list(talk)
-            except wordings.Unsuitable:
-                continue
+        for seed in range(100):
+            talk, _ = talk_of_a_list(seed, heldout_list)
             assert travel.is_heldout_list(talk.city, talk.listed) == heldout_list
 
 
@@ -183,10 +183,11 @@ def test_check_accepts_the_right_answer_and_no_other():
     cases = [*heldout(), sample()]
     for case in cases:
         assert check(case, case.answer) and check(case, case.answer.upper() + " Have a good trip!")
-        assert not check(case, "") and not check(case, "I do not know.")
+        assert not check(case, "") and not check(case, "I have no idea.")
     for case, other in itertools.permutations(cases, 2):
-        if check(case, other.answer):
-            assert case.answer == other.answer or case.kind == "refusal", (case, other.answer)
+        if check(case, other.answer) and case.answer != other.answer:
+            # a list tells about its city, a comparison tells dates, and an honest refusal is one in any words
+            assert case.kind in ("about_city", "refusal", "unknown_sight") or other.kind in ("oldest", "newest"), (case, other)
 
 
 def test_check_wants_the_right_sight():
@@ -198,7 +199,8 @@ def test_check_wants_the_right_sight():
 
 def test_check_keeps_to_whole_words():
     case = Case("sum", [], "", ["= 12"], [], 1, ["13"])
-    assert check(case, "7 + 5 = 12.") and not check(case, "= 120") and not check(case, "= 12 or 13") and check(case, "= 12, not 130")
+    assert check(case, "7 + 5 = 12.") and check(case, "= 12, not 130")
+    assert not check(case, "= 120") and not check(case, "= 12 or 13")
 
 
 def test_right_answers_of_new_heldout_conversations_pass():
