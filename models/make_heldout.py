@@ -24,15 +24,16 @@ CASES = {   # how many of each kind of last question: 70 of travel, 10 of this p
 
 
 def draw(rng: Random) -> list[Case]:
-    """One case after another, until there are enough of each kind; no two with the same answer."""
-    missing, answers, cases = dict(CASES), set(), []
+    """One case after another, until there are enough of each kind; no two about the same thing."""
+    missing, cases = dict(CASES), []
+    subjects: set[str] = set()
     while any(missing.values()):
         messages, turn = conversation(rng, heldout=True)
-        answer = messages.pop()["content"]
-        if not missing.get(turn.kind) or answer in answers or is_easy(messages, turn, rng):
+        answer, about = messages.pop()["content"], set(turn.expect_all) - {"do not know", "not know", "Yes", "No"}
+        if not missing.get(turn.kind) or about & subjects or is_easy(messages, turn, rng):
             continue
         missing[turn.kind] -= 1
-        answers.add(answer)
+        subjects |= about
         cases.append(case(turn, messages, answer))
     order = list(CASES)
     return sorted(cases, key=lambda case: order.index(case.kind))

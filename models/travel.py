@@ -170,10 +170,10 @@ def named(sight: Sight, rng: Random) -> str:
 
 def about_sight(question: str, sight: Sight, others: list[Sight]) -> Turn:
     """The answer about one sight; `others` are what a wrong answer could speak of."""
+    wrong = [other.core for other in others if other.core.lower() not in f"{sight.name} {sight.answer}".lower()]
     if not sight.what:
-        return Turn(question, sight.answer, sight.short, ["do not know"])
+        return Turn(question, sight.answer, sight.short, ["do not know"], reject=wrong)
     keywords = sight.keywords
-    wrong = [other.core for other in others if other.core.lower() not in sight.answer.lower()]
     return Turn(question, sight.answer, sight.short, [sight.core], keywords, max(1, (3 * len(keywords) + 4) // 5), wrong)
 
 

@@ -59,7 +59,7 @@ def listing(names: list[str]) -> str:
 
 def capitalized(text: str) -> str:
     """The text with its first letter large, the others as they are."""
-    return text[0].upper() + text[1:]
+    return text[:1].upper() + text[1:]
 
 
 def with_slips(text: str, rng: Random) -> str:

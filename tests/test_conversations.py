@@ -187,7 +187,8 @@ def test_check_accepts_the_right_answer_and_no_other():
     for case, other in itertools.permutations(cases, 2):
         if check(case, other.answer) and case.answer != other.answer:
             # a list tells about its city, a comparison tells dates, and an honest refusal is one in any words
-            assert case.kind in ("about_city", "refusal", "unknown_sight") or other.kind in ("oldest", "newest"), (case, other)
+            honest = any("do not know" in text for text in case.expect_all)
+            assert honest or case.kind == "about_city" or other.kind in ("oldest", "newest"), (case, other)
 
 
 def test_check_wants_the_right_sight():
