@@ -234,7 +234,8 @@ def place(rng: Random, n: int, length: int) -> str:
     """A way to point at entry n of a list."""
     ways = [f"#{n}", f"#{n}", f"number {n}", f"number {NUMBERS[n]}", f"no. {n}", f"the {ORDINALS[n]} one",
             f"the {ORDINALS[n]} one", f"the {ORDINALS[n]}", f"the {ORDINALS[n]} sight", f"the {ORDINALS[n]} place",
-            f"sight {n}", f"the {n}{SUFFIXES.get(n, 'th')} one"]
+            f"sight {n}", f"item {n}", f"the {ORDINALS[n]} item", f"the {ORDINALS[n]} attraction",
+            f"the {n}{SUFFIXES.get(n, 'th')} one"]
     if n == length:
         ways += ["the last one", "the last one"]
     return rng.choice(ways)
