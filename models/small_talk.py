@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from random import Random
 
 import travel
+from cities import TEXTS
 from talk import Talk, Turn
 from wordings import capitalized, fill, listing, load
 
-TEXTS = Path(__file__).parent / "texts"
 TALK = load(TEXTS / "talk.txt")
 GAMES = load(TEXTS / "games.txt")
 SLOTS: dict[str, list[str]] = json.loads((TEXTS / "slots.json").read_text(encoding="utf-8"))
