@@ -28,7 +28,8 @@ const server = new Server({ changed: plan, ready: () => { measureSoon(); retryLo
 const answers = new Answers(new Settings($("settings")), {
   changed: (chat) => { if (chat === current) plan(); },
   failed(chat, failure) {
-    notices.set(chat.id, failure);
+    const unanswered = chat.messages.at(-1)?.role === "user";
+    if (failure.code !== "stopped" || unanswered) notices.set(chat.id, failure);   // a part of an answer says it itself
     server.failed(failure);
   },
   ended(chat, message) {

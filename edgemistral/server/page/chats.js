@@ -23,7 +23,7 @@ export function readChat(id) {
   try {
     const chat = JSON.parse(lasting.getItem(PREFIX + id));
     if (chat === null) chats.delete(id);
-    else if (isChat(chat)) chats.set(id, { ...chat, id });
+    else if (isChat(chat)) chats.set(id, { ...chat, id, messages: chat.messages.filter(({ content }) => content) });
   } catch {
     console.warn(`the chat ${id} in this browser's storage is damaged`);
   }
