@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemistral.errors import BadRequest, EdgeMistralError
+from edgemistral.errors import BadRequest
 from edgemistral.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -57,7 +57,11 @@ class GrammarCompiler:
         from llguidance import LLMatcher
 
         grammars = [inner] if continues else [{"lark_grammar": 'start: " " @inner'}, {"name": "inner", **inner}]
-        matcher = LLMatcher(self._tokenizer, json.dumps({"grammars": grammars}), log_level=0)
+        try:
+            text = json.dumps({"grammars": grammars})
+        except RecursionError:
+            raise BadRequest("grammar: nested too deeply", "grammar") from None
+        matcher = LLMatcher(self._tokenizer, text, log_level=0)
         if matcher.is_error():
             raise BadRequest(f"grammar: {_one_line(matcher.get_error())}", "grammar")
         return CompiledGrammar(matcher, self._vocab_size)
@@ -90,7 +94,7 @@ class _State:
 
     def _check(self) -> None:
         if self._matcher.is_error():   # its limits on work, for one
-            raise EdgeMistralError(f"grammar: {_one_line(self._matcher.get_error())}")
+            raise BadRequest(f"grammar: {_one_line(self._matcher.get_error())}", "grammar")
 
 
 class _Pieces:

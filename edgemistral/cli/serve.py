@@ -54,12 +54,15 @@ def serve(
     """
     from edgemistral.blob import Blob
     from edgemistral.model import load
+    from edgemistral.plan import plan
     from edgemistral.server.runner import serve as run
 
     path = model_path(model)
-    Blob.open(path).close()   # a wrong file is said before the port opens
     with compile_notice():
+        with Blob.open(path) as blob:   # what is wrong is said before the port opens
+            planned = plan(blob, context, int(kv_bits), threads)
+        planned.check(max_ram)
         run(
-            lambda: load(path, context, int(kv_bits), threads, max_ram), host, port,
+            lambda: load(path, planned.context, planned.kv_bits, planned.threads), host, port,
             listening=lambda url: print(url, flush=True), **settings,
         )

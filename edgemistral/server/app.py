@@ -28,6 +28,7 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
+METHODS = ("GET", "POST", "DELETE", "OPTIONS", "HEAD")
 Shared = Annotated[Service, Depends(service_of)]
 
 
@@ -54,9 +55,11 @@ def create_app(
     piece.
 
     The application runs in any event loop; computing happens on a thread of its own. Where an enclosing application
-    mounts this one, its lifespan does not run: call `app.state.service.close()` at the end.
+    mounts this one, its lifespan does not run: give it a loaded model, and call `app.state.service.close()` at the end.
     Raises ValueError for settings that make no sense.
     """
+    if queue < 1 or max_body < 1:
+        raise ValueError(f"a queue of {queue} and bodies of {max_body} bytes: both must be at least 1")
     service = Service(None if callable(model) else model, queue, review)
 
     @asynccontextmanager
@@ -100,7 +103,7 @@ def _add_tools(app: FastAPI) -> None:
     async def detokenize(body: schemas.DetokenizeRequest, service: Shared) -> schemas.PlainText:
         """The text of token ids."""
         try:
-            return schemas.PlainText(text=service.model.tokenizer.decode(body.tokens))
+            return schemas.PlainText(text=await asyncio.to_thread(service.model.tokenizer.decode, body.tokens))
         except BadRequest as error:
             raise BadRequest(str(error), "tokens") from None
 
@@ -141,8 +144,10 @@ class _Count:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                path: Any = getattr(scope.get("route"), "path", None) or "other"   # not the path: anybody can invent one
-                self._metrics.requests.labels(scope["method"], path, str(message["status"])).inc()
+                # Not the path and the method as they came: anybody can invent new ones.
+                path: Any = getattr(scope.get("route"), "path", None) or "other"
+                method = scope["method"] if scope["method"] in METHODS else "other"
+                self._metrics.requests.labels(method, path, str(message["status"])).inc()
             await send(message)
 
         await self._app(scope, receive, counted if scope["type"] == "http" else send)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
@@ -61,7 +62,9 @@ async def completions(body: schemas.CompletionRequest, request: Request, service
     _check_logprobs(service, body.logprobs)
     model, prompts = service.model, []
     for prompt in body.prompts():
-        text = prompt if isinstance(prompt, str) else _decoded(service, prompt)
+        text = prompt if isinstance(prompt, str) else ""
+        if not isinstance(prompt, str) and (body.echo or service.reviewed):
+            text = await asyncio.to_thread(_decoded, service, prompt)
         reviewed = await service.review("prompt", text)
         prompts.append((prompt if reviewed == text else reviewed, reviewed))
 

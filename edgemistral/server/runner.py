@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edgemistral.errors import BadRequest, EdgeMistralError
 from edgemistral.model import Model
 from edgemistral.server.app import create_app
 from edgemistral.server.service import Service
 
-GRACE = 3.0             # seconds that an answer at work has to end by itself
-STOP_SECONDS = 5        # all that stopping may take
+# Seconds from Ctrl-C on:
+GRACE = 3.0             # for an answer at work to end by itself
+LINGER = 3.5            # for clients to read to the end
+STOP = 4.7              # for all of it
+HEAD_SECONDS = 10.0     # for the head of a request to arrive
 MAX_CONNECTIONS = 512
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if sys.platform == "win32":
@@ -38,9 +44,10 @@ def serve(
 ) -> None:
     """Serve the model that `loader` gives until Ctrl-C or SIGTERM.
 
-    port: 0 takes a free one. listening: called with the URL. settings: as for `create_app`.
-    Raises BadRequest for a host beyond loopback without an API key (unless `insecure`) and for wrong settings, OSError
-    when the port cannot be had, and what the loader raises.
+    port: 0 takes a free one. listening: called with the URL. settings: as for `create_app`. Main thread only.
+    Raises BadRequest for a host beyond loopback without an API key (unless `insecure`) and for wrong settings,
+    EdgeMistralError when the port cannot be had, and what the loader raises. Ends the process when work is under way
+    that cannot be stopped in time.
     """
     if not _is_loopback(host) and not settings.get("api_key") and not insecure:
         raise BadRequest(f"--host {host} lets others in: it needs --api-key (or --insecure)", "host")
@@ -61,24 +68,27 @@ def serve(
         app = create_app(load, on_failed_load=on_failed_load, **settings)
     except ValueError as error:
         raise BadRequest(str(error)) from None
+    service: Service = app.state.service
     config = uvicorn.Config(
-        app, http="h11", ws="none", log_level="warning", access_log=False, server_header=False, proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=STOP_SECONDS - 1,
+        app, http=_Protocol, ws="none", log_level="error", access_log=False, server_header=False, proxy_headers=False,
+        limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=round(STOP),
     )
     with _listen(host, port) as listener:
-        server = _Server(config, app.state.service)
+        server = _Server(config, service)
         listening(_url(host, listener.getsockname()[1]))
         server.run(sockets=[listener])
     if failed:
         raise failed[0]
-    idle = app.state.service.close(timeout=0.0)
-    if not idle or (loaded and not app.state.service.ready):
-        # A thread is inside a long chunk, or still loads: it uses what a regular exit would take away from under it.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    if not service.close(timeout=0.0) or service.loading:
+        _exit()   # a thread is inside a long chunk, or loads: it uses what a regular exit would take away from under it
     for model in loaded:
         model.close()
+
+
+def _exit() -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class _Server(uvicorn.Server):
@@ -87,6 +97,8 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        self._last_resort = threading.Timer(STOP, _exit)   # threads that tokenize or compile a grammar cannot be stopped
+        self._last_resort.daemon = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -98,12 +110,55 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit   # the second time
+        if self.should_exit:   # the second time
+            _exit()
         self.should_exit = True
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            super().run(sockets)
+        finally:
+            self._last_resort.cancel()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._last_resort.start()
         self._service.shut_down(grace=GRACE)
+        asyncio.get_running_loop().call_later(LINGER, self._hang_up)
         await super().shutdown(sockets)
+
+    def _hang_up(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's HTTP, but a request must begin to be one in time: a client that sends its head byte by byte, or nothing at
+    all, would hold its connection for ever."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_watching()
+        super().connection_lost(exc)
+
+    def _watch_head(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:   # a request is here
+            self._stop_watching()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop_watching(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 def _is_loopback(host: str) -> bool:
@@ -114,12 +169,13 @@ def _is_loopback(host: str) -> bool:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket; raises OSError, with the address in place of a file's name."""
+    """A listening socket."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=MAX_CONNECTIONS)
-    except OSError as error:
-        raise EdgeMistralError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:   # UnicodeError: no name at all, such as "a..b"
+        reason = getattr(error, "strerror", None) or str(error)
+        raise EdgeMistralError(f"cannot listen on {host} port {port}: {reason.partition(' (while')[0]}") from None
 
 
 def _url(host: str, port: int) -> str:

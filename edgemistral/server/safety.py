@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from email.message import Message
@@ -56,14 +57,15 @@ class Safety:
     def checked(
         cls, api_key: str | None, hosts: Iterable[str], origins: Iterable[str], max_body: int
     ) -> Safety:
-        """Raises ValueError for an empty key, and for an origin that is not of the form http://name:port."""
-        if api_key is not None and not api_key.strip():
-            raise ValueError("the API key is empty")
+        """Raises ValueError for a key that no header can bring, and for an origin that is not of the form http://name:port."""
+        if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+            raise ValueError("the API key must be visible ASCII characters without spaces")
+        origins = list(origins)
         for origin in origins:
             parts = urlsplit(origin)
             if parts.scheme not in ("http", "https") or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":
                 raise ValueError(f"{origin!r} is no origin such as https://app.example.com: scheme, name and port only")
-        return cls(api_key, frozenset(host.lower() for host in hosts), frozenset(o.lower() for o in origins), max_body)
+        return cls(api_key, frozenset(map(_name_of, hosts)), frozenset(origin.lower() for origin in origins), max_body)
 
 
 class Guard:
@@ -184,7 +186,8 @@ def _preflight(headers: Headers) -> Response:
 
 async def _read_body(receive: Receive, headers: Headers, limit: int) -> bytes | Response | None:
     """The whole body, a refusal, or None if the client went away."""
-    refusal = _refuse(413, f"the body is larger than {limit} bytes", "body_too_large", {"connection": "close"})
+    # The connection stays open: closing it while the client still sends would destroy the answer on its way.
+    refusal = _refuse(413, f"the body is larger than {limit} bytes", "body_too_large")
     length = headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         return refusal

@@ -127,15 +127,16 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Jobs in the queue."""
-        return sum(len(jobs) for jobs in list(self._waiting.values()))
+        with self._changed:
+            return sum(map(len, self._waiting.values()))
 
     @property
     def running(self) -> bool:
         """Whether the compute thread is at work."""
         return self._running is not None
 
-    def submit(self, job: Job, work: Work) -> None:
-        """Put a job into the queue. Raises QueueFull, IdInUse, or what `close` was given."""
+    def check(self, job: Job) -> None:
+        """Raise what `submit` would raise now: QueueFull, IdInUse, or what `close` was given."""
         with self._changed:
             if self._closed is not None:
                 raise self._closed
@@ -145,6 +146,11 @@ class Scheduler:
             if waiting >= self.capacity or len(own) >= max(1, self.capacity // 2):
                 seconds = max(1, min(60, round(self._seconds * waiting)))
                 raise QueueFull(f"{waiting} requests are waiting already", seconds)
+
+    def submit(self, job: Job, work: Work) -> None:
+        """Put a job into the queue; raises as `check` does."""
+        with self._changed:
+            self.check(job)
             self._jobs[job.id] = job
             self._waiting.setdefault(job.client, deque()).append((job, work()))
             if self._thread is None:
@@ -152,11 +158,16 @@ class Scheduler:
                 self._thread.start()
             self._changed.notify()
 
-    def cancel(self, job_id: str, reason: EdgeMistralError | None = None) -> bool:
-        """Stop a job before its next token or chunk, at once if it has not begun; False if there is none of this id."""
+    def cancel(self, job_id: str) -> bool:
+        """Stop the job of this id before its next token or chunk, at once if it has not begun; False if there is none."""
         with self._changed:
             job = self._jobs.get(job_id)
-            if job is None:
+            return job is not None and self.stop(job)
+
+    def stop(self, job: Job, reason: EdgeMistralError | None = None) -> bool:
+        """`cancel` for one who holds the job: when it has ended, another may have its id."""
+        with self._changed:
+            if self._jobs.get(job.id) is not job:
                 return False
             job.cancel_for(reason or Cancelled("the request was cancelled"))
             if job is not self._running:
@@ -169,11 +180,11 @@ class Scheduler:
             self._closed = reason
             for job in list(self._jobs.values()):
                 if job is not self._running:
-                    self.cancel(job.id, reason)
+                    self.stop(job, reason)
             self._changed.notify()
             running = self._running
         if running is not None:
-            timer = threading.Timer(grace, self.cancel, (running.id, reason))
+            timer = threading.Timer(grace, self.stop, (running, reason))
             timer.daemon = True
             timer.start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,22 +12,24 @@ from edgemistral.sampler import MAX_TOP_LOGPROBS
 MAX_TEXT = 2_000_000       # characters of one text: 32768 tokens of English are about 150 thousand
 MAX_MESSAGES = 10_000
 MAX_PROMPTS = 256
+MAX_STOPS = 16
+MAX_STOP = 1000            # characters
 MAX_GRAMMAR = 65_536       # characters
 MAX_SEED = (1 << 63) - 1
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TEXT)]
-StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
-    def warnings(self) -> list[str]:
+    def warnings(self) -> Iterator[str]:
         """A line for each name in the request that means nothing here."""
-        return [f"{name} is not known and was ignored" for name in self.model_extra or {}]
+        return (f"{name} is not known and was ignored" for name in self.model_extra or {})
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
@@ -86,7 +89,7 @@ class Sampling(Request):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias], Field(max_length=1024)] | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     n: Literal[1] | None = Field(None, description="One answer only.")
     grammar: Annotated[str, Field(max_length=MAX_GRAMMAR)] | None = Field(
         None, description="Only texts of this grammar: Lark as llguidance writes it, or GBNF."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any
@@ -11,8 +12,10 @@ from pydantic import WithJsonSchema
 from starlette.responses import JSONResponse, Response
 
 from edgemistral import sample_json
+from edgemistral.errors import BadRequest
 from edgemistral.server import streaming
 from edgemistral.server.failures import RESPONSES
+from edgemistral.server.schemas import MAX_MESSAGES, MAX_PROMPTS, MAX_SEED, MAX_STOP, MAX_STOPS
 from edgemistral.server.service import Finished, Piece, Refused, Service, service_of, warnings_header
 
 router = APIRouter(responses=RESPONSES)
@@ -20,7 +23,8 @@ MESSAGE = {
     "type": "object", "required": ["role", "content"],
     "properties": {"role": {"enum": ["system", "user", "assistant"]}, "content": {"type": "string"}},
 }
-CONVERSATION = {"type": "array", "minItems": 1, "items": MESSAGE}
+CONVERSATION = {"type": "array", "minItems": 1, "maxItems": MAX_MESSAGES, "items": MESSAGE}
+STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP}
 SampleJson = Annotated[Any, WithJsonSchema({
     "title": "SampleRequest",
     "type": "object",
@@ -31,18 +35,18 @@ SampleJson = Annotated[Any, WithJsonSchema({
         "properties": {
             "input_string": {"anyOf": [
                 CONVERSATION,
-                {"type": "array", "minItems": 1, "items": {"type": "string"}},
-                {"type": "array", "minItems": 1, "items": CONVERSATION},
+                {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": {"type": "string"}},
+                {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": CONVERSATION},
             ]},
             "parameters": {"type": "object", "properties": {
-                "temperature": {"type": "number", "minimum": 0},
+                "temperature": {"type": "number", "minimum": 0, "maximum": 1e6},
                 "top_p": {"type": "number", "minimum": 0, "maximum": 1},
-                "top_k": {"type": "integer", "minimum": 0},
+                "top_k": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
                 "min_p": {"type": "number", "minimum": 0, "maximum": 1},
-                "repetition_penalty": {"type": "number", "exclusiveMinimum": 0},
-                "seed": {"type": "integer", "minimum": 0},
+                "repetition_penalty": {"type": "number", "minimum": 1e-6, "maximum": 1e6},
+                "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
                 "max_new_tokens": {"type": "integer", "minimum": 0},
-                "stop": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+                "stop": {"anyOf": [STOP, {"type": "array", "maxItems": MAX_STOPS, "items": STOP}]},
                 **{name: {"type": "boolean"} for name in ("do_sample", "return_full_text", "per_message", "safe_prompt")},
             }},
         },
@@ -61,7 +65,10 @@ async def score(
 ) -> Response:
     """Answer a conversation, or several prompts: `[{"0": "...", "1": "..."}]`."""
     job = service.job(request, "score")
-    sample = sample_json.parse(body)
+    _check_sizes(body)
+    sample = await asyncio.to_thread(sample_json.parse, body)
+    if len(sample.prompts) > MAX_PROMPTS:
+        raise BadRequest(f"{sample_json.INPUT} has more than {MAX_PROMPTS} prompts", sample_json.INPUT)
     sample = replace(sample, prompts=[
         replace(prompt, messages=await service.review("prompt", prompt.messages)) for prompt in sample.prompts
     ])
@@ -76,4 +83,17 @@ async def score(
             elif isinstance(event, Finished) and event.finish_reason == "content_filter":
                 raise Refused(f"answer {event.index} was refused")
     headers = {"x-request-id": job.id, **warnings_header(sample.warnings)}
-    return JSONResponse(sample_json.output(service.model, sample, texts), headers=headers)
+    return JSONResponse(await asyncio.to_thread(sample_json.output, service.model, sample, texts), headers=headers)
+
+
+def _check_sizes(body: Any) -> None:
+    """Refuse what is too large to even look at. All else is checked by `sample_json.parse`."""
+    match body:
+        case {"input_data": {"input_string": list() as items}} if len(items) > MAX_MESSAGES:
+            raise BadRequest(f"{sample_json.INPUT} has more than {MAX_MESSAGES} items", sample_json.INPUT)
+    match body:
+        case {"input_data": {"parameters": {"stop": str() | list() as stop}}}:
+            stops = [stop] if isinstance(stop, str) else stop
+            if len(stops) > MAX_STOPS or any(isinstance(item, str) and len(item) > MAX_STOP for item in stops):
+                field = f"{sample_json.PARAMETERS}.stop"
+                raise BadRequest(f"{field} has more than {MAX_STOPS} strings, or one of more than {MAX_STOP} characters", field)

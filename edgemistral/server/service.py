@@ -10,9 +10,10 @@ import secrets
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from fastapi import Request
@@ -28,6 +29,8 @@ from edgemistral.server.scheduler import Job, Progress, Scheduler, Unavailable
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE = 5.0     # seconds without news after which a stream gets a comment
+MAX_WARNINGS = 50    # of one request
+MAX_HEADER = 1000    # characters
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 Review = Callable[[str, Any], Any | Awaitable[Any]]
@@ -77,10 +80,18 @@ class Service:
         self.started = int(time.time())
         self._model, self._review = model, review
         self._compiler: GrammarCompiler | None = None
+        self._compiler_lock = threading.Lock()
+        self._loader: threading.Thread | None = None
+        self._stopping: float | None = None   # since when
 
     @property
     def ready(self) -> bool:
         return self._model is not None
+
+    @property
+    def loading(self) -> bool:
+        """Whether the thread that loads the model is at work."""
+        return self._loader is not None and self._loader.is_alive()
 
     @property
     def model(self) -> Model:
@@ -102,13 +113,15 @@ class Service:
             except BaseException as problem:
                 failed(problem)
 
-        threading.Thread(target=work, name="edgemistral-load", daemon=True).start()
+        self._loader = threading.Thread(target=work, name="edgemistral-load", daemon=True)
+        self._loader.start()
 
     def compiler(self) -> GrammarCompiler:
         """For grammars; made when the first one comes."""
-        if self._compiler is None:
-            self._compiler = GrammarCompiler(self.model.tokenizer)
-        return self._compiler
+        with self._compiler_lock:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(self.model.tokenizer)
+            return self._compiler
 
     def job(self, request: Request, kind: str, user: str | None = None) -> Job:
         """A job for a request. Its id is the client's X-Request-Id, or a new one that nobody can guess.
@@ -141,11 +154,18 @@ class Service:
         With a review every answer comes as one piece, after the host has seen all of it. Raises what `make` raises,
         QueueFull and Unavailable before the first event.
         """
-        replies = await asyncio.to_thread(make)   # tokenizing a long text takes a while
-        events = self._run(request, job, replies)
-        async with aclosing(events if self._review is None else self._reviewed(events)) as given:
-            async for event in given:
-                yield event
+        self.scheduler.check(job)
+        try:
+            replies = await asyncio.to_thread(make)   # tokenizing a long text takes a while
+            events = self._run(request, job, replies)
+            async with aclosing(events if self._review is None else self._reviewed(events)) as given:
+                async for event in given:
+                    yield event
+        except EdgeMistralError:
+            raise
+        except Exception as error:   # told here, so that the connection lives on
+            logger.exception("request %s failed", job.id)
+            raise EdgeMistralError("an error inside the server") from error
 
     async def _run(self, request: Request, job: Job, replies: Sequence[Reply]) -> AsyncGenerator[Event | None, None]:
         arrived, told = time.monotonic(), False
@@ -159,14 +179,9 @@ class Service:
                     self.metrics.first_token.observe(time.monotonic() - arrived)
                 for event in _merged(batch) if batch else (None,):
                     yield event
-        except EdgeMistralError:
-            raise
-        except Exception as error:   # told here, so that the connection lives on
-            logger.exception("request %s failed", job.id)
-            raise EdgeMistralError("an error inside the server") from error
         finally:
             watcher.cancel()
-            self.scheduler.cancel(job.id)
+            self.scheduler.stop(job)
             for reply in replies:
                 self.metrics.count(reply.usage)
 
@@ -174,10 +189,14 @@ class Service:
         self, events: AsyncGenerator[Event | None, None]
     ) -> AsyncGenerator[Event | None, None]:
         texts: dict[int, str] = {}
+        told = time.monotonic()
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, Piece):
                     texts[event.index] = texts.get(event.index, "") + event.text
+                    if time.monotonic() - told < KEEP_ALIVE:
+                        continue
+                    yield None
                 elif isinstance(event, Finished):
                     try:
                         text = await self.review("answer", texts.pop(event.index, ""))
@@ -188,47 +207,55 @@ class Service:
                         yield event
                 else:
                     yield event
+                told = time.monotonic()
 
-    def close(self, grace: float = 0.0, timeout: float = 5.0) -> bool:
-        """Take no more requests, cancel what is under way (what is at work now: after `grace` seconds), and wait for
-        the compute thread; False if it is still at work after `timeout` seconds. The model stays open."""
-        self.shut_down(grace)
-        return self.scheduler.join(timeout)
+    def close(self, timeout: float = 4.5) -> bool:
+        """Take no more requests, cancel what is under way, and wait for the compute thread; False if it is still at work
+        so many seconds after this or `shut_down` was called first. The model stays open."""
+        self.shut_down()
+        assert self._stopping is not None
+        return self.scheduler.join(max(0.0, self._stopping + timeout - time.monotonic()))
 
     def shut_down(self, grace: float = 0.0) -> None:
-        """`close` without waiting."""
+        """Take no more requests and cancel what is under way, what is at work now after `grace` seconds."""
+        if self._stopping is None:
+            self._stopping = time.monotonic()
         self.scheduler.close(Unavailable("the server is shutting down", retry_after=10), grace)
 
     async def _watch(self, request: Request, job: Job) -> None:
         """Stop the work of a client that has gone away."""
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self.scheduler.cancel(job.id, Cancelled("the client has gone away"))
+        self.scheduler.stop(job, Cancelled("the client has gone away"))
 
     def _kv_bytes(self) -> int:
         return self._model.kv_bytes if self._model is not None else 0
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:   # async: FastAPI would call a plain function on a thread
     """The service of the app that handles a request."""
     service: Service = request.app.state.service
     return service
 
 
-def warnings_header(warnings: Sequence[str]) -> dict[str, str]:
-    """Names that mean nothing here, in a form that a header can hold."""
-    text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
-    return {"warnings": "".join(c if c.isprintable() else "?" for c in text)[:1000]} if warnings else {}
+def warnings_header(warnings: Iterable[str]) -> dict[str, str]:
+    """Names that mean nothing here, as far as a header can hold them."""
+    text = "; ".join(warning[:MAX_HEADER] for warning in islice(warnings, MAX_WARNINGS))[:MAX_HEADER]
+    text = text.encode("ascii", "backslashreplace").decode()[:MAX_HEADER]
+    return {"warnings": "".join(c if c.isprintable() else "?" for c in text)} if text else {}
 
 
 def model_name(model: Model) -> str:
     """What a model is called towards clients: the name of its file, without the folder."""
-    return model.path.stem if model.path is not None else "edgemistral"
+    name = model.path.stem if model.path is not None else "edgemistral"
+    return name.encode("utf-8", "replace").decode()   # a file's name may be no text
 
 
 def _answer(job: Job, replies: Sequence[Reply]) -> Iterator[None]:
     """The work of a job, on the compute thread: one reply after another, with a turn of its own for each."""
     for index, reply in enumerate(replies):
+        if index:
+            yield
         told = 0   # tokens
         for piece in reply:
             end = bisect_left(reply.starts, len(reply.text), told)
@@ -236,7 +263,6 @@ def _answer(job: Job, replies: Sequence[Reply]) -> Iterator[None]:
             job.emit(Piece(index, piece, tuple(Token(*token) for token in tokens)))
             told = end
         job.emit(Finished(index, "stop" if reply.finish_reason == "stop" else "length", reply.usage))
-        yield
 
 
 def _merged(batch: list[Event]) -> list[Event]:

@@ -17,7 +17,7 @@ from edgemistral.server.service import Event
 
 def data(value: Any) -> bytes:
     """One event with a JSON value."""
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+    return f"data: {json.dumps(value)}\n\n".encode("ascii")   # some clients would take U+2028 for the end of a line
 
 
 def comment(event: Progress | None) -> bytes:
