@@ -1,0 +1,257 @@
+"""Train the demo model from scratch: English prose first, then conversations; some hours on two cores.
+
+    python models/train_demo.py WORK --prose BOOKS.txt --validation OTHER_BOOKS.txt
+
+Needs `pip install -e '.[train]'`. A GPU is used if there is one. Every SAVE_SECONDS, and when it is interrupted, the
+whole state is saved in the folder WORK; the same command goes on from there. At the end (or with --export, from what is
+there) the model is written to models/demo: a checkpoint that transformers loads, `losses.json` and `losses.png`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from batches import IGNORED, Batch, chat_pool, encode_prose, prose_batch
+from network import Mistral
+from safetensors.torch import save_file
+from tqdm import tqdm
+from train_tokenizer import train_tokenizer
+
+from edgemistral.config import HF_ARCHITECTURE, HF_NAMES, ModelConfig
+from edgemistral.tokenizer import Tokenizer
+
+CONFIG = ModelConfig(
+    dim=256, n_layers=8, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=768, vocab_size=4096, context=1024,
+    norm_eps=1e-5, rope_theta=10000.0, sliding_window=None, bos_id=1, eos_id=2,
+)
+DEMO = Path(__file__).parent / "demo"
+SEED = 1
+PROSE_TOKENS = 6_000_000       # the first stage: prose alone, in short windows
+CHAT_TOKENS = 16_000_000       # the second: conversations, and some prose so that it is not forgotten
+BATCH = 8192                   # tokens a step
+PART = 2048                    # tokens at a time: what they need stays in the cache
+CHAT_SHARE = 0.75              # of a step's tokens in the second stage
+PROSE_LENGTH, LONG_PROSE_LENGTH = 512, CONFIG.context
+MATRIX_RATE, VECTOR_RATE, EMBEDDING_RATE = 0.02, 0.004, 0.004
+WARM_UP = 100                  # steps
+DECAY = 0.5                    # share of the training in which the rates fall to zero
+VALIDATE_EVERY = 200           # steps
+SAVE_SECONDS = 180
+
+
+class Training:
+    """Model, optimizers and the place in the data; `state`/`load` carry all of it over an interruption."""
+
+    def __init__(self, tokenizer: Tokenizer, prose: np.ndarray, validation: np.ndarray, device: str) -> None:
+        torch.manual_seed(SEED)
+        self.tokenizer, self.prose, self.device = tokenizer, prose, device
+        self.model = Mistral(CONFIG).to(device)
+        matrices = [p for p in self.model.layers.parameters() if p.ndim == 2]
+        vectors = [p for p in self.model.parameters() if p.ndim == 1]
+        embeddings = [self.model.embed.weight, self.model.output.weight]
+        self.optimizers = [
+            torch.optim.Muon([{"params": matrices, "peak": MATRIX_RATE}], lr=MATRIX_RATE, weight_decay=0.01, nesterov=True),
+            torch.optim.AdamW(
+                [{"params": embeddings, "peak": EMBEDDING_RATE}, {"params": vectors, "peak": VECTOR_RATE}],
+                lr=EMBEDDING_RATE, betas=(0.9, 0.95), weight_decay=0.0,
+            ),
+        ]
+        self.step = self.tokens = 0
+        self.pool, self.taken = 0, 0          # conversations: which pool, and how many of its batches were taken
+        self.batches: list[Batch] = []
+        self.losses: list[dict[str, float]] = []
+        rng = np.random.default_rng(0)
+        self.held_out = {
+            "prose": [prose_batch(validation, 4, CONFIG.context, CONFIG.bos_id, rng) for _ in range(8)],
+            "chat": chat_pool(0, tokenizer, PART, CONFIG.context, "heldout")[:24],
+        }
+
+    def train_step(self) -> float:
+        """One step; the mean loss of its tokens."""
+        parts = self.parts()
+        counted = sum(int((targets != IGNORED).sum()) for _, targets in parts)
+        total = 0.0
+        for batch in parts:
+            loss = self.loss(batch) / counted
+            loss.backward()
+            total += float(loss.detach())
+            self.tokens += batch[0].numel()
+        rate = self.rate()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return total
+
+    def parts(self) -> list[Batch]:
+        """The batches of this step, of about PART tokens each."""
+        rng = np.random.default_rng((SEED, self.step))
+        chat_tokens = 0 if self.tokens < PROSE_TOKENS else CHAT_SHARE * BATCH
+        length = LONG_PROSE_LENGTH if chat_tokens else PROSE_LENGTH
+        parts, n_tokens = [], 0
+        while n_tokens < BATCH:
+            if n_tokens < chat_tokens:
+                batch = self.next_chat()
+            else:
+                batch = prose_batch(self.prose, PART // length, length, CONFIG.bos_id, rng)
+            n_tokens += batch[0].numel()
+            parts.append(batch)
+        return parts
+
+    def next_chat(self) -> Batch:
+        if not self.batches or self.taken == len(self.batches):
+            if self.batches:
+                self.pool, self.taken = self.pool + 1, 0
+            self.batches = chat_pool(self.pool, self.tokenizer, PART, CONFIG.context)
+        self.taken += 1
+        return self.batches[self.taken - 1]
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Summed cross-entropy."""
+        ids, targets = (each.to(self.device) for each in batch)
+        with torch.autocast(self.device, torch.bfloat16):
+            logits = self.model(ids)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def rate(self) -> float:
+        """Share of the peak learning rates: warm-up, plateau, then linear to zero."""
+        left = max(0.0, 1 - self.tokens / (PROSE_TOKENS + CHAT_TOKENS))
+        return min(1.0, (self.step + 1) / WARM_UP, left / DECAY)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean loss in nats a token on prose and conversations that are not trained on."""
+        losses = {}
+        for name, batches in self.held_out.items():
+            counted = sum(int((targets != IGNORED).sum()) for _, targets in batches)
+            losses[name] = sum(float(self.loss(batch)) for batch in batches) / counted
+        return losses
+
+    @property
+    def done(self) -> bool:
+        return self.tokens >= PROSE_TOKENS + CHAT_TOKENS
+
+    def state(self) -> dict[str, Any]:
+        names = ("step", "tokens", "pool", "taken", "losses")
+        return {
+            "model": self.model.state_dict(), "optimizers": [each.state_dict() for each in self.optimizers],
+            **{name: getattr(self, name) for name in names},
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state.pop("model"))
+        for optimizer, saved in zip(self.optimizers, state.pop("optimizers"), strict=True):
+            optimizer.load_state_dict(saved)
+        self.__dict__.update(state)
+        if self.taken:
+            self.batches = chat_pool(self.pool, self.tokenizer, PART, CONFIG.context)
+
+
+def save(training: Training, path: Path) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    torch.save(training.state(), partial)
+    partial.replace(path)
+
+
+def train(training: Training, checkpoint: Path) -> None:
+    """Until all tokens are seen; saves now and then, and at Ctrl-C."""
+    saved, recent = time.monotonic(), math.nan
+    total = PROSE_TOKENS + CHAT_TOKENS
+    with tqdm(total=total, initial=training.tokens, unit="tok", unit_scale=True, mininterval=2) as bar:
+        try:
+            while not training.done:
+                before = training.tokens
+                loss = training.train_step()
+                recent = loss if math.isnan(recent) else 0.95 * recent + 0.05 * loss
+                bar.update(training.tokens - before)
+                bar.set_postfix(loss=f"{recent:.3f}", refresh=False)
+                if training.step % VALIDATE_EVERY == 0 or training.done:
+                    losses = {"step": training.step, "tokens": training.tokens, "train": recent, **training.validate()}
+                    training.losses.append(losses)
+                    bar.write(json.dumps({name: round(value, 4) for name, value in losses.items()}))
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    save(training, checkpoint)
+                    saved = time.monotonic()
+        finally:
+            save(training, checkpoint)
+
+
+def export(training: Training, tokenizer: bytes) -> None:
+    """The checkpoint, and the curves of its training."""
+    DEMO.mkdir(exist_ok=True)
+    fields = training.model.config.to_dict()
+    config = {"architectures": HF_ARCHITECTURE, "model_type": "mistral", "hidden_act": "silu", "torch_dtype": "bfloat16",
+              "tie_word_embeddings": False, "rope_theta": CONFIG.rope_theta, "head_dim": CONFIG.head_dim,
+              "sliding_window": None, **{foreign: fields[name] for name, foreign in HF_NAMES.items()}}
+    (DEMO / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (DEMO / "tokenizer.model").write_bytes(tokenizer)
+    save_file(training.model.to_hf(), DEMO / "model.safetensors", {"format": "pt"})
+    (DEMO / "losses.json").write_text(
+        "[\n" + ",\n".join(json.dumps({k: round(v, 4) for k, v in row.items()}) for row in training.losses) + "\n]\n",
+        encoding="utf-8",
+    )
+    plot(training.losses, DEMO / "losses.png")
+
+
+def plot(losses: list[dict[str, float]], path: Path) -> None:
+    """Losses over tokens seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    tokens = [row["tokens"] / 1e6 for row in losses]
+    for name, label in (("prose", "held-out prose"), ("chat", "held-out conversations")):
+        axes.plot(tokens, [row[name] for row in losses], label=f"{label}: {losses[-1][name]:.3f} at the end")
+    axes.axvline(PROSE_TOKENS / 1e6, color="grey", linestyle=":", label="conversations begin")
+    axes.set(xlabel="million tokens of training", ylabel="loss, nats a token", ylim=(0, 6))
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+@click.command()
+@click.argument("work", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--prose", type=click.Path(exists=True, path_type=Path), required=True, help="Text to train on, .txt or .txt.xz.")
+@click.option("--validation", type=click.Path(exists=True, path_type=Path), required=True, help="Text to measure on.")
+@click.option("--threads", type=int, help="[default: PyTorch's]")
+@click.option("--export", "only_export", is_flag=True, help="Write models/demo from the state in WORK, train no more.")
+def main(work: Path, prose: Path, validation: Path, threads: int | None, only_export: bool) -> None:
+    """Train the demo model, or go on; the state is in the folder WORK."""
+    work.mkdir(parents=True, exist_ok=True)
+    if threads:
+        torch.set_num_threads(threads)
+    if not (work / "tokenizer.model").exists():
+        (work / "tokenizer.model").write_bytes(train_tokenizer(prose, CONFIG.vocab_size))
+    tokenizer_model = (work / "tokenizer.model").read_bytes()
+    tokenizer = Tokenizer(tokenizer_model)
+    training = Training(
+        tokenizer, encode_prose(prose, tokenizer, work / "prose.ids"),
+        encode_prose(validation, tokenizer, work / "validation.ids"), "cuda" if torch.cuda.is_available() else "cpu",
+    )
+    checkpoint = work / "training.pt"
+    if checkpoint.exists():
+        training.load(torch.load(checkpoint, map_location=training.device, weights_only=True))
+    if not only_export:
+        with contextlib.suppress(KeyboardInterrupt):
+            train(training, checkpoint)
+    if training.done or only_export:
+        export(training, tokenizer_model)
+        click.echo(f"wrote {DEMO}")
+
+
+if __name__ == "__main__":
+    main()
