@@ -175,8 +175,8 @@ def _workspace(shape: Shape, chunk: int, threads: int, array: Allocate = _aligne
 
 
 def _tiled(tokens: int) -> int:
-    """Room for so many tokens in tiles of either size."""
-    return max(round_up(tokens, SHORT), round_up(tokens, LONG))
+    """Room for up to so many tokens in whole tiles."""
+    return max(SHORT, round_up(tokens, LONG))
 
 
 def _logits(shape: Shape, n_logits: int, array: Allocate = _aligned) -> NDArray[np.float32]:

@@ -45,8 +45,7 @@ from edgemistral.kernels.simd import (
 )
 from edgemistral.layout import BLOCK, GROUP, GROUPS
 
-SHORT, LONG = 4, 6      # tokens of a tile, which meet a pair of panels in registers: of short batches, of long ones
-LONGEST_SHORT = 16      # tokens of a short batch
+SHORT, LONG = 8, 6      # tokens of the largest short batch, which is one tile; tokens of a tile of a longer one
 
 
 class Activations(NamedTuple):
@@ -60,10 +59,13 @@ class Activations(NamedTuple):
 
 @inlined
 def tile_size(tokens):
-    """T of the packing for so many tokens. One and two meet the weights without a tile."""
-    if tokens <= 2:
-        return tokens
-    return SHORT if tokens <= LONGEST_SHORT else LONG
+    """T of the packing for so many tokens: a power of two up to SHORT."""
+    if tokens > SHORT:
+        return LONG
+    t = 1
+    while t < tokens:
+        t *= 2
+    return t
 
 
 @inlined

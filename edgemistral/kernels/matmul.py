@@ -7,8 +7,9 @@ Every output is reduced in one fixed sequence, whatever the number of tokens or 
                                      y = fma(f, activation_scale, y)
     y * row_scale
 
-One token (or two) streams the weights at the speed of memory: codes are looked up in registers. Many tokens unpack one block
-of a pair of panels to 8 bits (it stays in L1) and let every tile of tokens meet it; all that streams is sequential.
+Up to SHORT tokens stream the weights at the speed of memory: codes are looked up in registers and meet all tokens there. More
+tokens unpack one block of a pair of panels to 8 bits (it stays in L1) and let every tile of tokens meet it; all that streams
+is sequential.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemistral.kernels.activations import LONG, SHORT, tile_size
+from edgemistral.kernels.activations import LONG, SHORT
 from edgemistral.kernels.jit import inlined, inner
 from edgemistral.kernels.simd import (
     LOWERING,
@@ -44,7 +45,7 @@ from edgemistral.kernels.simd import (
     zero_i32,
 )
 from edgemistral.kernels.unroll import registers, static, unroll, unrolled
-from edgemistral.layout import BLOCK, BLOCK_BYTES, CODE_ZERO, GROUPS, LEVEL_ZERO, PANEL, SCALE_BYTES
+from edgemistral.layout import BLOCK_BYTES, CODE_ZERO, GROUPS, LEVEL_ZERO, PANEL, SCALE_BYTES
 
 PAIR = 2 * PANEL         # rows of two panels, the unit of work
 AHEAD = 6528             # bytes between a load and its prefetch
@@ -76,19 +77,20 @@ def zero_of(bits):
     return np.int32(LEVEL_ZERO) if bits == 4 else np.int32(CODE_ZERO)
 
 
-# ---- one or two tokens -----------------------------------------------------------------------------------------------
+# ---- up to SHORT tokens ----------------------------------------------------------------------------------------------
 
 def _make_panel(BITS, T):
-    """The kernel of one panel for T = 1 or 2 tokens: codes go from memory through registers, never through a buffer."""
+    """The kernel of one panel for a tile of T tokens: codes go from memory through registers, never through a buffer."""
     BYTES = BLOCK_BYTES[BITS]
+    CHAINS = 1 if T >= 8 else 2      # about 8 sums at a time hide the latency of the dot product
 
     @inner
-    @unrolled(BITS=BITS, T=T, BYTES=BYTES)
+    @unrolled(BITS=BITS, T=T, BYTES=BYTES, CHAINS=CHAINS)
     def panel(blob, at, blocks, levels_at, row_scales, x, result, column):
         """result[token * 32 + column ...] = the 16 rows of the panel at byte `at` times every token."""
-        even = registers()
-        odd = registers()
+        i = registers()
         f = registers()
+        w = registers()
         y = registers()
         if static(BITS == 4):
             levels = load_bytes(blob, levels_at)
@@ -96,31 +98,35 @@ def _make_panel(BITS, T):
             y[t] = zero_f32()
         for block in range(blocks):
             base = at + block * BYTES
-            for line in unroll(BYTES // 64):
-                prefetch(blob, base + AHEAD + 64 * line)
+            prefetch(blob, base + AHEAD)
             for t in unroll(T):
                 f[t] = zero_f32()
             for g in unroll(4):
                 for t in unroll(T):
-                    even[t], odd[t] = splat_i32(x.sums[(block * GROUPS + g) * T + t]), zero_i32()
+                    i[t, 0] = splat_i32(x.sums[(block * GROUPS + g) * T + t])
+                    if static(CHAINS == 2):
+                        i[t, 1] = zero_i32()
                 for c in unroll(4):
+                    for line in unroll(BITS // 4):      # evenly: a core can wait for some two dozen lines at a time
+                        prefetch(blob, base + AHEAD + SCALE_BYTES + 64 * ((4 * g + c) * (BITS // 4) + line))
                     if static(BITS == 4):
                         codes = load_bytes(blob, base + SCALE_BYTES + 64 * (4 * g + c))
-                        w0, w1 = look_up(levels, low_nibbles(codes)), look_up(levels, high_nibbles(codes))
+                        w[0], w[1] = look_up(levels, low_nibbles(codes)), look_up(levels, high_nibbles(codes))
                     else:
-                        w0 = load_bytes(blob, base + SCALE_BYTES + 128 * (4 * g + c))
-                        w1 = load_bytes(blob, base + SCALE_BYTES + 128 * (4 * g + c) + 64)
-                    for t in unroll(T):
-                        four = (block * BLOCK + 32 * g + 8 * c) * T + 4 * t
-                        if static(BITS == 4):
-                            even[t] = dot4_7bit(even[t], w0, broadcast4(x.codes, four))
-                            odd[t] = dot4_7bit(odd[t], w1, broadcast4(x.codes, four + 4 * T))
-                        else:
-                            even[t] = dot4(even[t], w0, broadcast4(x.codes, four))
-                            odd[t] = dot4(odd[t], w1, broadcast4(x.codes, four + 4 * T))
+                        w[0] = load_bytes(blob, base + SCALE_BYTES + 128 * (4 * g + c))
+                        w[1] = load_bytes(blob, base + SCALE_BYTES + 128 * (4 * g + c) + 64)
+                    for half in unroll(2):
+                        for t in unroll(T):
+                            four = broadcast4(x.codes, ((block * GROUPS + g) * 8 + 2 * c + half) * 4 * T + 4 * t)
+                            if static(BITS == 4):
+                                i[t, half % CHAINS] = dot4_7bit(i[t, half % CHAINS], w[half], four)
+                            else:
+                                i[t, half % CHAINS] = dot4(i[t, half % CHAINS], w[half], four)
                 scale = load_i8_as_f32(blob, base + 16 * g)
                 for t in unroll(T):
-                    f[t] = fma(to_f32(add_i32(even[t], odd[t])), scale, f[t])
+                    if static(CHAINS == 2):
+                        i[t, 0] = add_i32(i[t, 0], i[t, 1])
+                    f[t] = fma(to_f32(i[t, 0]), scale, f[t])
             for t in unroll(T):
                 y[t] = fma(f[t], splat_f32(x.scales[block * T + t]), y[t])
         for t in unroll(T):
@@ -129,8 +135,8 @@ def _make_panel(BITS, T):
     return panel
 
 
-_panel_4bit_1, _panel_4bit_2 = _make_panel(4, 1), _make_panel(4, 2)
-_panel_8bit_1, _panel_8bit_2 = _make_panel(8, 1), _make_panel(8, 2)
+_panel_4bit_1, _panel_4bit_2, _panel_4bit_4, _panel_4bit_8 = (_make_panel(4, t) for t in (1, 2, 4, 8))
+_panel_8bit_1, _panel_8bit_2, _panel_8bit_4, _panel_8bit_8 = (_make_panel(8, t) for t in (1, 2, 4, 8))
 
 
 # ---- many tokens -----------------------------------------------------------------------------------------------------
@@ -204,11 +210,9 @@ def _make_tiles(T, SEVEN_BITS):
     return tiles
 
 
-_tiles_4bit_short, _tiles_4bit_long = _make_tiles(SHORT, True), _make_tiles(LONG, True)
-if type(LOWERING).dot4 is type(LOWERING).dot4_7bit:      # one instruction for both: compile it once
-    _tiles_8bit_short, _tiles_8bit_long = _tiles_4bit_short, _tiles_4bit_long
-else:
-    _tiles_8bit_short, _tiles_8bit_long = _make_tiles(SHORT, False), _make_tiles(LONG, False)
+_tiles_4bit = _make_tiles(LONG, True)
+# Where one instruction does for both, compile it once.
+_tiles_8bit = _tiles_4bit if type(LOWERING).dot4 is type(LOWERING).dot4_7bit else _make_tiles(LONG, False)
 
 
 # ---- a pair of panels ------------------------------------------------------------------------------------------------
@@ -216,38 +220,45 @@ else:
 @inner
 def multiply_pair(blob, matrix, pair, x, tokens, scratch):
     """scratch.result[token][32] = rows 32 pair ... 32 pair + 31 of the matrix times every token. matrix: a MatrixAt."""
-    bits, blocks, result = matrix.bits, matrix.blocks, scratch.result
+    bits, blocks, levels, result = matrix.bits, matrix.blocks, matrix.levels, scratch.result
     panel_bytes = blocks * (BLOCK4 if bits == 4 else BLOCK8)
     at, row_scales = matrix.codes + 2 * pair * panel_bytes, matrix.row_scales + 4 * PAIR * pair
-    if tokens <= 2:
-        for half in range(2):
-            scales = load_f32(blob, row_scales + 4 * PANEL * half)
-            if bits == 4 and tokens == 1:
-                _panel_4bit_1(blob, at + half * panel_bytes, blocks, matrix.levels, scales, x, result, PANEL * half)
-            elif bits == 4:
-                _panel_4bit_2(blob, at + half * panel_bytes, blocks, matrix.levels, scales, x, result, PANEL * half)
-            elif tokens == 1:
-                _panel_8bit_1(blob, at + half * panel_bytes, blocks, 0, scales, x, result, PANEL * half)
-            else:
-                _panel_8bit_2(blob, at + half * panel_bytes, blocks, 0, scales, x, result, PANEL * half)
+    if tokens > SHORT:
+        _multiply_tiles(blob, matrix, at, panel_bytes, row_scales, x, tokens, scratch)
         return
-    t = tile_size(tokens)
-    tiles = (tokens + t - 1) // t
-    for row in range(0, tiles * t * PAIR, PANEL):
-        store_f32(result, row, zero_f32())
-    for block in range(blocks):
+    for half in range(2):
+        panel, column, scales = at + half * panel_bytes, PANEL * half, load_f32(blob, row_scales + 4 * PANEL * half)
         if bits == 4:
-            _unpack_4bit(blob, at + block * BLOCK4, panel_bytes, load_bytes(blob, matrix.levels), scratch)
-            if t == SHORT:
-                _tiles_4bit_short(x, block * tiles, tiles, scratch)
+            if tokens == 1:
+                _panel_4bit_1(blob, panel, blocks, levels, scales, x, result, column)
+            elif tokens == 2:
+                _panel_4bit_2(blob, panel, blocks, levels, scales, x, result, column)
+            elif tokens <= 4:
+                _panel_4bit_4(blob, panel, blocks, levels, scales, x, result, column)
             else:
-                _tiles_4bit_long(x, block * tiles, tiles, scratch)
+                _panel_4bit_8(blob, panel, blocks, levels, scales, x, result, column)
+        elif tokens == 1:
+            _panel_8bit_1(blob, panel, blocks, levels, scales, x, result, column)
+        elif tokens == 2:
+            _panel_8bit_2(blob, panel, blocks, levels, scales, x, result, column)
+        elif tokens <= 4:
+            _panel_8bit_4(blob, panel, blocks, levels, scales, x, result, column)
+        else:
+            _panel_8bit_8(blob, panel, blocks, levels, scales, x, result, column)
+
+
+@inlined
+def _multiply_tiles(blob, matrix, at, panel_bytes, row_scales, x, tokens, scratch):
+    result, tiles = scratch.result, (tokens + LONG - 1) // LONG
+    for row in range(0, tiles * LONG * PAIR, PANEL):
+        store_f32(result, row, zero_f32())
+    for block in range(matrix.blocks):
+        if matrix.bits == 4:
+            _unpack_4bit(blob, at + block * BLOCK4, panel_bytes, load_bytes(blob, matrix.levels), scratch)
+            _tiles_4bit(x, block * tiles, tiles, scratch)
         else:
             _unpack_8bit(blob, at + block * BLOCK8, panel_bytes, scratch)
-            if t == SHORT:
-                _tiles_8bit_short(x, block * tiles, tiles, scratch)
-            else:
-                _tiles_8bit_long(x, block * tiles, tiles, scratch)
+            _tiles_8bit(x, block * tiles, tiles, scratch)
     low, high = load_f32(blob, row_scales), load_f32(blob, row_scales + 4 * PANEL)
     for token in range(tokens):
         store_f32(result, PAIR * token, mul(load_f32(result, PAIR * token), low))
