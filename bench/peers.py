@@ -1,6 +1,7 @@
 """edgemistral beside llama.cpp on the same shapes, in turns: A B A B within one run, ratios round by round.
 
-    python bench/peers.py WORK [--bits 4] [--rounds 5]
+    python bench/peers.py WORK [--bits 8]
+    python bench/peers.py WORK --simd avx2 --their-python PYTHON     # both without AVX-512, see README.md
 
 Both run models of true Mistral-7B shapes with random weights: ours a blob (`seven_b.py` makes it, or give --blob), theirs a
 GGUF made here, Q4_0 (or Q8_0) with a Q6_K head, which is what llama.cpp's own quantizer makes. Each lives in a process of
@@ -9,11 +10,11 @@ its own that computes only when told to, so neither's threads disturb the other.
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,10 +23,14 @@ import click
 import numpy as np
 from harness import prepare, save, work_argument
 
+from edgemistral.benchmark import bytes_of_a_token, products
 from edgemistral.blob import Blob
 from edgemistral.cpu import performance_cores
 
 PROMPT, DECODED = 512, 16
+DECODES_A_ROUND = 4     # decoding takes a tenth of a prompt's time
+QUIET = 0.9             # of the highest bandwidth seen: below, something else on the machine uses its memory
+Sample = dict[str, float]
 TYPES = {4: "Q4_0", 8: "Q8_0"}
 
 
@@ -86,10 +91,10 @@ def write_gguf(path: Path, blob: Blob, bits: int) -> None:
 class Peer:
     """A process that measures when it reads a line: "prefill" or "decode" (and for ours "bandwidth" or "peak")."""
 
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, __file__, "--worker", *arguments]
+    def __init__(self, python: str, kind: str, model: Path, threads: int, environment: Mapping[str, str] | None = None) -> None:
+        command = [python, __file__, "--worker", kind, str(model), str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                         text=True)
+                                         text=True, env={**os.environ, **(environment or {})})
         self.ask("decode")     # warms up, and waits for the model to be loaded
 
     def ask(self, task: str) -> float:
@@ -137,7 +142,8 @@ def ours(model: str, threads: int) -> dict[str, Any]:
         transformer.truncate(0)
         return DECODED / took
 
-    return {"prefill": prefill, "decode": decode, "bandwidth": roofline.bandwidth, "peak": roofline.int8_peak}
+    return {"prefill": prefill, "decode": decode, "bandwidth": roofline.bandwidth, "peak": roofline.int8_peak,
+            "bytes": lambda: bytes_of_a_token(transformer, DECODED // 2)}
 
 
 def theirs(model: str, threads: int) -> dict[str, Any]:
@@ -164,47 +170,82 @@ def theirs(model: str, threads: int) -> dict[str, Any]:
     return {"prefill": lambda: evaluate([PROMPT]), "decode": lambda: evaluate([1] * DECODED)}
 
 
+def facts_of(python: str) -> str:
+    """The version of llama-cpp-python, and what its llama.cpp was built for."""
+    code = ("import importlib.metadata, llama_cpp; "
+            "print(importlib.metadata.version('llama-cpp-python'), llama_cpp.llama_print_system_info().decode())")
+    return subprocess.check_output([python, "-c", code], text=True, stderr=subprocess.DEVNULL).strip()
+
+
 # ---- the comparison --------------------------------------------------------------------------------------------------
 
-@click.command()
+@click.command(help=__doc__.split("\n")[0])
 @work_argument
 @click.option("--blob", type=click.Path(exists=True, dir_okay=False), help="Our model.  [default: WORK/7b-q4.safetensors]")
 @click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
-@click.option("--rounds", default=5, show_default=True)
+@click.option("--rounds", default=7, show_default=True)
 @click.option("--threads", type=int, help="[default: all cores]")
-def main(work: Path, blob: str | None, bits: str, rounds: int, threads: int | None) -> None:
+@click.option("--simd", help="Our instructions, such as avx2; needs --their-python.")
+@click.option("--their-python", default=sys.executable, help="An interpreter whose llama-cpp-python uses the same ones.")
+def main(
+    work: Path, blob: str | None, bits: str, rounds: int, threads: int | None, simd: str | None, their_python: str
+) -> None:
     """Measure edgemistral and llama.cpp in turns; llama.cpp's GGUF is made in WORK."""
     threads = threads or performance_cores()
     path = Path(blob) if blob else work / f"7b-q{bits}.safetensors"
     with Blob.open(path) as opened:
+        config = opened.config
         gguf_path = work / f"{path.stem}-{TYPES[int(bits)]}.gguf"
         if not gguf_path.exists():
             prepare(work, 2 * opened.data.nbytes)
             write_gguf(gguf_path, opened, int(bits))
-        n_layers = opened.config.n_layers
-    ours, theirs = Peer("edgemistral", str(path), str(threads)), Peer("llama.cpp", str(gguf_path), str(threads))
-    rows = []
+    ours = Peer(sys.executable, "edgemistral", path, threads, {"EDGEMISTRAL_SIMD": simd} if simd else {})
+    theirs = Peer(their_python, "llama.cpp", gguf_path, threads)
+    work_of = {"decode": ours.ask("bytes"), "prefill": products(config, PROMPT, 0) / PROMPT}     # a token's
+    samples: dict[str, list[Sample]] = {"decode": [], "prefill": []}
     for _ in range(rounds):
-        row = {"bandwidth": ours.ask("bandwidth"), "peak": ours.ask("peak")}
-        for task in ("decode", "prefill"):
-            row |= {f"ours_{task}": ours.ask(task), f"theirs_{task}": theirs.ask(task)}
-        rows.append(row)
-        click.echo(", ".join(f"{name} {value:.1f}" for name, value in row.items() if value < 1e6))
+        for task in ("decode",) * DECODES_A_ROUND + ("prefill",):
+            sample = measure(ours, theirs, task)
+            samples[task].append(sample)
+            click.echo(f"{task}: {sample['ours']:.2f} and {sample['theirs']:.2f} tokens/s, ratio {sample['ratio']:.2f}, "
+                       f"limit {sample['ceiling'] / 1e9:.1f} G/s")
     ours.close()
     theirs.close()
-    summary = {}
-    for task in ("decode", "prefill"):
-        ratios = [row[f"ours_{task}"] / row[f"theirs_{task}"] for row in rows]
-        summary[task] = {
-            "ours": median(row[f"ours_{task}"] for row in rows),
-            "theirs": median(row[f"theirs_{task}"] for row in rows),
-            "ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},
-        }
-        click.echo(f"{task}: {json.dumps(summary[task])}")
-    save(f"peers_q{bits}", f"python bench/peers.py WORK --bits {bits}", {
-        "n_layers": n_layers, "bits": int(bits), "threads": threads, "prompt": PROMPT, "type": TYPES[int(bits)],
-        "llama_cpp_python": importlib.metadata.version("llama-cpp-python"), "rounds": rows, "summary": summary,
+    summary = {task: summarize(samples[task], work_of[task]) for task in samples}
+    enough = QUIET * max(sample["ceiling"] for sample in samples["decode"])
+    quiet = [sample for sample in samples["decode"] if sample["ceiling"] >= enough]
+    summary["decode, memory undisturbed"] = summarize(quiet, work_of["decode"])
+    for task, row in summary.items():
+        click.echo(f"{task}: {row['ours']:.2f} and {row['theirs']:.2f} tokens/s, ratio {row['ratio']:.2f} "
+                   f"({row['lowest']:.2f} to {row['highest']:.2f}), {row['share']:.0%} of the limit, {row['samples']} samples")
+    name = f"peers_q{bits}" + (f"_{simd}" if simd else "")
+    save(name, f"python bench/peers.py WORK --bits {bits}" + (f" --simd {simd} --their-python PYTHON" if simd else ""), {
+        "n_layers": config.n_layers, "bits": int(bits), "threads": threads, "prompt": PROMPT, "type": TYPES[int(bits)],
+        "simd": simd, "llama_cpp": facts_of(their_python), "samples": samples, "summary": summary,
     })
+
+
+def measure(ours: Peer, theirs: Peer, task: str) -> Sample:
+    """Both in turn, the machine's limit measured before, between and after."""
+    limit = "bandwidth" if task == "decode" else "peak"
+    before, mine, between, other, after = (
+        ours.ask(limit), ours.ask(task), ours.ask(limit), theirs.ask(task), ours.ask(limit)
+    )
+    return {"ours": mine, "theirs": other, "ratio": mine / other, "limit_of_ours": (before + between) / 2,
+            "ceiling": min(before, between, after)}
+
+
+def summarize(samples: list[Sample], work: float) -> Sample:
+    """Medians, the ratio's extremes, and our share of the limit; `work` is the bytes or products of a token."""
+    return {
+        "ours": median(s["ours"] for s in samples),
+        "theirs": median(s["theirs"] for s in samples),
+        "ratio": median(s["ratio"] for s in samples),
+        "lowest": min(s["ratio"] for s in samples),
+        "highest": max(s["ratio"] for s in samples),
+        "share": median(s["ours"] * work / s["limit_of_ours"] for s in samples),
+        "samples": len(samples),
+    }
 
 
 if __name__ == "__main__":

@@ -112,17 +112,27 @@ def _rate(row: Results, name: str) -> str:
 
 def _peers(r: Results) -> list[str]:
     return [
-        f"{r['n_layers']} layers, {r['threads']} threads, against {r['type']} in llama-cpp-python {r['llama_cpp_python']}, "
-        f"prompts of {r['prompt']} tokens; medians over {len(r['rounds'])} rounds:",
+        f"{r['n_layers']} layers, {r['threads']} threads, {r['simd'] or 'the best instructions of each'}, prompts of "
+        f"{r['prompt']} tokens; the ratio is taken sample by sample. llama.cpp runs {r['type']}: llama-cpp-python "
+        f"{r['llama_cpp']}",
         "",
-        *_table(("tokens/s", "ours", "llama.cpp", "ratio", "lowest", "highest"), (
+        *_table(("medians, tokens/s", "ours", "llama.cpp", "ratio", "lowest", "highest", "ours, of the limit", "samples"), (
             (
-                task, f"{s['ours']:.2f}", f"{s['theirs']:.2f}", f"{s['ratio']['median']:.2f}", f"{s['ratio']['min']:.2f}",
-                f"{s['ratio']['max']:.2f}",
+                task, f"{s['ours']:.2f}", f"{s['theirs']:.2f}", f"{s['ratio']:.2f}", f"{s['lowest']:.2f}",
+                f"{s['highest']:.2f}", f"{s['share']:.0%}", str(s["samples"]),
             )
             for task, s in r["summary"].items()
         )),
+        "",
+        "Undisturbed are the samples around which the bandwidth of memory was at least 0.9 of the highest in the run.",
     ]
+
+
+def _batches(r: Results) -> list[str]:
+    return _table(("tokens at once", "ms", "times one token", "lowest", "highest"), (
+        (str(row["tokens"]), f"{1000 * row['seconds']:.1f}", f"{row['ratio']:.2f}", f"{row['min']:.2f}", f"{row['max']:.2f}")
+        for row in r["rows"]
+    ))
 
 
 def _long_context(r: Results) -> list[str]:
@@ -173,7 +183,12 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ("Start", "startup", "python bench/startup.py", _startup),
     ("7B: quantizing", "seven_b_quantize", "python bench/seven_b.py WORK --only quantize", _quantize),
     ("7B: running", "seven_b_run", "python bench/seven_b.py WORK --only run", _run),
-    ("7B beside llama.cpp, in turns", "peers_q4", "python bench/peers.py WORK", _peers),
+    ("7B beside llama.cpp, 4 bits", "peers_q4", "python bench/peers.py WORK", _peers),
+    ("7B beside llama.cpp, 8 bits", "peers_q8", "python bench/peers.py WORK --bits 8", _peers),
+    ("7B beside llama.cpp, 4 bits, both with AVX2 only", "peers_q4_avx2",
+     "python bench/peers.py WORK --simd avx2 --their-python PYTHON", _peers),
+    ("7B, short batches, 4 bits", "batches_q4", "python bench/batches.py WORK", _batches),
+    ("7B, short batches, 8 bits", "batches_q8", "python bench/batches.py WORK --bits 8", _batches),
     ("30,000 tokens through two layers of a 7B, 4-bit weights", "long_context-4bit",
      "python bench/long_context.py WORK --bits 4", _long_context),
     ("30,000 tokens through two layers of a 7B, 8-bit weights", "long_context-8bit",

@@ -18,6 +18,7 @@ SCRIPTS = (
     ("startup.py",),
     ("seven_b.py", "WORK"),
     ("peers.py", "WORK"),
+    ("batches.py", "WORK"),
     ("long_context.py", "WORK", "--bits", "4"),
     ("long_context.py", "WORK", "--bits", "8"),
     ("quality.py",),

@@ -1,0 +1,70 @@
+"""What a short batch costs beside one token, as a speculating decoder or several users would bring it, in turns.
+
+    python bench/batches.py WORK [--bits 8]
+
+Every token of a batch gets its logits. The blob is the one that seven_b.py leaves in WORK, or --blob.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import numpy as np
+from harness import save, work_argument
+
+from edgemistral.benchmark import seconds
+from edgemistral.blob import Blob
+from edgemistral.cpu import performance_cores
+from edgemistral.transformer import Transformer
+
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+def measure(blob: Path, threads: int, rounds: int) -> list[dict[str, Any]]:
+    """For each size the median seconds, and the median over the rounds of its ratio to one token's."""
+    transformer = Transformer(Blob.open(blob), context=64, threads=threads)
+
+    def took(size: int) -> float:
+        ids = np.arange(size, dtype=np.int32) + 3
+        taken = seconds(lambda: transformer.forward(ids, size))
+        transformer.truncate(0)
+        return taken
+
+    for size in SIZES:
+        took(size)
+    # One token stands on both sides of each batch: what the machine's speed does meanwhile concerns both alike.
+    samples: dict[int, list[tuple[float, float]]] = {size: [] for size in SIZES}
+    for _ in range(rounds):
+        before = took(1)
+        for size in SIZES:
+            batch, after = took(size), took(1)
+            samples[size].append((batch, batch / ((before + after) / 2)))
+            before = after
+    transformer.close()
+    return [
+        {"tokens": size, "seconds": median(s for s, _ in pairs), "ratio": median(r for _, r in pairs),
+         "min": min(r for _, r in pairs), "max": max(r for _, r in pairs)}
+        for size, pairs in samples.items()
+    ]
+
+
+@click.command(help=__doc__.split("\n")[0])
+@work_argument
+@click.option("--blob", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
+@click.option("--rounds", default=15, show_default=True)
+def main(work: Path, blob: Path | None, bits: str, rounds: int) -> None:
+    threads = performance_cores()
+    rows = measure(blob or work / f"7b-q{bits}.safetensors", threads, rounds)
+    print(f"{'tokens':>6}{'ms':>10}{'of one':>10}{'lowest':>10}{'highest':>10}")
+    for row in rows:
+        print(f"{row['tokens']:6}{1000 * row['seconds']:10.1f}{row['ratio']:10.2f}{row['min']:10.2f}{row['max']:10.2f}")
+    results = {"bits": int(bits), "threads": threads, "rows": rows}
+    save(f"batches_q{bits}", f"python bench/batches.py WORK --bits {bits}", results)
+
+
+if __name__ == "__main__":
+    main()
