@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
@@ -19,7 +20,7 @@ HEAD = """<!doctype html>
 def docs_page(spec: Mapping[str, Any]) -> str:
     """HTML of an OpenAPI description: every operation with its fields, an example and its responses."""
     info = spec["info"]
-    parts = [HEAD, f"<h1>{escape(info['title'])} {escape(info['version'])}</h1><p>{escape(info['description'])}</p>",
+    parts = [HEAD, f"<h1>{escape(info['title'])} {escape(info['version'])}</h1><p>{_prose(info['description'])}</p>",
              '<p>For programs: <a href="openapi.json">openapi.json</a>. The chat page: <a href="./">here</a>.</p>']
     for path, methods in spec["paths"].items():
         for method, operation in methods.items():
@@ -28,7 +29,7 @@ def docs_page(spec: Mapping[str, Any]) -> str:
 
 
 def _operation(spec: Mapping[str, Any], path: str, method: str, operation: Mapping[str, Any]) -> Iterator[str]:
-    yield f"<section><h2><code>{method} {escape(path)}</code></h2><p>{escape(operation.get('description', ''))}</p>"
+    yield f"<section><h2><code>{method} {escape(path)}</code></h2><p>{_prose(operation.get('description', ''))}</p>"
     content = operation.get("requestBody", {}).get("content", {}).get("application/json")
     if content is not None:
         schema = _resolved(spec, content["schema"])
@@ -37,7 +38,7 @@ def _operation(spec: Mapping[str, Any], path: str, method: str, operation: Mappi
         for name, field in schema.get("properties", {}).items():
             mark = " (required)" if name in required else ""
             yield (f"<tr><td><code>{escape(name)}</code>{mark}<td>{escape(_type(spec, field))}"
-                   f"<td>{escape(field.get('description', ''))}")
+                   f"<td>{_prose(field.get('description', ''))}")
         yield "</table>"
         if "example" in schema:
             body = json.dumps(schema["example"], indent=2)
@@ -46,6 +47,11 @@ def _operation(spec: Mapping[str, Any], path: str, method: str, operation: Mappi
     statuses = (f"<li><code>{status}</code> {escape(answer['description'])}"
                 for status, answer in operation["responses"].items())
     yield f"<details><summary>Responses</summary><ul>{''.join(statuses)}</ul></details></section>"
+
+
+def _prose(text: str) -> str:
+    """HTML of a text with `code` in it."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _resolved(spec: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -71,7 +71,11 @@ async function ask(chat, change, options = {}) {
 
 function submit() {
   const text = draft.value.trim();
-  if (!text || !server.ready) return;
+  if (!text) return;
+  if (!server.ready) {
+    toast("The model is not ready yet.");
+    return;
+  }
   draft.value = "";
   fitHeight(draft);
   ask(current, () => current.messages.push({ role: "user", content: text }));

@@ -2,14 +2,14 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** An element with properties (or attributes, where it has no such property) and children. */
+/** An element with properties (or attributes, where it has no such property) and children, also in arrays. */
 export function element(name, properties = {}, ...children) {
   const node = document.createElement(name);
   for (const [key, value] of Object.entries(properties)) {
     if (key in node) node[key] = value;
     else node.setAttribute(key, value);
   }
-  node.append(...children);
+  for (const child of children.flat()) node.append(child);   // one by one: a call takes only so many arguments
   return node;
 }
 

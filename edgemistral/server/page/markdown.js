@@ -19,6 +19,7 @@ const RULE = /^([-*_])\1{2,}$/;   // of a line without its spaces
 const SPECIAL = /[\\`*_~[!<\n]|https?:\/\//g;
 const AUTOLINK = /https?:\/\/[^\s<>"`]{1,2000}/y;
 const BRACKETED = /<((?:https?:\/\/|mailto:)[^\s<>]+)>/y;
+const TITLE = /^(?:|"[^"]*"|'[^']*')$/;
 const BREAK = /<br ?\/?>/iy;
 
 /** Renders a text that grows into `root`: blocks that did not change keep their nodes, and what is selected there. */
@@ -35,7 +36,7 @@ export class Markdown {
     let same = 0;
     while (same < sources.length && sources[same] === this.#sources[same]) same++;
     while (this.root.childNodes.length > same) this.root.lastChild.remove();
-    this.root.append(...blocks.slice(same).map((block) => build(block, 0)));
+    for (const block of blocks.slice(same)) this.root.append(build(block, 0));
     this.#sources = sources;
   }
 }
@@ -156,19 +157,19 @@ function build(block, depth) {
 }
 
 const BUILDERS = {
-  paragraph: ({ lines }) => element("p", {}, ...inline(lines.map((line) => line.trim()).join("\n"))),
+  paragraph: ({ lines }) => element("p", {}, inline(lines.map((line) => line.trim()).join("\n"))),
   rule: () => element("hr"),
   heading({ lines }) {
     const level = HEADING.exec(lines[0])[1].length;   // the page itself has the first two
-    return element(`h${Math.min(level + 2, 6)}`, {}, ...inline(lines[0].trimStart().slice(level).trim()));
+    return element(`h${Math.min(level + 2, 6)}`, {}, inline(lines[0].trimStart().slice(level).trim()));
   },
   quote({ lines }, depth) {
     const inner = lines.map((line) => line.replace(QUOTE, ""));
-    return element("blockquote", {}, ...Array.from(split(inner), (block) => build(block, depth + 1)));
+    return element("blockquote", {}, Array.from(split(inner), (block) => build(block, depth + 1)));
   },
   list({ items, loose, start }, depth) {
-    const nodes = items.map((lines) => element("li", {}, ...itemNodes(lines, loose, depth + 1)));
-    return start === undefined ? element("ul", {}, ...nodes) : element("ol", { start: Number(start) }, ...nodes);
+    const nodes = items.map((lines) => element("li", {}, [...itemNodes(lines, loose, depth + 1)]));
+    return start === undefined ? element("ul", {}, nodes) : element("ol", { start: Number(start) }, nodes);
   },
   code({ lines, closed }) {
     const fence = FENCE.exec(lines[0])[0], indent = fence.length - fence.trimStart().length;
@@ -181,11 +182,11 @@ const BUILDERS = {
   table({ lines }) {
     const head = cells(lines[0]);
     const align = cells(lines[1]).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : ""));
-    const row = (name, texts) => element("tr", {}, ...texts.slice(0, head.length).map(
-      (text, i) => element(name, { className: align[i] }, ...inline(text))));
+    const row = (name, texts) => element("tr", {}, texts.slice(0, head.length).map(
+      (text, i) => element(name, { className: align[i] }, inline(text))));
     return element("div", { className: "table", tabIndex: 0 }, element("table", {},
       element("thead", {}, row("th", head)),
-      element("tbody", {}, ...lines.slice(2).map((line) => row("td", cells(line))))));
+      element("tbody", {}, lines.slice(2).map((line) => row("td", cells(line))))));
   },
 };
 
@@ -213,8 +214,11 @@ function cells(line) {
   const text = line.trim().replace(/^\|/, "");
   for (let i = 0; i < text.length; i++) {
     if (text[i] === "\\" && text[i + 1] === "|") part += text[++i];
-    else if (text[i] === "|") parts.push(part.trim()), part = "";
-    else part += text[i];
+    else if (text[i] !== "|") part += text[i];
+    else {
+      parts.push(part.trim());
+      part = "";
+    }
   }
   return part.trim() ? [...parts, part.trim()] : parts;
 }
@@ -293,9 +297,10 @@ function namedLink(text, at, partners) {
   for (let i = close + 2, open = 0; i < limit && text[i] !== "\n"; i++) {
     if (text[i] === "(") open++;
     else if (text[i] === ")" && open-- === 0) {
-      const target = text.slice(close + 2, i).trim().split(/\s/, 1)[0];
+      const inside = text.slice(close + 2, i).trim();
+      const target = inside.split(/\s/, 1)[0];
       const url = checkedUrl(target.startsWith("<") ? target.slice(1, -1) : target);
-      return url && { node: link(url, text.slice(at + 1, close) || url.href), end: i + 1 };
+      return url && TITLE.test(inside.slice(target.length).trim()) && { node: link(url, text.slice(at + 1, close) || url.href), end: i + 1 };
     }
   }
   return null;
@@ -328,7 +333,7 @@ function checkedUrl(target) {
 function link(url, label) {
   const where = url.host || url.pathname;
   const node = element("a", { href: url.href, target: "_blank", rel: "noopener noreferrer", title: url.href },
-    ...inline(label, false));
+    inline(label, false));
   return label.includes(where) ? node : element("span", {}, node, element("small", {}, ` (${where})`));
 }
 
@@ -367,13 +372,14 @@ class Emphasis {
   mark(text, at, end) {
     const character = text[at], before = text[at - 1] ?? " ", after = text[end] ?? " ";
     const inWord = character === "_" && /[\p{L}\p{N}]/u.test(before) && /[\p{L}\p{N}]/u.test(after);
-    if (inWord || (character === "~" && end - at !== 2)) {
+    if (inWord || end - at > 3 || (character === "~" && end - at !== 2)) {
       this.add(text.slice(at, end));
       return;
     }
     const count = /\s/.test(before) ? end - at : this.#close(character, end - at);
     this.add(character.repeat(count));
-    if (count && !/\s/.test(after) && this.#open.length < MAX_DEPTH) {
+    if (count && !/\s/.test(after)) {
+      if (this.#open.length === MAX_DEPTH) this.#open.shift();   // the outermost stays text
       this.#open.push({ character, count, index: this.nodes.length - 1 });
     }
   }
@@ -396,7 +402,7 @@ class Emphasis {
         this.nodes.push(character.repeat(opener.count));
         this.#open.push(opener);
       }
-      this.nodes.push(element(name, {}, ...inner));
+      this.nodes.push(element(name, {}, inner));
       count -= used;
     }
     return count;

@@ -20,7 +20,7 @@ export function setKey(key) {
 export async function call(path, { body, signal } = {}) {
   const headers = {};
   const key = session.getItem(KEY);
-  if (key) headers.authorization = `Bearer ${key}`;
+  if (key && /^[ -~]+$/.test(key)) headers.authorization = `Bearer ${key}`;
   if (body !== undefined) headers["content-type"] = "application/json";
   let response;
   try {

@@ -4,7 +4,7 @@ import { announce } from "./dom.js";
 import { call, health, setKey } from "./server.js";
 
 const LOOK_AGAIN = 1500;   // ms, while it loads or is away
-const NAMES = { loading: "Loading the model", away: "The server is away", locked: "Needs an API key" };
+const NAMES = { loading: "Loading the model", away: "Not connected", locked: "Needs an API key" };
 
 export class Server {
   context = 0;   // tokens that the model can read and write
