@@ -15,6 +15,7 @@ from fake import FakeTransformer, tiny_config
 import edgemistral
 from edgemistral.engine import Engine
 from edgemistral.model import Model
+from edgemistral.server import runner
 from edgemistral.tokenizer import Tokenizer
 
 TOKENIZER = Path(edgemistral.__path__[0]) / "demo" / "tokenizer.model"
@@ -51,7 +52,7 @@ def saying(answer: str, prompt_ids, context=512, seconds=0.0) -> Model:
 def serving(app) -> Iterator[str]:
     """The URL of the app while it is served."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, http="h11", ws="none", log_level="error", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(app, http=runner._Protocol, ws="none", log_level="error", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

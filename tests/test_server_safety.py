@@ -158,7 +158,7 @@ def test_the_openai_client_brings_the_key(locked):
 
 
 def test_an_empty_key_is_no_key():
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="API key must be visible"):
         create_app(fake_model(), api_key=" ")
 
 

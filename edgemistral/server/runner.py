@@ -75,14 +75,15 @@ def serve(
     )
     with _listen(host, port) as listener:
         server = _Server(config, service)
-        listening(_url(host, listener.getsockname()[1]))
-        server.run(sockets=[listener])
+        with server.handling_signals():
+            listening(_url(host, listener.getsockname()[1]))
+            server.run(sockets=[listener])
+            if not failed and (not service.close(timeout=0.0) or service.loading):
+                _exit()   # a thread is inside a long chunk, or loads: a regular exit would take away what it uses
+            for model in loaded:
+                model.close()
     if failed:
         raise failed[0]
-    if not service.close(timeout=0.0) or service.loading:
-        _exit()   # a thread is inside a long chunk, or loads: it uses what a regular exit would take away from under it
-    for model in loaded:
-        model.close()
 
 
 def _exit() -> NoReturn:
@@ -101,13 +102,16 @@ class _Server(uvicorn.Server):
         self._last_resort.daemon = True
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
+    def handling_signals(self) -> Iterator[None]:
         previous = {number: signal.signal(number, self._stop) for number in SIGNALS}
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        return contextlib.nullcontext()   # `handling_signals` begins earlier and ends later
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.should_exit:   # the second time

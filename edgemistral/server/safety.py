@@ -123,7 +123,7 @@ class Guard:
         if self._key is not None and not preflight and not _is_open(scope) and not self._has_key(headers):
             return _refuse(401, "the API key is missing or wrong (Authorization: Bearer ...)", "invalid_api_key",
                            {"www-authenticate": "Bearer"})
-        if scope["method"] in ("POST", "PUT", "PATCH") and not _is_json(headers.get("content-type", "")):
+        if scope["method"] == "POST" and not _is_json(headers.get("content-type", "")):
             return _refuse(415, "the Content-Type must be application/json, in UTF-8", "unsupported_media_type")
         return None
 
