@@ -1,0 +1,19 @@
+"""The benchmark with many unkind clients, small: no answer is lost or mixed up, and the server ends well."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import edgemistral
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import server_load
+
+
+def test_unkind_clients_get_and_spoil_nothing():
+    results = server_load.measure(edgemistral.demo_model(), clients=6, requests=70, warm_up=20)
+    assert results["wrong"] == []
+    assert set(results["behaviours"]) == {behaviour.__name__ for behaviour in server_load.BEHAVIOURS}
+    assert results["stop_seconds"] < 5
