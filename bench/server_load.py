@@ -1,6 +1,6 @@
 """Many clients at once, some of them unkind: is every answer the right one, and does the server stay well?
 
-    python bench/server_load.py [MODEL]   # a minute with the demo model, which no MODEL means
+    python bench/server_load.py [MODEL]   # two minutes with the demo model, which no MODEL means
 
 The right answers are those of the Python API for the same messages and seed: every bit of a model's arithmetic is the same
 in both, so an answer that is lost, mixed up with another or computed in a spoilt cache cannot equal its own.
@@ -28,7 +28,7 @@ from server_process import CHAT, Server, ask, content, events
 
 import edgemistral
 
-CLIENTS, REQUESTS, WARM_UP = 50, 1000, 250
+CLIENTS, REQUESTS, WARM_UP = 50, 1000, 400
 QUESTIONS, MAX_TOKENS = 60, 32
 TOPICS = ("the sea", "a village", "bread", "the moon", "an old clock", "rain", "a letter", "the fox")
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}

@@ -66,7 +66,9 @@ def parse(data: object) -> SampleRequest:
     if not flags["do_sample"]:
         options["temperature"] = 0
     options["max_new_tokens"] = parameters.get("max_new_tokens")
-    options["stop"] = parameters.get("stop", ())
+    options["stop"] = stop = parameters.get("stop", [])
+    if not isinstance(stop, (str, list)):
+        raise BadRequest(f"{PARAMETERS}.stop must be a string or a list of strings", f"{PARAMETERS}.stop")
     prompts = _prompts(_typed(body.get("input_string"), list, INPUT), flags["per_message"])
     known = (("", request, ("input_data",)), ("input_data.", body, ("input_string", "parameters")),
              (f"{PARAMETERS}.", parameters, SAMPLING + OTHERS))

@@ -89,6 +89,7 @@ def test_unknown_parameters_are_named_in_a_header(url):
         (changed(do_sample=1), "input_data.parameters.do_sample"),
         (changed(max_new_tokens=1.5), "input_data.parameters.max_new_tokens"),
         (changed(stop=[""]), "input_data.parameters.stop[0]"),
+        (changed(stop={"a": 1}), "input_data.parameters.stop"),
     ],
 )
 def test_anything_else_names_the_field(url, body, field):

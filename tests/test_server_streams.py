@@ -433,6 +433,13 @@ def test_warnings_fit_into_a_header(server):
     assert answer.status_code == 200 and 100 < len(answer.headers["warnings"]) <= 1000
 
 
+@pytest.mark.parametrize("name", ["", " ", "\t", "\u2003", "x" * 990 + "   " * 10, "\x89"])
+def test_any_name_fits_into_a_header(server, name):
+    assert "not known" in server.post({"messages": USER, "max_tokens": 1, name: 1}).headers["warnings"] or len(name) > 900
+    sample = {"input_data": {"input_string": ["a"], "parameters": {"max_new_tokens": 1}}}
+    assert server.post({**sample, name: 1}, "/score").status_code == 200
+
+
 def test_score_has_limits_of_its_own(server):
     def refused(items, **parameters):
         answer = server.post({"input_data": {"input_string": items, "parameters": parameters}}, "/score")

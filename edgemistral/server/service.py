@@ -242,7 +242,8 @@ def warnings_header(warnings: Iterable[str]) -> dict[str, str]:
     """Names that mean nothing here, as far as a header can hold them."""
     text = "; ".join(warning[:MAX_HEADER] for warning in islice(warnings, MAX_WARNINGS))[:MAX_HEADER]
     text = text.encode("ascii", "backslashreplace").decode()[:MAX_HEADER]
-    return {"warnings": "".join(c if c.isprintable() else "?" for c in text)} if text else {}
+    text = "".join(c if c.isprintable() else "?" for c in text).strip()   # HTTP allows no spaces around a header
+    return {"warnings": text} if text else {}
 
 
 def model_name(model: Model) -> str:
