@@ -179,6 +179,38 @@ def _quantization_error(r: Results) -> list[str]:
     ]
 
 
+def _server_overhead(r: Results) -> list[str]:
+    first, token, health = r["first_text_seconds"], r["token_seconds"], r["health_seconds"]
+    added, ratio = r["first_text_added_seconds"], r["decode_ratio"]
+    return [
+        *_table(("medians", "Python API", "server", "pairs: median", "quartiles"), [
+            ("first text", f"{1000 * first['api']:.1f} ms", f"{1000 * first['server']:.1f} ms", f"{1000 * added['median']:+.2f} ms",
+             f"{1000 * added['lower_quartile']:+.2f} to {1000 * added['upper_quartile']:+.2f} ms"),
+            ("a token", f"{1000 * token['api']:.2f} ms", f"{1000 * token['server']:.2f} ms", f"{ratio['median'] - 1:+.2%}",
+             f"{ratio['lower_quartile'] - 1:+.2%} to {ratio['upper_quartile'] - 1:+.2%}"),
+        ]),
+        "",
+        f"`/health`, asked {health['asked']} times while a long prompt is read: median {1000 * health['median']:.1f} ms, "
+        f"longest {1000 * health['max']:.1f} ms.",
+    ]
+
+
+def _server_load(r: Results) -> list[str]:
+    growth = "not known on this system" if r["growth"] is None else f"{r['growth']:+.2%}"
+    return [
+        f"{r['clients']} clients at once, {r['requests']} requests in {r['seconds']:.0f} s. Wrong, lost or mixed answers: "
+        f"{len(r['wrong'])}.",
+        "",
+        *_table(("clients that", "requests", "median", "longest"), (
+            (name.replace("_", " "), str(row["requests"]), f"{row['median_seconds']:.2f} s", f"{row['max_seconds']:.2f} s")
+            for name, row in r["behaviours"].items()
+        )),
+        "",
+        f"Memory after {r['warm_up']} requests: {in_gb(r['resident_bytes_warm'])}; growth from there to the end: {growth}. "
+        f"Stopped within {r['stop_seconds']:.1f} s.",
+    ]
+
+
 SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ("Start", "startup", "python bench/startup.py", _startup),
     ("7B: quantizing", "seven_b_quantize", "python bench/seven_b.py WORK --only quantize", _quantize),
@@ -193,6 +225,8 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
      "python bench/long_context.py WORK --bits 4", _long_context),
     ("30,000 tokens through two layers of a 7B, 8-bit weights", "long_context-8bit",
      "python bench/long_context.py WORK --bits 8", _long_context),
+    ("What HTTP costs, with the 7B", "server_overhead", "python bench/server_overhead.py WORK", _server_overhead),
+    ("Server under load", "server_load", "python bench/server_load.py", _server_load),
     ("Distance from float32, against Q4_0", "quality", "python bench/quality.py", _quality),
     ("Error of the quantizers", "quantization_error", "python bench/quantization_error.py", _quantization_error),
 ]

@@ -21,6 +21,8 @@ SCRIPTS = (
     ("batches.py", "WORK"),
     ("long_context.py", "WORK", "--bits", "4"),
     ("long_context.py", "WORK", "--bits", "8"),
+    ("server_overhead.py", "WORK"),
+    ("server_load.py",),
     ("quality.py",),
     ("quantization_error.py",),
 )
