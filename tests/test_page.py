@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import mimetypes
 import re
 import threading
 from contextlib import contextmanager
 
+import httpx
 import pytest
 from browser import Actor, running_browser
 from playwright.sync_api import expect
@@ -91,6 +93,12 @@ def answer(page):
 
 def idle(app):
     wait_for(lambda: not app.state.service.scheduler.running and not app.state.service.scheduler.waiting)
+
+
+def test_scripts_have_their_type_even_where_the_registry_has_another(monkeypatch):
+    monkeypatch.setitem(mimetypes.types_map, ".js", "text/plain")
+    with serving(create_app(Actor(script))) as url:
+        assert httpx.get(f"{url}/page/chat.js").headers["content-type"].startswith("text/javascript")
 
 
 # ---- one chat --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mimetypes
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -132,6 +133,7 @@ def _add_pages(app: FastAPI) -> None:
     async def docs() -> Response:
         return HTMLResponse(docs_page(app.openapi()), headers=headers)
 
+    mimetypes.add_type("text/javascript", ".js")   # a Windows registry may say text/plain, which no browser would run
     app.mount("/page", StaticFiles(directory=PAGE))
 
 
