@@ -184,7 +184,8 @@ def _server_overhead(r: Results) -> list[str]:
     added, ratio = r["first_text_added_seconds"], r["decode_ratio"]
     return [
         *_table(("medians", "Python API", "server", "pairs: median", "quartiles"), [
-            ("first text", f"{1000 * first['api']:.1f} ms", f"{1000 * first['server']:.1f} ms", f"{1000 * added['median']:+.2f} ms",
+            ("first text", f"{1000 * first['api']:.1f} ms", f"{1000 * first['server']:.1f} ms",
+             f"{1000 * added['median']:+.2f} ms",
              f"{1000 * added['lower_quartile']:+.2f} to {1000 * added['upper_quartile']:+.2f} ms"),
             ("a token", f"{1000 * token['api']:.2f} ms", f"{1000 * token['server']:.2f} ms", f"{ratio['median'] - 1:+.2%}",
              f"{ratio['lower_quartile'] - 1:+.2%} to {ratio['upper_quartile'] - 1:+.2%}"),
