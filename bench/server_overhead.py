@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import closing
-from http.client import HTTPConnection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,24 +47,25 @@ def ask_api(model: Model, messages: list[dict[str, str]]) -> Times:
     return first - start, time.perf_counter() - first
 
 
-def ask_server(connection: HTTPConnection, model: Model, messages: list[dict[str, str]]) -> Times:
+def ask_server(server: Server, model: Model, messages: list[dict[str, str]]) -> Times:
     body = {"messages": messages, "max_tokens": TOKENS, "stream": True, **options(model)}
-    start, first = time.perf_counter(), 0.0
-    for event in events(ask(connection, "POST", CHAT, body)):
-        if not first and content(event):
-            first = time.perf_counter()
-        elif event["choices"][0]["finish_reason"]:
-            end = time.perf_counter()
+    with closing(server.connect()) as connection:
+        start, first = time.perf_counter(), 0.0
+        for event in events(ask(connection, "POST", CHAT, body)):
+            if not first and content(event):
+                first = time.perf_counter()
+            elif event["choices"][0]["finish_reason"]:
+                end = time.perf_counter()
     return first - start, end - first
 
 
 def measure(path: Path, rounds: int = ROUNDS) -> dict[str, Any]:
     api, http = [], []
-    with edgemistral.load(path) as model, Server(path) as server, closing(server.connect()) as connection:
+    with edgemistral.load(path) as model, Server(path) as server:
         for number in tqdm(range(-2, rounds), disable=None):   # two to warm up
             messages = [{"role": "user", "content": f"{number}: what should I see in Paris?"}]
             order = [lambda m=messages: api.append(ask_api(model, m)),
-                    lambda m=messages: http.append(ask_server(connection, model, m))]
+                    lambda m=messages: http.append(ask_server(server, model, m))]
             for measured in order if number % 2 else reversed(order):
                 measured()
             if number < 0:
