@@ -183,10 +183,10 @@ async def _chunks(
     def chunk(*choices: dict[str, Any], **more: Any) -> bytes:
         return streaming.data({**common, "choices": choices, **more})
 
-    for choice in shape.opening():
-        yield chunk(choice)
     ends = []
     async with aclosing(events):
+        for choice in shape.opening():
+            yield chunk(choice)
         async for event in events:
             if isinstance(event, Piece):
                 yield chunk(shape.delta(event))
