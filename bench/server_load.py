@@ -57,16 +57,16 @@ class Question:
         return {"messages": self.messages, "seed": self.seed, "max_tokens": MAX_TOKENS, **SAMPLING, **more}
 
 
-def questions(path: Path) -> list[Question]:
-    """Different ones, with different answers."""
+def questions(path: Path, number: int) -> list[Question]:
+    """So many different ones, with different answers."""
     asked = []
     with edgemistral.load(path) as model:
-        for i in range(QUESTIONS):
+        for i in range(number):
             messages = [{"role": "user", "content": f"Tell me about {TOPICS[i % len(TOPICS)]}, please. " * (1 + i % 5)}]
             answer = "".join(model.chat(messages, MAX_TOKENS, seed=i, **SAMPLING))
             greedy = "".join(model.chat(messages, MAX_TOKENS, temperature=0))
             asked.append(Question(messages, i, answer, greedy))
-    if len({question.answer for question in asked}) < QUESTIONS:
+    if len({question.answer for question in asked}) < number:
         raise click.ClickException("two questions have the same answer: they could be mixed up and nobody would see it")
     return asked
 
@@ -179,8 +179,10 @@ class Crowd:
             self.seconds[behaviour.__name__].append(time.perf_counter() - start)
 
 
-def measure(path: Path, clients: int = CLIENTS, requests: int = REQUESTS, warm_up: int = WARM_UP) -> dict[str, Any]:
-    asked = questions(path)
+def measure(
+    path: Path, clients: int = CLIENTS, requests: int = REQUESTS, warm_up: int = WARM_UP, n_questions: int = QUESTIONS
+) -> dict[str, Any]:
+    asked = questions(path, n_questions)
     with Server(path) as server:
         crowd = Crowd(server, asked)
         start = time.perf_counter()
