@@ -173,7 +173,7 @@ async def test_a_job_at_work_sees_that_it_is_cancelled():
 
     scheduler.submit(job, work)
     wait_for(lambda: scheduler.running)
-    assert scheduler.cancel("x", EdgeMistralError("the reason"))
+    assert scheduler.stop(job, EdgeMistralError("the reason"))
     with pytest.raises(EdgeMistralError, match="the reason"):
         await collected(job)
     scheduler.close(DOWN)
