@@ -1,7 +1,7 @@
 """edgemistral beside llama.cpp on the same shapes, in turns: A B A B within one run, ratios round by round.
 
     python bench/peers.py WORK [--bits 8]
-    python bench/peers.py WORK --simd avx2 --their-python PYTHON     # both without AVX-512, see README.md
+    python bench/peers.py WORK --avx2 PYTHON     # both without AVX-512, see README.md
 
 Both run models of true Mistral-7B shapes with random weights: ours a blob (`seven_b.py` makes it, or give --blob), theirs a
 GGUF made here, Q4_0 (or Q8_0) with a Q6_K head, which is what llama.cpp's own quantizer makes. Each lives in a process of
@@ -29,6 +29,7 @@ from edgemistral.cpu import performance_cores
 
 PROMPT, DECODED = 512, 16
 DECODES_A_ROUND = 4     # decoding takes a tenth of a prompt's time
+AVX2_ONLY = {"EDGEMISTRAL_SIMD": "avx2", "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""}
 QUIET = 0.9             # of the highest bandwidth seen: below, something else on the machine uses its memory
 Sample = dict[str, float]
 TYPES = {4: "Q4_0", 8: "Q8_0"}
@@ -185,11 +186,8 @@ def facts_of(python: str) -> str:
 @click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--threads", type=int, help="[default: all cores]")
-@click.option("--simd", help="Our instructions, such as avx2; needs --their-python.")
-@click.option("--their-python", default=sys.executable, help="An interpreter whose llama-cpp-python uses the same ones.")
-def main(
-    work: Path, blob: str | None, bits: str, rounds: int, threads: int | None, simd: str | None, their_python: str
-) -> None:
+@click.option("--avx2", metavar="PYTHON", help="Both with AVX2 only; an interpreter whose llama-cpp-python is built so.")
+def main(work: Path, blob: str | None, bits: str, rounds: int, threads: int | None, avx2: str | None) -> None:
     """Measure edgemistral and llama.cpp in turns; llama.cpp's GGUF is made in WORK."""
     threads = threads or performance_cores()
     path = Path(blob) if blob else work / f"7b-q{bits}.safetensors"
@@ -199,8 +197,8 @@ def main(
         if not gguf_path.exists():
             prepare(work, 2 * opened.data.nbytes)
             write_gguf(gguf_path, opened, int(bits))
-    ours = Peer(sys.executable, "edgemistral", path, threads, {"EDGEMISTRAL_SIMD": simd} if simd else {})
-    theirs = Peer(their_python, "llama.cpp", gguf_path, threads)
+    ours = Peer(sys.executable, "edgemistral", path, threads, AVX2_ONLY if avx2 else {})
+    theirs = Peer(avx2 or sys.executable, "llama.cpp", gguf_path, threads)
     work_of = {"decode": ours.ask("bytes"), "prefill": products(config, PROMPT, 0) / PROMPT}     # a token's
     samples: dict[str, list[Sample]] = {"decode": [], "prefill": []}
     for _ in range(rounds):
@@ -218,10 +216,9 @@ def main(
     for task, row in summary.items():
         click.echo(f"{task}: {row['ours']:.2f} and {row['theirs']:.2f} tokens/s, ratio {row['ratio']:.2f} "
                    f"({row['lowest']:.2f} to {row['highest']:.2f}), {row['share']:.0%} of the limit, {row['samples']} samples")
-    name = f"peers_q{bits}" + (f"_{simd}" if simd else "")
-    save(name, f"python bench/peers.py WORK --bits {bits}" + (f" --simd {simd} --their-python PYTHON" if simd else ""), {
+    save(f"peers_q{bits}_avx2" if avx2 else f"peers_q{bits}", f"python bench/peers.py WORK --bits {bits}", {
         "n_layers": config.n_layers, "bits": int(bits), "threads": threads, "prompt": PROMPT, "type": TYPES[int(bits)],
-        "simd": simd, "llama_cpp": facts_of(their_python), "samples": samples, "summary": summary,
+        "avx2_only": bool(avx2), "llama_cpp": facts_of(avx2 or sys.executable), "samples": samples, "summary": summary,
     })
 
 

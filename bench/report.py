@@ -111,10 +111,10 @@ def _rate(row: Results, name: str) -> str:
 
 
 def _peers(r: Results) -> list[str]:
+    instructions = "AVX2 only" if r["avx2_only"] else "the best instructions of each"
     return [
-        f"{r['n_layers']} layers, {r['threads']} threads, {r['simd'] or 'the best instructions of each'}, prompts of "
-        f"{r['prompt']} tokens; the ratio is taken sample by sample. llama.cpp runs {r['type']}: llama-cpp-python "
-        f"{r['llama_cpp']}",
+        f"{r['n_layers']} layers, {r['threads']} threads, {instructions}, prompts of {r['prompt']} tokens; the ratio is taken "
+        f"sample by sample. llama.cpp runs {r['type']}: llama-cpp-python {r['llama_cpp']}",
         "",
         *_table(("medians, tokens/s", "ours", "llama.cpp", "ratio", "lowest", "highest", "ours, of the limit", "samples"), (
             (
@@ -219,7 +219,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ("7B beside llama.cpp, 4 bits", "peers_q4", "python bench/peers.py WORK", _peers),
     ("7B beside llama.cpp, 8 bits", "peers_q8", "python bench/peers.py WORK --bits 8", _peers),
     ("7B beside llama.cpp, 4 bits, both with AVX2 only", "peers_q4_avx2",
-     "python bench/peers.py WORK --simd avx2 --their-python PYTHON", _peers),
+     "python bench/peers.py WORK --avx2 PYTHON", _peers),
     ("7B, short batches, 4 bits", "batches_q4", "python bench/batches.py WORK", _batches),
     ("7B, short batches, 8 bits", "batches_q8", "python bench/batches.py WORK --bits 8", _batches),
     ("30,000 tokens through two layers of a 7B, 4-bit weights", "long_context-4bit",

@@ -64,7 +64,7 @@ class Roofline:
     def int8_peak(self) -> float:
         """Multiplications of bytes a second."""
         took = seconds(lambda: self._team.run(roofline.multiply, 1, (self._data, PEAK_ROUNDS), self._results))
-        return PEAK_ROUNDS * roofline.CHAINS * roofline.PRODUCTS * self._team.threads / took
+        return PEAK_ROUNDS * roofline.PRODUCTS * self._team.threads / took
 
     def close(self) -> None:
         self._team.close()

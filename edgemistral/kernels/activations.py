@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from edgemistral.kernels.jit import inlined
 from edgemistral.kernels.simd import (
+    LOWERING,
     absolute,
     add,
     add_i32,
@@ -45,7 +46,8 @@ from edgemistral.kernels.simd import (
 )
 from edgemistral.layout import BLOCK, GROUP, GROUPS
 
-SHORT, LONG = 8, 6      # tokens of the largest short batch, which is one tile; tokens of a tile of a longer one
+SHORT = 8                # tokens of the largest short batch, which is one tile
+LONG = LOWERING.tile     # tokens of a tile of a longer one
 
 
 class Activations(NamedTuple):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from edgemistral.kernels.activations import LONG
 from edgemistral.kernels.jit import entry
 from edgemistral.kernels.matmul import AHEAD
 from edgemistral.kernels.simd import (
     add_i32,
     broadcast4,
     dot4,
+    dot4_7bit,
     load_bytes,
     prefetch,
     store_f32,
@@ -18,8 +20,8 @@ from edgemistral.kernels.team import barrier, take
 from edgemistral.kernels.unroll import registers, unroll, unrolled
 
 PIECE = 1 << 16      # bytes that a thread reads between two looks at what is left
-CHAINS = 16          # independent accumulators: enough to hide the latency of the dot product
-PRODUCTS = 64        # of bytes, in one dot4
+WEIGHTS, TOKENS = 2, LONG      # independent sums, as many as the kernels have
+PRODUCTS = WEIGHTS * TOKENS * 64     # of bytes, in one round
 
 
 def _make_read(LINES):
@@ -46,24 +48,30 @@ def _make_read(LINES):
     return read
 
 
-def _make_multiply(CHAINS):
+def _make_multiply(WEIGHTS, TOKENS):
     @entry
-    @unrolled(CHAINS=CHAINS)
+    @unrolled(WEIGHTS=WEIGHTS, TOKENS=TOKENS)
     def multiply(rank, threads, sync, data, rounds, result):
-        """`rounds` x CHAINS dot products of 64 bytes on every thread, all in registers."""
+        """`rounds` x WEIGHTS x TOKENS dot products of 64 bytes on every thread, all different and in registers."""
         i = registers()
-        u, s = load_bytes(data, 0), broadcast4(data, 64)
-        for chain in unroll(CHAINS):
-            i[chain] = zero_i32()
-        for _ in range(rounds):
-            for chain in unroll(CHAINS):
-                i[chain] = dot4(i[chain], u, s)
+        s = registers()
+        for t in unroll(TOKENS):
+            s[t] = broadcast4(data, 4 * t)
+        for w in unroll(WEIGHTS):
+            for t in unroll(TOKENS):
+                i[w, t] = zero_i32()
+        for n in range(rounds):
+            for w in unroll(WEIGHTS):
+                u = load_bytes(data, 64 * ((WEIGHTS * n + w) & 15))
+                for t in unroll(TOKENS):
+                    i[w, t] = dot4_7bit(i[w, t], u, s[t])
         total = zero_i32()
-        for chain in unroll(CHAINS):
-            total = add_i32(total, i[chain])
+        for w in unroll(WEIGHTS):
+            for t in unroll(TOKENS):
+                total = add_i32(total, i[w, t])
         store_f32(result, 0, to_f32(total))
         barrier(sync, 0, threads)
     return multiply
 
 
-read, multiply = _make_read(4), _make_multiply(CHAINS)
+read, multiply = _make_read(4), _make_multiply(WEIGHTS, TOKENS)

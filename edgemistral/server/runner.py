@@ -176,7 +176,9 @@ def _listen(host: str, port: int) -> socket.socket:
     """A listening socket."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=MAX_CONNECTIONS)
+        made = socket.create_server((host, port), family=family, backlog=MAX_CONNECTIONS)
+        # asyncio sends small answers at once (TCP_NODELAY) only on sockets that say they are TCP; others wait 40 ms.
+        return socket.socket(made.family, made.type, socket.IPPROTO_TCP, made.detach())
     except (OSError, UnicodeError) as error:   # UnicodeError: no name at all, such as "a..b"
         reason = getattr(error, "strerror", None) or str(error)
         raise EdgeMistralError(f"cannot listen on {host} port {port}: {reason.partition(' (while')[0]}") from None
