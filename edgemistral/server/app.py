@@ -95,16 +95,16 @@ def _add_tools(app: FastAPI) -> None:
             raise BadRequest("text or messages must be given, and not both", "text")
         tokenizer, text, messages = service.model.tokenizer, body.text, body.messages or []
         if text is not None:
-            ids = await asyncio.to_thread(tokenizer.encode, text)
+            ids = await service.aside(tokenizer.encode, text)
         else:
-            ids = await asyncio.to_thread(tokenizer.encode_chat, [message.plain() for message in messages])
+            ids = await service.aside(tokenizer.encode_chat, [message.plain() for message in messages])
         return schemas.Tokens(tokens=ids, count=len(ids))
 
     @app.post("/detokenize", responses=failures.RESPONSES)
     async def detokenize(body: schemas.DetokenizeRequest, service: Shared) -> schemas.PlainText:
         """The text of token ids."""
         try:
-            return schemas.PlainText(text=await asyncio.to_thread(service.model.tokenizer.decode, body.tokens))
+            return schemas.PlainText(text=await service.aside(service.model.tokenizer.decode, body.tokens))
         except BadRequest as error:
             raise BadRequest(str(error), "tokens") from None
 

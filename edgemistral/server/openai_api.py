@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
@@ -64,7 +63,7 @@ async def completions(body: schemas.CompletionRequest, request: Request, service
     for prompt in body.prompts():
         text = prompt if isinstance(prompt, str) else ""
         if not isinstance(prompt, str) and (body.echo or service.reviewed):
-            text = await asyncio.to_thread(_decoded, service, prompt)
+            text = await service.aside(_decoded, service, prompt)
         reviewed = await service.review("prompt", text)
         prompts.append((prompt if reviewed == text else reviewed, reviewed))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any
@@ -66,7 +65,7 @@ async def score(
     """Answer a conversation, or several prompts: `[{"0": "...", "1": "..."}]`."""
     job = service.job(request, "score")
     _check_sizes(body)
-    sample = await asyncio.to_thread(sample_json.parse, body)
+    sample = await service.aside(sample_json.parse, body)
     if len(sample.prompts) > MAX_PROMPTS:
         raise BadRequest(f"{sample_json.INPUT} has more than {MAX_PROMPTS} prompts", sample_json.INPUT)
     sample = replace(sample, prompts=[
@@ -83,7 +82,7 @@ async def score(
             elif isinstance(event, Finished) and event.finish_reason == "content_filter":
                 raise Refused(f"answer {event.index} was refused")
     headers = {"x-request-id": job.id, **warnings_header(sample.warnings)}
-    return JSONResponse(await asyncio.to_thread(sample_json.output, service.model, sample, texts), headers=headers)
+    return JSONResponse(await service.aside(sample_json.output, service.model, sample, texts), headers=headers)
 
 
 def _check_sizes(body: Any) -> None:

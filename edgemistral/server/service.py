@@ -11,10 +11,11 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 
@@ -34,6 +35,8 @@ MAX_HEADER = 1000    # characters
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 Review = Callable[[str, Any], Any | Awaitable[Any]]
+Result = TypeVar("Result")
+HELPERS = 2   # threads
 
 
 class Refused(EdgeMistralError):
@@ -79,6 +82,8 @@ class Service:
         self.metrics = Metrics(lambda: self.scheduler.waiting, lambda: self.scheduler.running, self._kv_bytes)
         self.started = int(time.time())
         self._model, self._review = model, review
+        # Few threads, for each of them keeps memory of its own for good: the default executor adds them one by one.
+        self._helpers = ThreadPoolExecutor(HELPERS, "edgemistral-text")
         self._compiler: GrammarCompiler | None = None
         self._compiler_lock = threading.Lock()
         self._loader: threading.Thread | None = None
@@ -136,6 +141,10 @@ class Service:
         address = request.client.host if request.client else ""
         return Job(job_id, f"{address} {request.headers.get('user-agent', '')} {user or ''}")
 
+    async def aside(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Call a function that takes a while, such as tokenizing a long text, on a thread of ours."""
+        return await asyncio.get_running_loop().run_in_executor(self._helpers, function, *arguments)
+
     async def review(self, kind: str, value: Any) -> Any:
         """What the host application makes of a "prompt" (messages or a text) or an "answer" (a text)."""
         if self._review is None:
@@ -156,7 +165,7 @@ class Service:
         """
         self.scheduler.check(job)
         try:
-            replies = await asyncio.to_thread(make)   # tokenizing a long text takes a while
+            replies = await self.aside(make)
             events = self._run(request, job, replies)
             async with aclosing(events if self._review is None else self._reviewed(events)) as given:
                 async for event in given:
