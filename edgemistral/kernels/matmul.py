@@ -101,7 +101,7 @@ def _make_panel(BITS, T):
             prefetch(blob, base + AHEAD)
             for t in unroll(T):
                 f[t] = zero_f32()
-            for g in unroll(4):
+            for g in range(GROUPS):
                 for t in unroll(T):
                     i[t, 0] = splat_i32(x.sums[(block * GROUPS + g) * T + t])
                     if static(CHAINS == 2):
