@@ -35,12 +35,13 @@ CONFIG = ModelConfig(
 )
 DEMO = Path(__file__).parent / "demo"
 SEED = 1
-PROSE_TOKENS = 6_000_000       # the first stage: prose alone, in short windows
-CHAT_TOKENS = 16_000_000       # the second: conversations, and some prose so that it is not forgotten
+PROSE_TOKENS = 4_000_000       # the first stage: prose alone, in short windows
+CHAT_TOKENS = 14_000_000       # the second: conversations, and some prose so that it is not forgotten
 BATCH = 8192                   # tokens a step
 PART = 2048                    # tokens at a time: what they need stays in the cache
 CHAT_SHARE = 0.75              # of a step's tokens in the second stage
-PROSE_LENGTH, LONG_PROSE_LENGTH = 512, CONFIG.context
+PROSE_LENGTH, LONG_PROSE_LENGTH = 256, CONFIG.context
+ROWS = 256                     # of logits at a time, for the same reason: five times as fast as all at once
 MATRIX_RATE, VECTOR_RATE, EMBEDDING_RATE = 0.02, 0.004, 0.004
 WARM_UP = 100                  # steps
 DECAY = 0.5                    # share of the training in which the rates fall to zero
@@ -120,9 +121,12 @@ class Training:
     def loss(self, batch: Batch) -> torch.Tensor:
         """Summed cross-entropy."""
         ids, targets = (each.to(self.device) for each in batch)
+        learned = targets != IGNORED
+        targets = targets[learned]
         with torch.autocast(self.device, torch.bfloat16):
-            logits = self.model(ids)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+            logits = self.model.output(self.model.hidden(ids)[learned])
+        parts = zip(logits.split(ROWS), targets.split(ROWS), strict=True)
+        return torch.stack([F.cross_entropy(row.float(), target, reduction="sum") for row, target in parts]).sum()
 
     def rate(self) -> float:
         """Share of the peak learning rates: warm-up, plateau, then linear to zero."""
