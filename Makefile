@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow lint bench clean
 
-demo: $(VENV)/.installed  ## make a model on the spot and talk to it
-	$(BIN)/edgemistral run demo
+demo: $(VENV)/.installed  ## quantize the demo model, ask it something, and how to go on
+	$(BIN)/python models/show_demo.py
 
 test: $(VENV)/.installed-test lint  ## all checks but the slow ones
 	$(BIN)/python -m pytest -q

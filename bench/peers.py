@@ -38,25 +38,12 @@ TYPES = {4: "Q4_0", 8: "Q8_0"}
 # ---- their model -----------------------------------------------------------------------------------------------------
 
 def write_gguf(path: Path, blob: Blob, bits: int) -> None:
-    """A GGUF of the blob's shapes with random codes and small scales; its tokenizer is a list of made-up words."""
+    """A GGUF of the blob's shapes with random codes and small scales."""
     import gguf
+    from llama_cpp_models import finish, new_writer
 
     c, kind = blob.config, gguf.GGMLQuantizationType
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(c.context)
-    writer.add_embedding_length(c.dim)
-    writer.add_block_count(c.n_layers)
-    writer.add_feed_forward_length(c.hidden_dim)
-    writer.add_head_count(c.n_heads)
-    writer.add_head_count_kv(c.n_kv_heads)
-    writer.add_layer_norm_rms_eps(c.norm_eps)
-    writer.add_rope_freq_base(c.rope_theta)
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_vocab_size(c.vocab_size)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"w{n}".encode() for n in range(c.vocab_size)])
-    writer.add_token_scores([0.0] * c.vocab_size)
-    writer.add_token_types([gguf.TokenType.NORMAL] * c.vocab_size)
+    writer = new_writer(path, c)
     rng = np.random.default_rng(0)
 
     def add(name: str, rows: int, cols: int, type_: Any) -> None:
@@ -81,10 +68,7 @@ def write_gguf(path: Path, blob: Blob, bits: int) -> None:
             writer.add_tensor(f"{at}{name}.weight", np.ones(c.dim, np.float32))
     writer.add_tensor("output_norm.weight", np.ones(c.dim, np.float32))
     add("output.weight", c.vocab_size, c.dim, kind.Q6_K if bits == 4 else weights)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 # ---- one process each ------------------------------------------------------------------------------------------------

@@ -1,145 +1,140 @@
-"""How far 8-bit and 4-bit blobs, and llama.cpp's Q4_0, are from the float32 model.
+"""What quantizing costs a trained model: our blobs beside llama.cpp's types, all against the float32 model.
 
-    python bench/quality.py                                      # random models
-    python bench/quality.py --checkpoint DIR --text novel.txt    # a trained one: perplexity too
+    python bench/quality.py
 
-Prints a table; writes bench/results/quality.json and .png. The blobs run as users run them, activations and KV cache
-rounded as well; Q4_0 (every matrix, or all but the output head) has the advantage of float32 activations.
+The model is the demo model (models/demo), the only trained one at hand; the texts are prose and conversations that it never
+saw. Prints a table; writes bench/results/quality.json and .png. Everything runs as users run it, activations and KV cache
+rounded too. A file keeps some tensors better than others, so there are two comparisons: whole files as either program makes
+them, and the layers alone, where llama.cpp keeps embeddings and output head as a blob does. Needs the `bench` extra.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # before NumPy loads: idle BLAS workers would spin beside the model
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 import click
+import conversations
+import harness
+import llama_cpp_models
 import numpy as np
-from checkpoints import write_hf
 from edgemistral_quantize import quantize
 from edgemistral_quantize.checkpoint import Checkpoint
-from golden.models import GoldenModel
-from naive import q4_0
 from numpy.typing import NDArray
 
 import edgemistral
-from edgemistral.config import ModelConfig
-from edgemistral.engine import Ids
-from edgemistral.evaluate import Evaluation, evaluate
-from edgemistral.reference import Reference, widen
+from edgemistral.blob import Blob
+from edgemistral.cli.inspect import describe
+from edgemistral.demo import checkpoint_dir
+from edgemistral.evaluate import WINDOW, evaluate_windows
+from edgemistral.reference import Reference
 from edgemistral.tokenizer import Tokenizer
 
-RESULTS = Path(__file__).parent / "results"
-SHAPE = ModelConfig(
-    dim=512, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=64, hidden_dim=1792, vocab_size=2000, context=1024,
-    norm_eps=1e-5, rope_theta=1e6, sliding_window=None, bos_id=1, eos_id=2,
-)
-TOKENS = 2048
-RANDOM_MODELS = {
-    "N(0, 1) embeddings": {},
-    "the same, logits spread as in trained models": {"output_std": 4.2},
-    "N(0, 0.7 / sqrt(n)) embeddings": {"embedding_std": 0.7 / SHAPE.dim**0.5},
-}
+PROSE = Path(__file__).parents[1] / "tests" / "data" / "prose.txt"
+PEERS = ("Q8_0", "Q4_K_M", "IQ4_NL", "Q4_0")
+LIKE_A_BLOB = {"embeddings": "BF16", "output": "Q8_0"}
+Windows = list[NDArray[np.int32]]
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Rounded:
-    """A checkpoint whose matrices went through Q4_0, the output head too or not."""
-
-    checkpoint: Checkpoint
-    with_output: bool
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.checkpoint.config
-
-    def strips(self, name: str, strip_bytes: int) -> Iterator[NDArray[Any]]:
-        kept = name == "tok_embeddings" or name.endswith("norm") or (name == "output" and not self.with_output)
-        for strip in self.checkpoint.strips(name, strip_bytes):
-            yield strip if kept else q4_0(widen(strip))
+def texts(tokenizer: Tokenizer) -> dict[str, Windows]:
+    """What is predicted, each window with its <s>."""
+    prose = tokenizer.encode(PROSE.read_text("utf-8"))
+    cases = conversations.heldout()
+    return {
+        "prose": [np.array([tokenizer.bos_id, *prose[at : at + WINDOW]], np.int32) for at in range(0, len(prose), WINDOW)],
+        "conversations": [
+            np.array([*tokenizer.encode_chat(c.messages), *tokenizer.encode(c.answer), tokenizer.eos_id], np.int32)
+            for c in cases
+        ],
+    }
 
 
 class Float32:
-    """What `evaluate` needs of a model, computed as the reference is."""
+    """What `evaluate_windows` needs of a model, of the checkpoint itself."""
 
-    def __init__(self, checkpoint: Rounded) -> None:
-        self.config, self.context, self._reference = checkpoint.config, checkpoint.config.context, Reference(checkpoint)
+    def __init__(self, reference: Reference) -> None:
+        self.config, self.context, self._reference = reference.config, reference.config.context, reference
 
-    def logits(self, ids: Ids) -> NDArray[np.float32]:
+    def logits(self, ids: Any) -> NDArray[np.float32]:
         return self._reference.logits(self._reference.hidden_states([np.asarray(ids, np.int32)])[0])
 
 
-def measure(directory: Path, ids: Ids, folder: Path) -> Iterator[tuple[str, Evaluation]]:
-    """(method, result) for the checkpoint in `directory`, best first; blobs go to `folder`."""
-    checkpoint = Checkpoint(directory)
-    reference = Reference(checkpoint)
+def models(checkpoint: Checkpoint, directory: Path, folder: Path) -> Iterator[tuple[str, dict[str, float], Any]]:
+    """(name, bits per weight, model)"""
     for bits in (8, 4):
-        blob = quantize(directory, folder / f"{bits}.safetensors", bits=bits, force=True, progress=False)
+        path = quantize(directory, folder / f"{bits}.safetensors", bits=bits, progress=False)
+        with Blob.open(path) as blob:
+            size = describe(blob)["bits_per_weight"]
         for kv_bits in (16, 8):
-            with edgemistral.load(blob, kv_bits=kv_bits) as model:
-                yield f"{bits} bits, {kv_bits}-bit KV", evaluate(model, ids, reference)
-    for with_output, name in ((False, "Q4_0, output head exact"), (True, "Q4_0")):
-        yield name, evaluate(Float32(Rounded(checkpoint, with_output)), ids, reference)
+            with edgemistral.load(path, kv_bits=kv_bits) as model:
+                yield f"edgemistral {bits} bits, {kv_bits}-bit KV", size, model
+    source = folder / "f32.gguf"
+    llama_cpp_models.write_float32(source, checkpoint)
+    for kind in PEERS:
+        for name, kept in ((f"llama.cpp {kind}", {}), (f"llama.cpp {kind}, the rest like a blob", LIKE_A_BLOB)):
+            path = folder / f"{kind}{len(kept)}.gguf"
+            llama_cpp_models.quantize(source, path, kind, **kept)
+            peer = llama_cpp_models.LlamaCpp(path, checkpoint.config)
+            yield name, llama_cpp_models.bits_per_weight(path), peer
+            peer.close()
 
 
-def random_models(folder: Path) -> Iterator[tuple[str, Path, Ids]]:
-    """(name, checkpoint, token ids)"""
-    for seed, (name, stds) in enumerate(RANDOM_MODELS.items(), 100):
-        model = GoldenModel(name, seed, TOKENS + 1, SHAPE, **stds)
-        yield name, model.write(write_hf, folder / str(seed)), model.ids[1:]
+def plot(rows: list[Row], path: Path) -> None:
+    """KL over bits per weight of the layers."""
+    import matplotlib
 
-
-def trained_model(directory: Path, text: Path, tokens: int) -> Iterator[tuple[str, Path, Ids]]:
-    yield directory.name, directory, Tokenizer(Checkpoint(directory).tokenizer).encode(text.read_text("utf-8"))[:tokens]
-
-
-def plot(table: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(table), 1, figsize=(8, 0.8 + 2 * len(table)), sharex=True, squeeze=False)
-    for axis, (name, results) in zip(axes[:, 0], table.items(), strict=True):
-        kls = [result["mean_kl"] for result in results.values()]
-        colors = ["tab:gray" if method.startswith("Q4_0") else "tab:blue" for method in results]
-        bars = axis.barh(list(results), kls, color=colors)
-        axis.bar_label(bars, [f"{kl:.2g}" for kl in kls], padding=3, fontsize=8)
-        axis.set(title=name, xscale="log")
-        axis.invert_yaxis()
-        axis.margins(x=0.15)
-    axes[-1, 0].set_xlabel("mean KL divergence from float32, nats (lower is better)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for row in rows:
+        if row["bits"] is None or row["name"].endswith(("blob", "16-bit KV")):
+            continue
+        ours = row["name"].startswith("edgemistral")
+        x, y = row["bits"]["layers"], row["prose"]["mean_kl"]
+        axes.plot(x, y, "o" if ours else "s", color="tab:blue" if ours else "tab:gray")
+        axes.annotate(row["name"].removeprefix("llama.cpp "), (x, y), (6, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="bits a weight, in the layers", ylabel="mean KL from float32 on held-out prose, nats", yscale="log",
+             xlim=(4, 10), title="The demo model: lower and further left is better")
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=110)
 
 
 @click.command(help=__doc__.split("\n")[0])
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="A trained checkpoint, instead of random models.")
-@click.option("--text", type=click.Path(path_type=Path, exists=True), help="What it is to predict.")
-@click.option("--tokens", default=TOKENS, show_default=True, help="Of the text, from its start.")
-def main(checkpoint: Path | None, text: Path | None, tokens: int) -> None:
-    if (checkpoint is None) != (text is None):
-        raise click.UsageError("--checkpoint and --text go together")
-    table: dict[str, dict[str, dict[str, Any]]] = {}
+def main() -> None:
+    directory = checkpoint_dir()
+    checkpoint = Checkpoint(directory)
+    reference = Reference(checkpoint)
+    windows = texts(Tokenizer(checkpoint.tokenizer))
+    rows: list[Row] = []
+
+    def add(name: str, bits: dict[str, float] | None, model: Any) -> None:
+        row: Row = {"name": name, "bits": bits}
+        for text, of in windows.items():
+            row[text] = asdict(evaluate_windows(model, of, reference))
+        rows.append(row)
+        size = f"{'':14}" if bits is None else f"{bits['layers']:7.2f}{bits['file']:7.2f}"
+        figures = (f"{r['perplexity']:9.3f}{r['mean_kl']:11.6f}{r['top1_agreement']:8.2%}" for r in map(row.get, windows))
+        print(f"{name:44}{size}{''.join(figures)}", flush=True)
+
+    print(f"{'':44}{'layers':>7}{'file':>7}" + "".join(f"{'ppl':>9}{'KL':>11}{'top-1':>8}" for _ in windows))
+    add("float32", None, Float32(reference))
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        subjects = trained_model(checkpoint, text, tokens) if checkpoint and text else random_models(folder)
-        for name, directory, ids in subjects:
-            print(f"\n{name}\n{'':26}{'mean KL':>12}{'top-1':>9}" + ("" if text is None else f"{'perplexity':>12}"))
-            table[name] = {}
-            for method, result in measure(directory, ids, folder):
-                perplexity = "" if text is None else f"{result.perplexity:12.3f}"   # random ids have none worth a look
-                print(f"{method:26}{result.mean_kl:12.6f}{result.top1_agreement:9.2%}{perplexity}", flush=True)
-                table[name][method] = asdict(result)
-    RESULTS.mkdir(exist_ok=True)
-    stem = "quality" if checkpoint is None else f"quality-{checkpoint.name}"
-    (RESULTS / f"{stem}.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    plot(table, RESULTS / f"{stem}.png")
+        for found in models(checkpoint, directory, Path(temporary)):
+            add(*found)
+    plot(rows, harness.RESULTS / "quality.png")
+    harness.save("quality", "python bench/quality.py", {
+        "tokens": {text: sum(len(ids) - 1 for ids in of) for text, of in windows.items()}, "rows": rows,
+    })
 
 
 if __name__ == "__main__":

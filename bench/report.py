@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import plots
 from harness import RESULTS, in_gb
 
 REPORT = Path(__file__).parent / "RESULTS.md"
@@ -20,7 +21,8 @@ Results = dict[str, Any]
 
 
 def write() -> None:
-    """Write RESULTS.md; a section whose benchmark has not run says so."""
+    """Write RESULTS.md and its plots; a section whose benchmark has not run says so."""
+    plots.peers()
     REPORT.write_text("\n".join([HEAD, *(_section(*section) for section in SECTIONS)]), encoding="utf-8")
 
 
@@ -128,6 +130,20 @@ def _peers(r: Results) -> list[str]:
     ]
 
 
+def _speed(r: Results) -> list[str]:
+    return [
+        f"{r['n_layers']} layers of 7B shapes.",
+        "",
+        "![speed over size, depth and threads](results/speed.png)",
+        "",
+        *_table(("", "bits", "threads", "tokens", "depth", "tokens/s", "rate", "share of the limit"), (
+            (row["task"], str(row["bits"]), str(row["threads"]), str(row["tokens"]), f"{row['depth']:,}",
+             f"{row['tokens_per_second']:.1f}", _rate(row, "rate"), f"{row['share']:.0%}")
+            for row in r["rows"]
+        )),
+    ]
+
+
 def _batches(r: Results) -> list[str]:
     return _table(("tokens at once", "ms", "times one token", "lowest", "highest"), (
         (str(row["tokens"]), f"{1000 * row['seconds']:.1f}", f"{row['ratio']:.2f}", f"{row['min']:.2f}", f"{row['max']:.2f}")
@@ -158,6 +174,26 @@ def _long_context(r: Results) -> list[str]:
 
 
 def _quality(r: Results) -> list[str]:
+    head = ("", "layers", "file", *(f"{text}: {what}" for text in r["tokens"] for what in ("perplexity", "KL", "top-1")))
+    tokens = ", ".join(f"{n:,} of {text}" for text, n in r["tokens"].items())
+    return [
+        f"Bits per weight of the layers and of the whole file; {tokens}.",
+        "",
+        *_table(head, (
+            (
+                row["name"], *(f"{row['bits'][part]:.2f}" if row["bits"] else "" for part in ("layers", "file")),
+                *(cell for text in r["tokens"] for cell in (
+                    f"{row[text]['perplexity']:.3f}", f"{row[text]['mean_kl']:.1e}", f"{row[text]['top1_agreement']:.1%}",
+                )),
+            )
+            for row in r["rows"]
+        )),
+        "",
+        "![mean KL over bits per weight](results/quality.png)",
+    ]
+
+
+def _quality_random(r: Results) -> list[str]:
     return [line for name, methods in r.items() for line in (
         *_table((name, "mean KL", "of Q4_0's", "top-1"), (
             (method, f"{m['mean_kl']:.2e}", f"{m['mean_kl'] / methods['Q4_0']['mean_kl']:.2f}", f"{m['top1_agreement']:.1%}")
@@ -180,16 +216,28 @@ def _quantization_error(r: Results) -> list[str]:
 
 
 def _server_overhead(r: Results) -> list[str]:
-    first, token, health = r["first_text_seconds"], r["token_seconds"], r["health_seconds"]
-    added, ratio = r["first_text_added_seconds"], r["decode_ratio"]
+    health = r["health_seconds"]
+
+    def ms(spread: Results) -> str:
+        return (f"{1000 * spread['median']:+.2f} ms ({1000 * spread['lower_quartile']:+.2f} to "
+                f"{1000 * spread['upper_quartile']:+.2f})")
+
+    def percent(spread: Results) -> str:
+        return f"{spread['median'] - 1:+.2%} ({spread['lower_quartile'] - 1:+.2%} to {spread['upper_quartile'] - 1:+.2%})"
+
+    def row(title: str, what: str, spread: Callable[[Results], str], ratio: str) -> Sequence[str]:
+        return (title, *(f"{1000 * r[name][what]:.2f} ms" for name in ("api", "control", "server")),
+                *(spread(r[f"{name}_added"][ratio]) for name in ("control", "server")))
+
     return [
-        *_table(("medians", "Python API", "server", "pairs: median", "quartiles"), [
-            ("first text", f"{1000 * first['api']:.1f} ms", f"{1000 * first['server']:.1f} ms",
-             f"{1000 * added['median']:+.2f} ms",
-             f"{1000 * added['lower_quartile']:+.2f} to {1000 * added['upper_quartile']:+.2f} ms"),
-            ("a token", f"{1000 * token['api']:.2f} ms", f"{1000 * token['server']:.2f} ms", f"{ratio['median'] - 1:+.2%}",
-             f"{ratio['lower_quartile'] - 1:+.2%} to {ratio['upper_quartile'] - 1:+.2%}"),
+        *_table(("medians", "Python API", "control", "server", "control, pairs", "server, pairs"), [
+            row("first text", "first_text_seconds", ms, "first_text_seconds"),
+            row("of it, not the engine's: the road", "road_seconds", ms, "road_seconds"),
+            row("a token", "token_seconds", percent, "decode_ratio"),
         ]),
+        "",
+        f"{r['rounds']} rounds; pairs: medians and quartiles of the difference to the Python API, round by round. The control "
+        "is the Python API in another process: what it seems to cost is noise.",
         "",
         f"`/health`, asked {health['asked']} times while a long prompt is read: median {1000 * health['median']:.1f} ms, "
         f"longest {1000 * health['max']:.1f} ms.",
@@ -220,6 +268,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ("7B beside llama.cpp, 8 bits", "peers_q8", "python bench/peers.py WORK --bits 8", _peers),
     ("7B beside llama.cpp, 4 bits, both with AVX2 only", "peers_q4_avx2",
      "python bench/peers.py WORK --avx2 PYTHON", _peers),
+    ("Speed by size, depth, threads and bits", "speed", "python bench/speed.py WORK", _speed),
     ("7B, short batches, 4 bits", "batches_q4", "python bench/batches.py WORK", _batches),
     ("7B, short batches, 8 bits", "batches_q8", "python bench/batches.py WORK --bits 8", _batches),
     ("30,000 tokens through two layers of a 7B, 4-bit weights", "long_context-4bit",
@@ -227,7 +276,10 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ("30,000 tokens through two layers of a 7B, 8-bit weights", "long_context-8bit",
      "python bench/long_context.py WORK --bits 8", _long_context),
     ("What HTTP costs, with the 7B", "server_overhead", "python bench/server_overhead.py WORK", _server_overhead),
+    ("What HTTP costs, with the demo model", "server_overhead_demo", "python bench/server_overhead.py WORK --model demo",
+     _server_overhead),
     ("Server under load", "server_load", "python bench/server_load.py", _server_load),
-    ("Distance from float32, against Q4_0", "quality", "python bench/quality.py", _quality),
+    ("Quality: a trained model, beside llama.cpp's types", "quality", "python bench/quality.py", _quality),
+    ("Quality: random models, beside Q4_0", "quality_random", "python bench/quality_random.py", _quality_random),
     ("Error of the quantizers", "quantization_error", "python bench/quantization_error.py", _quantization_error),
 ]

@@ -19,11 +19,13 @@ SCRIPTS = (
     ("seven_b.py", "WORK"),
     ("peers.py", "WORK"),
     ("batches.py", "WORK"),
+    ("speed.py", "WORK"),
     ("long_context.py", "WORK", "--bits", "4"),
     ("long_context.py", "WORK", "--bits", "8"),
     ("server_overhead.py", "WORK"),
     ("server_load.py",),
     ("quality.py",),
+    ("quality_random.py",),
     ("quantization_error.py",),
 )
 

@@ -3,16 +3,22 @@
     python bench/server_overhead.py WORK          # the 7B that bench/seven_b.py left in WORK; five minutes
     python bench/server_overhead.py WORK --model demo
 
-Each prompt is asked in this process and of a server beside it, one after the other, in changing order. Both have the same
-threads and the same cache, so what differs is the road of the request and of the text. The last part asks /health while a
-long prompt is read.
+Each prompt is asked of the Python API in two processes and of a server, one after the other, in changing order. All have the
+same threads and the same cache. The second process is the control: it differs from the first in nothing but where its memory
+happens to lie, and what it seems to cost is the noise. The road alone is the time to the first text without what the engine
+itself says that its first token took; it is free of that noise. The last part asks /health while a long prompt is read.
 """
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import threading
 import time
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +35,15 @@ ROUNDS = 21
 TOKENS = 32
 LONG_PROMPT = 1024   # words
 HEALTH_PAUSE = 0.02
-Times = tuple[float, float]   # seconds to the first text, and from there to the end
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Seconds of one answer."""
+
+    first: float    # to the first text
+    road: float     # of these, not the engine's
+    rest: float     # from there to the end
 
 
 def options(model: Model) -> dict[str, Any]:
@@ -37,51 +51,75 @@ def options(model: Model) -> dict[str, Any]:
     return {"temperature": 0, "logit_bias": {model.config.eos_id: -100}}
 
 
-def ask_api(model: Model, messages: list[dict[str, str]]) -> Times:
+def ask_api(model: Model, text: str) -> Answer:
     start = time.perf_counter()
-    reply = model.chat(messages, TOKENS, **options(model))
+    reply = model.chat([{"role": "user", "content": text}], TOKENS, **options(model))
     next(reply)
     first = time.perf_counter()
     for _ in reply:
         pass
-    return first - start, time.perf_counter() - first
+    return Answer(first - start, first - start - reply.usage.prefill_seconds, time.perf_counter() - first)
 
 
-def ask_server(server: Server, model: Model, messages: list[dict[str, str]]) -> Times:
-    body = {"messages": messages, "max_tokens": TOKENS, "stream": True, **options(model)}
+def ask_server(server: Server, model: Model, text: str) -> Answer:
+    body = {"messages": [{"role": "user", "content": text}], "max_tokens": TOKENS, "stream": True,
+            "stream_options": {"include_usage": True}, **options(model)}
     with closing(server.connect()) as connection:
-        start, first = time.perf_counter(), 0.0
+        start, first, end, engine = time.perf_counter(), 0.0, 0.0, 0.0
         for event in events(ask(connection, "POST", CHAT, body)):
             if not first and content(event):
                 first = time.perf_counter()
-            elif event["choices"][0]["finish_reason"]:
+            elif event["choices"] and event["choices"][0]["finish_reason"]:
                 end = time.perf_counter()
-    return first - start, end - first
+            elif "timings" in event:
+                engine = event["timings"]["prefill_seconds"]
+    return Answer(first - start, first - start - engine, end - first)
+
+
+def control(path: str, connection: Connection) -> None:
+    """The life of the second process: answers what it is asked."""
+    with edgemistral.load(path) as model:
+        while (text := connection.recv()) is not None:
+            connection.send(ask_api(model, text))
 
 
 def measure(path: Path, rounds: int = ROUNDS) -> dict[str, Any]:
-    api, http = [], []
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    second = context.Process(target=control, args=(str(path), there), daemon=True)
+    second.start()
+
+    def ask_control(text: str) -> Answer:
+        here.send(text)
+        return here.recv()
+
+    answers: dict[str, list[Answer]] = {"api": [], "control": [], "server": []}
     with edgemistral.load(path) as model, Server(path) as server:
+        ask_one = {"api": partial(ask_api, model), "control": ask_control, "server": partial(ask_server, server, model)}
+        orders = list(itertools.permutations(ask_one))
         for number in tqdm(range(-2, rounds), disable=None):   # two to warm up
-            messages = [{"role": "user", "content": f"{number}: what should I see in Paris?"}]
-            order = [lambda m=messages: api.append(ask_api(model, m)),
-                    lambda m=messages: http.append(ask_server(server, model, m))]
-            for measured in order if number % 2 else reversed(order):
-                measured()
-            if number < 0:
-                api.clear()
-                http.clear()
+            for name in orders[number % len(orders)]:
+                answers[name].append(ask_one[name](f"{number}: what should I see in Paris?"))
         health = ask_health(server)
+        here.send(None)
         server.stop()
-    first = [(b[0] - a[0]) for a, b in zip(api, http, strict=True)]
-    decode = [b[1] / a[1] for a, b in zip(api, http, strict=True)]
+    second.join()
+    api, *others = (each[2:] for each in answers.values())
+
+    def added(what: str, other: list[Answer]) -> dict[str, float]:
+        return _spread([getattr(b, what) - getattr(a, what) for a, b in zip(api, other, strict=True)])
+
     return {
         "rounds": rounds,
         "tokens": TOKENS,
-        "first_text_seconds": {"api": median(a for a, _ in api), "server": median(a for a, _ in http)},
-        "token_seconds": {"api": median(b for _, b in api) / (TOKENS - 1), "server": median(b for _, b in http) / (TOKENS - 1)},
-        "first_text_added_seconds": _spread(first),
-        "decode_ratio": _spread(decode),
+        **{name: {
+            "first_text_seconds": median(a.first for a in got[2:]), "road_seconds": median(a.road for a in got[2:]),
+            "token_seconds": median(a.rest for a in got[2:]) / (TOKENS - 1),
+        } for name, got in answers.items()},
+        **{f"{name}_added": {
+            "first_text_seconds": added("first", other), "road_seconds": added("road", other),
+            "decode_ratio": _spread([b.rest / a.rest for a, b in zip(api, other, strict=True)]),
+        } for name, other in zip(("control", "server"), others, strict=True)},
         "health_seconds": {"asked": len(health), "median": median(health), "max": max(health)},
     }
 
@@ -107,13 +145,16 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def print_table(results: dict[str, Any]) -> None:
-    first, token = results["first_text_seconds"], results["token_seconds"]
-    added, ratio, health = results["first_text_added_seconds"], results["decode_ratio"], results["health_seconds"]
-    print(f"{'':14}{'Python API':>12}{'server':>12}{'':4}pairs: median (quartiles)")
-    print(f"{'first text':14}{1000 * first['api']:9.2f} ms{1000 * first['server']:9.2f} ms    {1000 * added['median']:+.2f} ms "
-          f"({1000 * added['lower_quartile']:+.2f} to {1000 * added['upper_quartile']:+.2f})")
-    print(f"{'a token':14}{1000 * token['api']:9.2f} ms{1000 * token['server']:9.2f} ms    {ratio['median'] - 1:+.2%} "
-          f"({ratio['lower_quartile'] - 1:+.2%} to {ratio['upper_quartile'] - 1:+.2%})")
+    for name in ("api", "control", "server"):
+        r, added = results[name], results.get(f"{name}_added")
+        print(f"{name:8} first text {1000 * r['first_text_seconds']:9.2f} ms, road {1000 * r['road_seconds']:6.2f} ms, "
+              f"a token {1000 * r['token_seconds']:7.2f} ms")
+        if added:
+            for what, unit in (("first_text_seconds", 1000), ("road_seconds", 1000), ("decode_ratio", 1)):
+                s = added[what]
+                print(f"    {what:20}{unit * s['median']:+9.3f} ({unit * s['lower_quartile']:+.3f} to "
+                      f"{unit * s['upper_quartile']:+.3f})")
+    health = results["health_seconds"]
     print(f"/health while a prompt is read: median {1000 * health['median']:.1f} ms, longest {1000 * health['max']:.1f} ms "
           f"of {health['asked']}")
 

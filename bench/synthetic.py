@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from edgemistral.config import ModelConfig
 from edgemistral.container import make_header
+from edgemistral.demo import checkpoint_dir
 
 V2 = ModelConfig(
     dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336, vocab_size=32000, context=32768,
@@ -108,15 +109,13 @@ def _split(
 
 def _tokenizer(vocab_size: int) -> Path:
     """The largest real tokenizer that fits: of v0.3, of v0.1 and v0.2, or of the demo."""
-    import edgemistral
-
     if (mistral_common := find_spec("mistral_common")) and mistral_common.origin:
         data = Path(mistral_common.origin).parent / "data"
         if vocab_size >= 32768:
             return data / "mistral_instruct_tokenizer_240323.model.v3"
         if vocab_size >= 32000:
             return data / "tokenizer.model.v1"
-    return Path(edgemistral.__path__[0]) / "demo" / "tokenizer.model"
+    return checkpoint_dir() / "tokenizer.model"
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from edgemistral.team import Team, compile_for
 from edgemistral.transformer import Transformer
 
 PEAK_ROUNDS = 10_000_000     # of the int8 peak: some 20 ms
-READ_BYTES = 1 << 30        # of the bandwidth: far more than any cache holds
+READ_BYTES = 1 << 32        # of the bandwidth: a whole 4-bit 7B, for a tenth of a second may be a bad moment
 DECODED = 16                # tokens a round
 
 

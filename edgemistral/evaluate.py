@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,20 +63,32 @@ def evaluate(
     text = check_ids(ids, model.config.vocab_size)
     if type(window) is not int or window < 1:
         raise BadRequest(f"window is {window!r}: it must be a whole number, at least 1", "window")
+    size = min(window, model.context)
+    bos = np.array([model.config.bos_id], np.int32)
+    windows = [np.concatenate([bos, text[start : start + size]]) for start in range(0, len(text), size)]
+    return evaluate_windows(model, windows, reference, progress)
+
+
+def evaluate_windows(
+    model: Model,
+    windows: Sequence[NDArray[np.int32]],
+    reference: Reference | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """The same for texts that are cut already (conversations, for example): each begins with its <s>, which is given.
+
+    Raises BadRequest for a reference of another shape.
+    """
     if reference is not None and (difference := _difference(reference.config, model.config)):
         raise BadRequest(f"the reference is of another model: {difference}", "reference")
-    size = min(window, model.context)
-    targets = [text[start : start + size] for start in range(0, len(text), size)]
-    bos = np.array([model.config.bos_id], np.int32)
-    windows = [np.concatenate([bos, target[:-1]]) for target in targets]
 
     def tell(what: str) -> Callable[[int, int], None]:
         return lambda done, total: progress(what, done, total) if progress is not None else None
 
-    states = [] if reference is None else reference.hidden_states(windows, tell("reference"))
+    states = [] if reference is None else reference.hidden_states([ids[:-1] for ids in windows], tell("reference"))
     nll = kl = agreed = 0.0
-    for i, (inputs, target) in enumerate(zip(windows, targets, strict=True)):
-        logits = model.logits(inputs)
+    for i, ids in enumerate(windows):
+        logits, target = model.logits(ids[:-1]), ids[1:]
         for rows in (slice(row, row + ROWS) for row in range(0, len(target), ROWS)):
             log_q = log_softmax(logits[rows])
             nll -= float(np.take_along_axis(log_q, target[rows, None], axis=1).sum())
@@ -85,7 +97,7 @@ def evaluate(
                 kl += float((np.exp(log_p) * (log_p - log_q)).sum())
                 agreed += int((log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum())
         tell("model")(i + 1, len(windows))
-    n = len(text)
+    n = sum(len(ids) - 1 for ids in windows)
     return Evaluation(
         perplexity=math.exp(min(nll / n, 700.0)),   # e ** 709 is the largest float
         nll=nll / n,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import TracebackType
 
+COMPILING = "compiling for this processor, the first time only"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # A model may write any character, and a terminal obeys some: all control characters but tab and line feed.
 _CONTROLS = {code: REPLACEMENT for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
@@ -68,19 +71,52 @@ def stoppable() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def compile_notice() -> Iterator[None]:
-    """While inside, say so on standard error, once, when kernels have to be compiled."""
+    """While inside, say on standard error when kernels have to be compiled: with a clock, if that is a terminal."""
     from edgemistral.kernels import jit  # imports numba
 
-    jit.on_compile = lambda _: _tell_of_compiling()
+    before, notice = (jit.on_compile, jit.on_compiled), _CompileNotice()
+    jit.on_compile, jit.on_compiled = notice.begin, notice.end
     try:
         yield
     finally:
-        jit.on_compile = None
+        notice.end()
+        jit.on_compile, jit.on_compiled = before
+
+
+class _CompileNotice:
+    """Tells of compilations, one after another; the compiler itself cannot tell how far it is."""
+
+    def __init__(self) -> None:
+        self._start = 0.0
+        self._over = threading.Event()
+        self._clock: threading.Thread | None = None
+
+    def begin(self, _: str) -> None:
+        self._start = self._start or time.monotonic()
+        if not sys.stderr.isatty():
+            _tell_of_compiling()
+        elif self._clock is None:
+            self._over.clear()
+            self._clock = threading.Thread(target=self._tick, daemon=True)
+            self._clock.start()
+
+    def end(self) -> None:
+        if self._clock is not None:
+            self._over.set()
+            self._clock.join()
+            self._clock = None
+
+    def _tick(self) -> None:
+        with StatusLine() as status:
+            while True:
+                status.show(f"{COMPILING}: {time.monotonic() - self._start:.0f} s of about 30")
+                if self._over.wait(1):
+                    break
 
 
 @cache
 def _tell_of_compiling() -> None:
-    print("compiling for this processor: half a minute, the first time only ...", file=sys.stderr, flush=True)
+    print(f"{COMPILING}: about half a minute ...", file=sys.stderr, flush=True)
 
 
 def human_bytes(n: int) -> str:

@@ -91,7 +91,7 @@ class Layer(nn.Module):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """All of (batch, heads, length, head_dim). Written out: on a CPU, PyTorch's own takes four times as long for 128 positions."""
+    """All (batch, heads, length, head_dim), written out: PyTorch's own takes four times as long on a CPU for 128 positions."""
     with torch.autocast(q.device.type, enabled=False):   # it would widen the probabilities
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         return torch.softmax(scores + mask.to(q.dtype), -1) @ v

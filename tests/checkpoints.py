@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edgemistral.config import ModelConfig
 from edgemistral.container import make_header
 
-TOKENIZER = Path(__file__).parents[1] / "edgemistral" / "demo" / "tokenizer.model"   # 2048 pieces
+TOKENIZER = Path(__file__).parent / "data" / "tokenizer.model"   # 2048 pieces
 
 # Awkward on purpose: columns that are no multiple of a block, a vocabulary that is no multiple of a panel, padded w13.
 SMALL = ModelConfig(

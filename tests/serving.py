@@ -12,13 +12,12 @@ from pathlib import Path
 import uvicorn
 from fake import FakeTransformer, tiny_config
 
-import edgemistral
 from edgemistral.engine import Engine
 from edgemistral.model import Model
 from edgemistral.server import runner
 from edgemistral.tokenizer import Tokenizer
 
-TOKENIZER = Path(edgemistral.__path__[0]) / "demo" / "tokenizer.model"
+TOKENIZER = Path(__file__).parent / "data" / "tokenizer.model"
 
 
 class SlowTransformer(FakeTransformer):

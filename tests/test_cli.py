@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -12,10 +13,12 @@ from pathlib import Path
 import pytest
 from checkpoints import SMALL, random_weights, write_hf
 from click.testing import CliRunner
+from edgemistral_quantize import quantize
 
 import edgemistral
 from edgemistral.cli import main
 from edgemistral.cli.options import size
+from edgemistral.demo import ABOUT
 
 DATA = Path(__file__).parent / "data"
 SAMPLE = str(DATA / "sample-request.json")
@@ -83,7 +86,8 @@ ANSWER = ("--max-new-tokens", "6", "--seed", "1")
 def test_a_prompt_is_answered_once(demo):
     first = run("run", demo, "Hello", *ANSWER)
     assert first.stdout.endswith("\n") and len(first.stdout) > 6 and first.stderr == ""
-    assert run("run", "demo", "Hello", *ANSWER, "--threads", "2").stdout == first.stdout
+    by_name = run("run", "demo", "Hello", *ANSWER, "--threads", "2")
+    assert (by_name.stdout, by_name.stderr) == (first.stdout, f"{ABOUT}\n")
     assert run("run", demo, "Hello", "--max-new-tokens", "6", "--seed", "2").stdout != first.stdout
 
 
@@ -193,10 +197,17 @@ def test_an_unexpected_error_is_one_line_too(monkeypatch, demo):
     assert "KeyError: 'missing' (a bug here: --debug shows where)" in error_of("run", demo, "Hello", code=1)
 
 
+@pytest.fixture(scope="module")
+def babbler(tmp_path_factory):
+    """A model of random weights, whose answers hardly ever end."""
+    folder = tmp_path_factory.mktemp("babbler")
+    return str(quantize(write_hf(folder / "source", SMALL, random_weights(SMALL)), folder / "blob", progress=False))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals like these there")
 class TestSignals:
-    def test_ctrl_c_ends_an_answer_quietly(self):
-        child = process("run", "demo", "Hello")
+    def test_ctrl_c_ends_an_answer_quietly(self, babbler):
+        child = process("run", babbler, "Hello")
         assert child.stdout.read(1)
         child.send_signal(signal.SIGINT)
         assert child.wait(20) == 130
@@ -204,8 +215,8 @@ class TestSignals:
         child.stdout.close()
         child.stderr.close()
 
-    def test_a_reader_that_goes_away_ends_it_quietly(self):
-        child = process("run", "demo", "Hello")
+    def test_a_reader_that_goes_away_ends_it_quietly(self, babbler):
+        child = process("run", babbler, "Hello")
         assert child.stdout.read(1)
         child.stdout.close()
         assert child.wait(20) == 1
@@ -289,3 +300,17 @@ def test_a_checkpoint_is_quantized_runs_and_is_compared_with_its_source(tmp_path
 )
 def test_sizes(text, n):
     assert size(text) == n
+
+
+def test_warmup(demo):
+    assert run("warmup").stdout == f"{Path(demo).parent}: ready\n"
+
+
+@pytest.mark.slow
+def test_after_warmup_nothing_is_compiled(tmp_path):
+    environment = {**os.environ, "EDGEMISTRAL_CACHE": str(tmp_path / "größer cache")}
+    first = process("warmup", env=environment)
+    assert "compiling" in first.communicate()[1] and first.returncode == 0
+    for arguments in (["run", "demo", "Hello"], ["bench", "demo", "--prompts", "8", "--rounds", "1"]):
+        child = process(*arguments, env=environment)
+        assert "compiling" not in child.communicate()[1] and child.returncode == 0

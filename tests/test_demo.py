@@ -17,7 +17,7 @@ from edgemistral.errors import BadInput
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The demo's cache folder alone: compiled kernels stay where they are."""
     folder = tmp_path / "новый cache"
-    monkeypatch.setattr("edgemistral.demo.make.cache_dir", lambda: folder)
+    monkeypatch.setattr("edgemistral.demo.cache_dir", lambda: folder)
     return folder
 
 
@@ -47,9 +47,9 @@ def test_a_cache_that_cannot_be_written(cache: Path) -> None:
 def test_two_processes_at_once(cache: Path) -> None:
     code = f"""
 from pathlib import Path
-import edgemistral.demo.make as make
-make.cache_dir = lambda: Path({str(cache)!r})
-print(make.demo_model().stat().st_size)
+import edgemistral.demo as demo
+demo.cache_dir = lambda: Path({str(cache)!r})
+print(demo.demo_model().stat().st_size)
 """
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2)]
     sizes = [int(process.communicate(timeout=120)[0]) for process in processes]

@@ -10,7 +10,6 @@ import mistral_common
 import pytest
 from fake import FakeTransformer, tiny_config
 
-import edgemistral
 from edgemistral.engine import Engine
 from edgemistral.errors import BadRequest
 from edgemistral.grammar import GrammarCompiler
@@ -18,7 +17,7 @@ from edgemistral.model import Model
 from edgemistral.tokenizer import Tokenizer
 
 TOKENIZERS = {
-    "demo": Path(edgemistral.__path__[0]) / "demo" / "tokenizer.model",
+    "small": Path(__file__).parent / "data" / "tokenizer.model",
     "v1": Path(mistral_common.__path__[0]) / "data" / "tokenizer.model.v1",
     "v3": Path(mistral_common.__path__[0]) / "data" / "mistral_instruct_tokenizer_240323.model.v3",
 }

@@ -19,7 +19,8 @@ from test_lowering import ARM, BYTES, LANES
 
 from edgemistral.kernels.lowering import I8, LOWERINGS
 
-EMULATOR, ASSEMBLER, LINKER = TOOLS = [shutil.which(f) for f in ("qemu-aarch64", "aarch64-linux-gnu-as", "aarch64-linux-gnu-ld")]
+TOOLS = [shutil.which(name) for name in ("qemu-aarch64", "aarch64-linux-gnu-as", "aarch64-linux-gnu-ld")]
+EMULATOR, ASSEMBLER, LINKER = TOOLS
 pytestmark = pytest.mark.skipif(not all(TOOLS), reason="no emulator of ARM, or no assembler and linker for it")
 CASES = 1000
 INPUT, OUTPUT = 6 * 64, 3 * 64   # bytes of a case

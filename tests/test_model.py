@@ -17,7 +17,7 @@ from edgemistral.model import Model
 from edgemistral.plan import plan
 from edgemistral.tokenizer import Tokenizer
 
-TOKENIZER = Path(edgemistral.__path__[0]) / "demo" / "tokenizer.model"
+TOKENIZER = Path(__file__).parent / "data" / "tokenizer.model"
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from edgemistral.model import Model
 from edgemistral.repl import Chat
 from edgemistral.tokenizer import Tokenizer
 
-TOKENIZER = Path(edgemistral.__path__[0]) / "demo" / "tokenizer.model"
+TOKENIZER = Path(__file__).parent / "data" / "tokenizer.model"
 
 
 @pytest.fixture(scope="module")

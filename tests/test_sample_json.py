@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from fake import FakeTransformer, tiny_config
 
-import edgemistral
 from edgemistral import sample_json
 from edgemistral.engine import Engine
 from edgemistral.errors import BadRequest, ContextOverflow
@@ -19,7 +18,7 @@ from edgemistral.tokenizer import Tokenizer
 DATA = Path(__file__).parent / "data"
 SAMPLE = json.loads((DATA / "sample-request.json").read_text(encoding="utf-8"))
 RESPONSE = json.loads((DATA / "sample-response.json").read_text(encoding="utf-8"))
-TOKENIZER = Path(edgemistral.__path__[0]) / "demo" / "tokenizer.model"
+TOKENIZER = Path(__file__).parent / "data" / "tokenizer.model"
 
 
 @pytest.fixture(scope="module")

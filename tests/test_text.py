@@ -11,7 +11,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import edgemistral
 from edgemistral.errors import BadRequest
 from edgemistral.text import StopStrings, StreamDecoder
 from edgemistral.tokenizer import Tokenizer
@@ -19,7 +18,7 @@ from edgemistral.tokenizer import Tokenizer
 TEXTS: list[str] = json.loads((Path(__file__).parent / "data" / "texts.json").read_text(encoding="utf-8"))
 REFERENCE = Path(mistral_common.__file__).parent / "data"
 MODELS = {
-    "demo": Path(edgemistral.__path__[0]) / "demo" / "tokenizer.model",
+    "small": Path(__file__).parent / "data" / "tokenizer.model",
     "v1": REFERENCE / "tokenizer.model.v1",
     "v3": REFERENCE / "mistral_instruct_tokenizer_240323.model.v3",
 }

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-import edgemistral
+from edgemistral.demo import checkpoint_dir
 from edgemistral.errors import BadInput, BadRequest
 from edgemistral.tokenizer import Tokenizer
 
 TEXTS: list[str] = json.loads((Path(__file__).parent / "data" / "texts.json").read_text(encoding="utf-8"))
-DEMO = Path(edgemistral.__path__[0]) / "demo" / "tokenizer.model"
+SMALL = Path(__file__).parent / "data" / "tokenizer.model"
 MODELS = {
     "v1": "tokenizer.model.v1",   # Mistral-7B v0.1 and v0.2
     "v2": "mistral_instruct_tokenizer_240216.model.v2",
@@ -213,7 +213,7 @@ def test_pieces_bytes_and_surfaces(v1: Tokenizer) -> None:
 
 
 def test_padding_ids_of_a_larger_embedding_stand_for_no_text() -> None:
-    tokenizer = Tokenizer(DEMO.read_bytes(), vocab_size=3000)
+    tokenizer = Tokenizer(SMALL.read_bytes(), vocab_size=3000)
     ids = tokenizer.encode("one two")
     assert tokenizer.vocab_size == 3000
     assert tokenizer.decode([2999, *ids, tokenizer.n_words]) == "one two"
@@ -223,7 +223,7 @@ def test_padding_ids_of_a_larger_embedding_stand_for_no_text() -> None:
 
 
 def test_broken_models_are_refused_in_one_line() -> None:
-    model = DEMO.read_bytes()
+    model = SMALL.read_bytes()
     not_utf8 = model.replace("▁the".encode(), "▁th".encode() + b"\xff", 1)
     for broken in (b"", b"\0", b"hello", model[:1000], model[1000:], b"{}" * 500, not_utf8):
         with pytest.raises(BadInput, match=r"^my\.model ") as caught:
@@ -234,8 +234,8 @@ def test_broken_models_are_refused_in_one_line() -> None:
 
 
 def test_the_demo_tokenizer_has_the_ids_of_a_mistral_tokenizer() -> None:
-    tokenizer = Tokenizer(DEMO.read_bytes())
-    assert tokenizer.n_words == 2048
+    tokenizer = Tokenizer((checkpoint_dir() / "tokenizer.model").read_bytes())
+    assert tokenizer.n_words == 4096
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.piece(0)) == (1, 2, "<unk>")
     assert [tokenizer.byte(i) for i in range(3, 259)] == list(range(256))
     assert [tokenizer.piece(i) for i in tokenizer.encode("[INST] 42 [/INST]")] == [

@@ -77,6 +77,14 @@ def model_path(name: str | None) -> Path:
     return path
 
 
+def about_demo(name: str | None) -> None:
+    """Say on standard error what speaks, if MODEL means the demo model."""
+    if name is None or name == DEMO:
+        from edgemistral.demo import ABOUT
+
+        click.echo(ABOUT, err=True)
+
+
 def open_blob(name: str) -> Blob:
     """The blob that MODEL names."""
     from edgemistral.blob import Blob

@@ -11,6 +11,7 @@ import click
 from edgemistral import strict_json
 from edgemistral.cli.errors import Command
 from edgemistral.cli.options import (
+    about_demo,
     context_option,
     kv_bits_option,
     max_ram_option,
@@ -86,6 +87,7 @@ def run(
     from edgemistral.model import load
 
     with compile_notice(), load(path, context, int(kv_bits), threads, max_ram) as loaded:
+        about_demo(model)
         if json_source is not None:
             _answer_json(loaded, request)
         elif text is not None:

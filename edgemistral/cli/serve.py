@@ -8,6 +8,7 @@ import click
 
 from edgemistral.cli.errors import Command
 from edgemistral.cli.options import (
+    about_demo,
     context_option,
     kv_bits_option,
     max_ram_option,
@@ -62,6 +63,7 @@ def serve(
         with Blob.open(path) as blob:   # what is wrong is said before the port opens
             planned = plan(blob, context, int(kv_bits), threads)
         planned.check(max_ram)
+        about_demo(model)
         run(
             lambda: load(path, planned.context, planned.kv_bits, planned.threads), host, port,
             listening=lambda url: print(url, flush=True), **settings,

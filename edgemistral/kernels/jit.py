@@ -36,6 +36,8 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 on_compile: Callable[[str], None] | None = None
 """Called with a function's name when it is about to be compiled because no cached code fits; for progress messages."""
+on_compiled: Callable[[], None] | None = None
+"""Called when that is done."""
 
 
 def entry(function: Callable[..., Any]) -> Any:
@@ -101,6 +103,8 @@ class _DiskCache(caching._Cache):
         return None
 
     def save_overload(self, sig: object, data: Any) -> None:
+        if on_compiled is not None:
+            on_compiled()
         if not self._enabled:
             return
         path, body = self._path(sig, data.codegen), pickle.dumps(data._reduce(), protocol=pickle.HIGHEST_PROTOCOL)
