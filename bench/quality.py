@@ -22,50 +22,23 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # before NumPy loads: idle 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 import click
-import conversations
 import harness
 import llama_cpp_models
-import numpy as np
 from edgemistral_quantize import quantize
 from edgemistral_quantize.checkpoint import Checkpoint
-from numpy.typing import NDArray
+from heldout_texts import windows
 
 import edgemistral
 from edgemistral.blob import Blob
 from edgemistral.cli.inspect import describe
 from edgemistral.demo import checkpoint_dir
-from edgemistral.evaluate import WINDOW, evaluate_windows
-from edgemistral.reference import Reference
+from edgemistral.evaluate import evaluate_windows
+from edgemistral.reference import Reference, ReferenceModel
 from edgemistral.tokenizer import Tokenizer
 
-PROSE = Path(__file__).parents[1] / "tests" / "data" / "prose.txt"
 PEERS = ("Q8_0", "Q4_K_M", "IQ4_NL", "Q4_0")
 LIKE_A_BLOB = {"embeddings": "BF16", "output": "Q8_0"}
-Windows = list[NDArray[np.int32]]
 Row = dict[str, Any]
-
-
-def texts(tokenizer: Tokenizer) -> dict[str, Windows]:
-    """What is predicted, each window with its <s>."""
-    prose = tokenizer.encode(PROSE.read_text("utf-8"))
-    cases = conversations.heldout()
-    return {
-        "prose": [np.array([tokenizer.bos_id, *prose[at : at + WINDOW]], np.int32) for at in range(0, len(prose), WINDOW)],
-        "conversations": [
-            np.array([*tokenizer.encode_chat(c.messages), *tokenizer.encode(c.answer), tokenizer.eos_id], np.int32)
-            for c in cases
-        ],
-    }
-
-
-class Float32:
-    """What `evaluate_windows` needs of a model, of the checkpoint itself."""
-
-    def __init__(self, reference: Reference) -> None:
-        self.config, self.context, self._reference = reference.config, reference.config.context, reference
-
-    def logits(self, ids: Any) -> NDArray[np.float32]:
-        return self._reference.logits(self._reference.hidden_states([np.asarray(ids, np.int32)])[0])
 
 
 def models(checkpoint: Checkpoint, directory: Path, folder: Path) -> Iterator[tuple[str, dict[str, float], Any]]:
@@ -114,26 +87,26 @@ def main() -> None:
     directory = checkpoint_dir()
     checkpoint = Checkpoint(directory)
     reference = Reference(checkpoint)
-    windows = texts(Tokenizer(checkpoint.tokenizer))
+    texts = windows(Tokenizer(checkpoint.tokenizer))
     rows: list[Row] = []
 
     def add(name: str, bits: dict[str, float] | None, model: Any) -> None:
         row: Row = {"name": name, "bits": bits}
-        for text, of in windows.items():
+        for text, of in texts.items():
             row[text] = asdict(evaluate_windows(model, of, reference))
         rows.append(row)
         size = f"{'':14}" if bits is None else f"{bits['layers']:7.2f}{bits['file']:7.2f}"
-        figures = (f"{r['perplexity']:9.3f}{r['mean_kl']:11.6f}{r['top1_agreement']:8.2%}" for r in map(row.get, windows))
+        figures = (f"{r['perplexity']:9.3f}{r['mean_kl']:11.6f}{r['top1_agreement']:8.2%}" for r in map(row.get, texts))
         print(f"{name:44}{size}{''.join(figures)}", flush=True)
 
-    print(f"{'':44}{'layers':>7}{'file':>7}" + "".join(f"{'ppl':>9}{'KL':>11}{'top-1':>8}" for _ in windows))
-    add("float32", None, Float32(reference))
+    print(f"{'':44}{'layers':>7}{'file':>7}" + "".join(f"{'ppl':>9}{'KL':>11}{'top-1':>8}" for _ in texts))
+    add("float32", None, ReferenceModel(reference))
     with tempfile.TemporaryDirectory() as temporary:
         for found in models(checkpoint, directory, Path(temporary)):
             add(*found)
     plot(rows, harness.RESULTS / "quality.png")
     harness.save("quality", "python bench/quality.py", {
-        "tokens": {text: sum(len(ids) - 1 for ids in of) for text, of in windows.items()}, "rows": rows,
+        "tokens": {text: sum(len(ids) - 1 for ids in of) for text, of in texts.items()}, "rows": rows,
     })
 
 

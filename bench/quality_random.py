@@ -22,7 +22,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # before NumPy loads: idle 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import click
-import numpy as np
 from checkpoints import write_hf
 from edgemistral_quantize import quantize
 from edgemistral_quantize.checkpoint import Checkpoint
@@ -34,7 +33,7 @@ import edgemistral
 from edgemistral.config import ModelConfig
 from edgemistral.engine import Ids
 from edgemistral.evaluate import Evaluation, evaluate
-from edgemistral.reference import Reference, widen
+from edgemistral.reference import Reference, ReferenceModel, widen
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = ModelConfig(
@@ -66,16 +65,6 @@ class Rounded:
             yield strip if kept else q4_0(widen(strip))
 
 
-class Float32:
-    """What `evaluate` needs of a model, computed as the reference is."""
-
-    def __init__(self, checkpoint: Rounded) -> None:
-        self.config, self.context, self._reference = checkpoint.config, checkpoint.config.context, Reference(checkpoint)
-
-    def logits(self, ids: Ids) -> NDArray[np.float32]:
-        return self._reference.logits(self._reference.hidden_states([np.asarray(ids, np.int32)])[0])
-
-
 def measure(directory: Path, ids: Ids, folder: Path) -> Iterator[tuple[str, Evaluation]]:
     """(method, result) for the checkpoint in `directory`, best first; blobs go to `folder`."""
     checkpoint = Checkpoint(directory)
@@ -86,7 +75,7 @@ def measure(directory: Path, ids: Ids, folder: Path) -> Iterator[tuple[str, Eval
             with edgemistral.load(blob, kv_bits=kv_bits) as model:
                 yield f"{bits} bits, {kv_bits}-bit KV", evaluate(model, ids, reference)
     for with_output, name in ((False, "Q4_0, output head exact"), (True, "Q4_0")):
-        yield name, evaluate(Float32(Rounded(checkpoint, with_output)), ids, reference)
+        yield name, evaluate(ReferenceModel(Reference(Rounded(checkpoint, with_output))), ids, reference)
 
 
 def random_models(folder: Path) -> Iterator[tuple[str, Path, Ids]]:

@@ -117,24 +117,8 @@ def _normalize(rank, threads, sync, phase, shape, weights, norm, zero, tokens, s
 
 
 @inner
-def _project(rank, threads, sync, phase, weights, matrix, x, tokens, out, stride, own):
-    """out[token * stride + row] = (W x[token])[row]."""
-    while True:
-        first, last = take(sync, phase, threads, matrix.pairs, 2)
-        if first >= last:
-            break
-        for pair in range(first, last):
-            multiply_pair(weights.blob, matrix, pair, x, tokens, own.matrix)
-            for token in range(tokens):
-                to = token * stride + PAIR * pair
-                store_f32(out, to, load_f32(own.matrix.result, PAIR * token))
-                store_f32(out, to + PANEL, load_f32(own.matrix.result, PAIR * token + PANEL))
-    barrier(sync, phase, threads)
-
-
-@inner
-def _project_and_add(rank, threads, sync, phase, shape, weights, matrix, x, tokens, state, own):
-    """state.x[token] += W x[token]."""
+def _project(rank, threads, sync, phase, weights, matrix, x, tokens, out, stride, adds, own):
+    """out[token * stride + row] = (W x[token])[row], added to what is there if `adds`."""
     while True:
         first, last = take(sync, phase, threads, matrix.pairs, 2)
         if first >= last:
@@ -143,8 +127,8 @@ def _project_and_add(rank, threads, sync, phase, shape, weights, matrix, x, toke
             multiply_pair(weights.blob, matrix, pair, x, tokens, own.matrix)
             for token in range(tokens):
                 for half in range(0, PAIR, PANEL):
-                    to = token * shape.dim_cols + PAIR * pair + half
-                    store_f32(state.x, to, add(load_f32(state.x, to), load_f32(own.matrix.result, PAIR * token + half)))
+                    to, product = token * stride + PAIR * pair + half, load_f32(own.matrix.result, PAIR * token + half)
+                    store_f32(out, to, add(load_f32(out, to), product) if adds else product)
     barrier(sync, phase, threads)
 
 
@@ -262,18 +246,18 @@ def forward(rank, threads, sync, shape, weights, ids, position, n_logits, state,
         w13, w2 = _matrix(weights, 4 * layer + 2), _matrix(weights, 4 * layer + 3)
         norm, zero = weights.norms[2 * layer], zero_of(wqkv.bits)
         _normalize(rank, threads, sync, phase + 1, shape, weights, norm, zero, tokens, state, own)
-        _project(rank, threads, sync, phase + 2, weights, wqkv, state.narrow, tokens, state.qkv, shape.qkv_dim, own)
+        _project(rank, threads, sync, phase + 2, weights, wqkv, state.narrow, tokens, state.qkv, shape.qkv_dim, False, own)
         _rotate_and_append(rank, threads, sync, phase + 3, shape, layer, position, tokens, state, cache, kv, own)
         _attend(rank, threads, sync, phase + 4, shape, layer, position, tokens, state, cache, kv, own)
         _quantize_mixed(rank, threads, sync, phase + 5, shape, zero, tokens, state, own)
-        _project_and_add(rank, threads, sync, phase + 6, shape, weights, wo, state.narrow, tokens, state, own)
+        _project(rank, threads, sync, phase + 6, weights, wo, state.narrow, tokens, state.x, shape.dim_cols, True, own)
         norm = weights.norms[2 * layer + 1]
         _normalize(rank, threads, sync, phase + 7, shape, weights, norm, zero, tokens, state, own)
         _gate_and_up(rank, threads, sync, phase + 8, weights, w13, zero, tokens, state, own)
-        _project_and_add(rank, threads, sync, phase + 9, shape, weights, w2, state.wide, tokens, state, own)
+        _project(rank, threads, sync, phase + 9, weights, w2, state.wide, tokens, state.x, shape.dim_cols, True, own)
         phase += 9
     if n_logits > 0:
         output, norm, skip = _matrix(weights, 4 * shape.n_layers), weights.norms[2 * shape.n_layers], tokens - n_logits
         zero, stride = zero_of(output.bits), PAIR * output.pairs
         _normalize_in_two_digits(rank, threads, sync, phase + 1, shape, weights, norm, zero, skip, n_logits, state, own)
-        _project(rank, threads, sync, phase + 2, weights, output, state.narrow, 2 * n_logits, state.logits, stride, own)
+        _project(rank, threads, sync, phase + 2, weights, output, state.narrow, 2 * n_logits, state.logits, stride, False, own)

@@ -112,6 +112,17 @@ class Reference:
         return out.reshape(n, c.q_dim)
 
 
+class ReferenceModel:
+    """A reference as `evaluate` wants a model."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.config, self.context, self._reference = reference.config, reference.config.context, reference
+
+    def logits(self, ids: Any) -> F32:
+        """(len(ids), vocab_size)"""
+        return self._reference.logits(self._reference.hidden_states([np.asarray(ids, np.int32)])[0])
+
+
 def rms_norm(x: F32, weight: Strips, eps: float) -> F32:
     """x (n, dim) by the rows' root mean square, times the one row of `weight`."""
     normalized: F32 = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * widen(weight[0])
