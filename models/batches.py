@@ -21,6 +21,7 @@ from edgemistral.tokenizer import Tokenizer
 
 IGNORED = -100
 POOL = 1024   # conversations that are sorted by length before they are cut into batches: little padding
+STEP = 16     # lengths are multiples of this: PyTorch compiles its products anew for every shape, half of the time otherwise
 BYTE_ORDER_MARK = "\ufeff"   # joined e-books carry some in the middle
 Batch = tuple[Tensor, Tensor]
 
@@ -72,7 +73,7 @@ def chat_pool(seed: int, tokenizer: Tokenizer, batch_tokens: int, longest: int, 
     pool = sorted((each for each in encoded if len(each[0]) <= longest), key=lambda each: len(each[0]))
     batches = []
     while pool:
-        length = len(pool[-1][0])
+        length = -(-len(pool[-1][0]) // STEP) * STEP
         pool, taken = pool[: -max(1, batch_tokens // length)], pool[-max(1, batch_tokens // length):]
         ids = np.zeros((len(taken), length), np.int64)
         targets = np.full((len(taken), length), IGNORED)

@@ -12,12 +12,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+
+os.environ.setdefault("DNNL_PRIMITIVE_CACHE_CAPACITY", "8192")   # products compiled for all shapes of batches
+
 import torch
 import torch.nn.functional as F
 from batches import IGNORED, Batch, chat_pool, encode_prose, prose_batch
@@ -36,7 +40,7 @@ CONFIG = ModelConfig(
 DEMO = Path(__file__).parent / "demo"
 SEED = 1
 PROSE_TOKENS = 4_000_000       # the first stage: prose alone, in short windows
-CHAT_TOKENS = 14_000_000       # the second: conversations, and some prose so that it is not forgotten
+CHAT_TOKENS = 12_000_000       # the second: conversations, and some prose so that it is not forgotten
 BATCH = 8192                   # tokens a step
 PART = 2048                    # tokens at a time: what they need stays in the cache
 CHAT_SHARE = 0.75              # of a step's tokens in the second stage
@@ -121,10 +125,11 @@ class Training:
     def loss(self, batch: Batch) -> torch.Tensor:
         """Summed cross-entropy."""
         ids, targets = (each.to(self.device) for each in batch)
-        learned = targets != IGNORED
-        targets = targets[learned]
+        learned = (targets.flatten() != IGNORED).nonzero()[:, 0]
+        learned = F.pad(learned, (0, -len(learned) % ROWS), value=-1)   # with a last position that is to be ignored
+        targets = F.pad(targets.flatten(), (0, 1), value=IGNORED)[learned]
         with torch.autocast(self.device, torch.bfloat16):
-            logits = self.model.output(self.model.hidden(ids)[learned])
+            logits = self.model.output(self.model.hidden(ids).flatten(0, 1)[learned])
         parts = zip(logits.split(ROWS), targets.split(ROWS), strict=True)
         return torch.stack([F.cross_entropy(row.float(), target, reduction="sum") for row, target in parts]).sum()
 
