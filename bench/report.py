@@ -11,6 +11,7 @@ import plots
 from harness import RESULTS, in_gb
 
 REPORT = Path(__file__).parent / "RESULTS.md"
+LIMITS = Path(__file__).parent / "limits.md"
 HEAD = """# Results
 
 Written by `python bench/run_all.py --report` from the JSON files in `bench/results`; see [README.md](README.md) for what each
@@ -23,7 +24,8 @@ Results = dict[str, Any]
 def write() -> None:
     """Write RESULTS.md and its plots; a section whose benchmark has not run says so."""
     plots.peers()
-    REPORT.write_text("\n".join([HEAD, *(_section(*section) for section in SECTIONS)]), encoding="utf-8")
+    limits = LIMITS.read_text("utf-8")
+    REPORT.write_text("\n".join([HEAD, *(_section(*section) for section in SECTIONS), limits]), encoding="utf-8")
 
 
 def _section(title: str, name: str, command: str, body: Callable[[Results], Iterable[str]]) -> str:

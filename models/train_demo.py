@@ -41,15 +41,18 @@ DEMO = Path(__file__).parent / "demo"
 SEED = 1
 PROSE_TOKENS = 4_000_000       # the first stage: prose alone, in short windows
 CHAT_TOKENS = 12_000_000       # the second: conversations, and some prose so that it is not forgotten
-BATCH = 8192                   # tokens a step
+LAST_TOKENS = 11_000_000       # the third: nearly nothing but conversations, in more and smaller steps
+TOTAL = PROSE_TOKENS + CHAT_TOKENS + LAST_TOKENS
+BATCH, LAST_BATCH = 8192, 4096                # tokens a step
 PART = 2048                    # tokens at a time: what they need stays in the cache
-CHAT_SHARE = 0.75              # of a step's tokens in the second stage
+CHAT_SHARE, LAST_CHAT_SHARE = 0.75, 0.9       # of a step's tokens in the second and third stage
 PROSE_LENGTH, LONG_PROSE_LENGTH = 256, CONFIG.context
 ROWS = 256                     # of logits at a time, for the same reason: five times as fast as all at once
 MATRIX_RATE, VECTOR_RATE, EMBEDDING_RATE = 0.02, 0.004, 0.004
 WARM_UP = 100                  # steps
-DECAY = 0.5                    # share of the training in which the rates fall to zero
-VALIDATE_EVERY = 200           # steps
+DECAY = 0.5                    # share of the first two stages in which the rates fall to zero
+LAST_PEAK, LAST_WARM_UP = 0.5, 0.02           # of the rates, and the share of the third stage in which they rise to it
+VALIDATE_EVERY = 1_600_000     # tokens
 SAVE_SECONDS = 180
 
 
@@ -102,11 +105,12 @@ class Training:
     def parts(self) -> list[Batch]:
         """The batches of this step, of about PART tokens each."""
         rng = np.random.default_rng((SEED, self.step))
+        last = self.tokens >= PROSE_TOKENS + CHAT_TOKENS
         chat_tokens = 0 if self.tokens < PROSE_TOKENS else CHAT_SHARE * BATCH
         length = LONG_PROSE_LENGTH if chat_tokens else PROSE_LENGTH
         parts, n_tokens = [], 0
-        while n_tokens < BATCH:
-            if n_tokens < chat_tokens:
+        while n_tokens < (LAST_BATCH if last else BATCH):
+            if rng.random() < LAST_CHAT_SHARE if last else n_tokens < chat_tokens:
                 batch = self.next_chat()
             else:
                 batch = prose_batch(self.prose, PART // length, length, CONFIG.bos_id, rng)
@@ -134,9 +138,12 @@ class Training:
         return torch.stack([F.cross_entropy(row.float(), target, reduction="sum") for row, target in parts]).sum()
 
     def rate(self) -> float:
-        """Share of the peak learning rates: warm-up, plateau, then linear to zero."""
-        left = max(0.0, 1 - self.tokens / (PROSE_TOKENS + CHAT_TOKENS))
-        return min(1.0, (self.step + 1) / WARM_UP, left / DECAY)
+        """Share of the peak learning rates: warm-up, plateau, linear to zero; the third stage rises and falls once more."""
+        first = PROSE_TOKENS + CHAT_TOKENS
+        if self.tokens < first:
+            return min(1.0, (self.step + 1) / WARM_UP, (1 - self.tokens / first) / DECAY)
+        done = (self.tokens - first) / LAST_TOKENS
+        return max(0.0, LAST_PEAK * min(1.0, done / LAST_WARM_UP, 1 - done))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -149,7 +156,7 @@ class Training:
 
     @property
     def done(self) -> bool:
-        return self.tokens >= PROSE_TOKENS + CHAT_TOKENS
+        return self.tokens >= TOTAL
 
     def state(self) -> dict[str, Any]:
         names = ("step", "tokens", "pool", "taken", "losses")
@@ -177,8 +184,7 @@ def save(training: Training, path: Path) -> None:
 def train(training: Training, checkpoint: Path) -> None:
     """Until all tokens are seen; saves now and then, and at Ctrl-C."""
     saved, recent = time.monotonic(), math.nan
-    total = PROSE_TOKENS + CHAT_TOKENS
-    with tqdm(total=total, initial=training.tokens, unit="tok", unit_scale=True, mininterval=2) as bar:
+    with tqdm(total=TOTAL, initial=training.tokens, unit="tok", unit_scale=True, mininterval=2) as bar:
         try:
             while not training.done:
                 before = training.tokens
@@ -186,7 +192,7 @@ def train(training: Training, checkpoint: Path) -> None:
                 recent = loss if math.isnan(recent) else 0.95 * recent + 0.05 * loss
                 bar.update(training.tokens - before)
                 bar.set_postfix(loss=f"{recent:.3f}", refresh=False)
-                if training.step % VALIDATE_EVERY == 0 or training.done:
+                if training.tokens // VALIDATE_EVERY > before // VALIDATE_EVERY or training.done:
                     losses = {"step": training.step, "tokens": training.tokens, "train": recent, **training.validate()}
                     training.losses.append(losses)
                     bar.write(json.dumps({name: round(value, 4) for name, value in losses.items()}))
@@ -225,7 +231,8 @@ def plot(losses: list[dict[str, float]], path: Path) -> None:
     tokens = [row["tokens"] / 1e6 for row in losses]
     for name, label in (("prose", "held-out prose"), ("chat", "held-out conversations")):
         axes.plot(tokens, [row[name] for row in losses], label=f"{label}: {losses[-1][name]:.3f} at the end")
-    axes.axvline(PROSE_TOKENS / 1e6, color="grey", linestyle=":", label="conversations begin")
+    for tokens_before, label in ((PROSE_TOKENS, "conversations begin"), (PROSE_TOKENS + CHAT_TOKENS, "the last stage")):
+        axes.axvline(tokens_before / 1e6, color="grey", linestyle=":" if tokens_before == PROSE_TOKENS else "--", label=label)
     axes.set(xlabel="million tokens of training", ylabel="loss, nats a token", ylim=(0, 6))
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
