@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from edgemistral_quantize import quantize
 from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
@@ -161,3 +162,10 @@ def write_mistral(
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(fields), encoding="utf-8")
+
+
+def babbler(directory: Path) -> Path:
+    """The blob of a model with random weights, whose answers hardly ever end by themselves."""
+    config = small_config(context=4096)
+    source = write_hf(directory / "source", config, random_weights(config))
+    return quantize(source, directory / "babbler.safetensors", progress=False)

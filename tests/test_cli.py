@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import SMALL, random_weights, write_hf
+from checkpoints import SMALL, babbler, random_weights, write_hf
 from click.testing import CliRunner
-from edgemistral_quantize import quantize
 
 import edgemistral
 from edgemistral.cli import main
@@ -88,7 +87,8 @@ def test_a_prompt_is_answered_once(demo):
     assert first.stdout.endswith("\n") and len(first.stdout) > 6 and first.stderr == ""
     by_name = run("run", "demo", "Hello", *ANSWER, "--threads", "2")
     assert (by_name.stdout, by_name.stderr) == (first.stdout, f"{ABOUT}\n")
-    assert run("run", demo, "Hello", "--max-new-tokens", "6", "--seed", "2").stdout != first.stdout
+    story = ["run", demo, "Once upon a time", "--raw", "--max-new-tokens", "12", "--seed"]
+    assert run(*story, "2").stdout != run(*story, "1").stdout
 
 
 def test_greedy_is_temperature_0(demo):
@@ -138,7 +138,7 @@ def test_the_sample_json_from_standard_input_with_a_warning(demo):
 
 
 def test_a_full_context_is_said(demo):
-    result = run("run", demo, "Hello", "--context", "24", "--seed", "1")
+    result = run("run", demo, "Once upon a time", "--raw", "--context", "24", "--seed", "1")
     assert result.stderr == "(the context of 24 tokens is full)\n"
 
 
@@ -198,16 +198,14 @@ def test_an_unexpected_error_is_one_line_too(monkeypatch, demo):
 
 
 @pytest.fixture(scope="module")
-def babbler(tmp_path_factory):
-    """A model of random weights, whose answers hardly ever end."""
-    folder = tmp_path_factory.mktemp("babbler")
-    return str(quantize(write_hf(folder / "source", SMALL, random_weights(SMALL)), folder / "blob", progress=False))
+def endless(tmp_path_factory):
+    return str(babbler(tmp_path_factory.mktemp("babbler")))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals like these there")
 class TestSignals:
-    def test_ctrl_c_ends_an_answer_quietly(self, babbler):
-        child = process("run", babbler, "Hello")
+    def test_ctrl_c_ends_an_answer_quietly(self, endless):
+        child = process("run", endless, "Hello")
         assert child.stdout.read(1)
         child.send_signal(signal.SIGINT)
         assert child.wait(20) == 130
@@ -215,8 +213,8 @@ class TestSignals:
         child.stdout.close()
         child.stderr.close()
 
-    def test_a_reader_that_goes_away_ends_it_quietly(self, babbler):
-        child = process("run", babbler, "Hello")
+    def test_a_reader_that_goes_away_ends_it_quietly(self, endless):
+        child = process("run", endless, "Hello")
         assert child.stdout.read(1)
         child.stdout.close()
         assert child.wait(20) == 1

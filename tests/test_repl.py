@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkpoints import babbler
 from fake import FakeTransformer, tiny_config
 
 import edgemistral
@@ -222,10 +223,10 @@ pexpect = pytest.importorskip("pexpect") if sys.platform != "win32" else None
 
 
 class Terminal:
-    """The real program with the demo model in a terminal of its own."""
+    """The real program in a terminal of its own."""
 
-    def __init__(self, env):
-        arguments = ["-m", "edgemistral", "run", "demo", "--max-new-tokens", "4", "--threads", "1", "--seed", "1"]
+    def __init__(self, model, env):
+        arguments = ["-m", "edgemistral", "run", model, "--max-new-tokens", "4", "--threads", "1", "--seed", "1"]
         size = (30, 100)
         self.child = pexpect.spawn(sys.executable, arguments, env=env, encoding="utf-8", timeout=30, dimensions=size)
         self.sees("/help lists the commands")
@@ -246,16 +247,18 @@ class Terminal:
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    """No terminal waits for the kernels of the demo model."""
-    with edgemistral.load(edgemistral.demo_model()) as model:
+def endless(tmp_path_factory):
+    """A model whose answers do not end; no terminal waits for its kernels."""
+    blob = babbler(tmp_path_factory.mktemp("babbler"))
+    with edgemistral.load(blob) as model:
         model.engine.prefill([1])
+    return str(blob)
 
 
 @pytest.fixture
-def terminal(tmp_path, compiled):
+def terminal(tmp_path, endless):
     env = {**os.environ, "XDG_DATA_HOME": str(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
-    terminal = Terminal(env)
+    terminal = Terminal(endless, env)
     yield terminal
     terminal.child.close(force=True)
 
