@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import socket
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -22,15 +23,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+
 import click
 import harness
 from server_process import CHAT, Server, ask, content, events
+from travel import cities
 
 import edgemistral
 
 CLIENTS, REQUESTS, WARM_UP = 50, 1000, 400
 QUESTIONS, MAX_TOKENS = 60, 32
-TOPICS = ("the sea", "a village", "bread", "the moon", "an old clock", "rain", "a letter", "the fox")
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 MALFORMED = (   # body, headers, the status it must have
     (b"{", {}, 422), (b"", {}, 422), (b"[" * 100_000, {}, 422), (b'{"messages": "\xff"}', {}, 422), (b"null", {}, 422),
@@ -59,10 +62,10 @@ class Question:
 
 def questions(path: Path, number: int) -> list[Question]:
     """So many different ones, with different answers."""
-    asked = []
+    asked, places = [], cities()
     with edgemistral.load(path) as model:
         for i in range(number):
-            messages = [{"role": "user", "content": f"Tell me about {TOPICS[i % len(TOPICS)]}, please. " * (1 + i % 5)}]
+            messages = [{"role": "user", "content": f"What should I see in {places[i].name}? " * (1 + i % 5)}]
             answer = "".join(model.chat(messages, MAX_TOKENS, seed=i, **SAMPLING))
             greedy = "".join(model.chat(messages, MAX_TOKENS, temperature=0))
             asked.append(Question(messages, i, answer, greedy))

@@ -58,13 +58,16 @@ def serve(
     from edgemistral.plan import plan
     from edgemistral.server.runner import serve as run
 
+    def listening(url: str) -> None:
+        about_demo(model)
+        print(url, flush=True)
+
     path = model_path(model)
     with compile_notice():
         with Blob.open(path) as blob:   # what is wrong is said before the port opens
             planned = plan(blob, context, int(kv_bits), threads)
         planned.check(max_ram)
-        about_demo(model)
         run(
             lambda: load(path, planned.context, planned.kv_bits, planned.threads), host, port,
-            listening=lambda url: print(url, flush=True), **settings,
+            listening=listening, **settings,
         )
