@@ -1,4 +1,4 @@
-"""Train the demo model from scratch: English prose first, then conversations; some hours on two cores.
+"""Train the demo model from scratch: English prose first, then conversations; two hours on two quiet cores.
 
     python models/train_demo.py WORK --prose BOOKS.txt --validation OTHER_BOOKS.txt
 
