@@ -29,7 +29,7 @@ import numba
 from numba.core import caching
 from numba.core.compiler import CompileResult
 
-from edgemistral.kernels.lowering import choose
+from edgemistral.kernels.lowering import choose, prefetch_ahead
 from edgemistral.paths import cache_dir
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
@@ -68,7 +68,7 @@ def _environment() -> str:
     here = Path(__file__).parent
     sources = [path.read_bytes() for path in (*sorted(here.glob("*.py")), here.parent / "layout.py")]
     versions = sys.implementation.cache_tag, numba.__version__, llvmlite.__version__, llvmlite.binding.llvm_version_info
-    return digest_of(*sources, *versions, type(choose()).__name__)
+    return digest_of(*sources, *versions, type(choose()).__name__, prefetch_ahead())
 
 
 class _DiskCache(caching._Cache):

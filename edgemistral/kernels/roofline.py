@@ -24,9 +24,9 @@ WEIGHTS, TOKENS = 2, LONG      # independent sums, as many as the kernels have
 PRODUCTS = WEIGHTS * TOKENS * 64     # of bytes, in one round
 
 
-def _make_read(LINES):
+def _make_read(LINES, PREFETCHED):
     @entry
-    @unrolled(LINES=LINES)
+    @unrolled(LINES=LINES, PREFETCHED=PREFETCHED)
     def read(rank, threads, sync, data, result):
         """Nothing but loads of `data` (whole pieces of it), shared out as the kernels share out their panels."""
         i = registers()
@@ -37,7 +37,7 @@ def _make_read(LINES):
             if first >= last:
                 break
             for at in range(first * PIECE, last * PIECE, 64 * LINES):
-                for line in unroll(LINES):
+                for line in unroll(PREFETCHED):
                     prefetch(data, at + AHEAD + 64 * line)
                 for line in unroll(LINES):
                     v = load_bytes(data, at + 64 * line)
@@ -74,4 +74,4 @@ def _make_multiply(WEIGHTS, TOKENS):
     return multiply
 
 
-read, multiply = _make_read(4), _make_multiply(WEIGHTS, TOKENS)
+read, multiply = _make_read(4, 4 if AHEAD else 0), _make_multiply(WEIGHTS, TOKENS)
