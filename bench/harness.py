@@ -27,6 +27,7 @@ from edgemistral.cpu import performance_cores
 from edgemistral.kernels.lowering import choose
 
 RESULTS = Path(__file__).parent / "results"
+OF_MACHINE = RESULTS / llvmlite.binding.get_host_cpu_name()   # what other processors do differently
 EDGEMISTRAL = (sys.executable, "-m", "edgemistral")
 SAMPLING_SECONDS = 0.05   # between two looks at a process's memory
 
@@ -93,10 +94,10 @@ def drop_from_cache(paths: Sequence[Path]) -> bool:
 
 
 def save(name: str, command: str, results: Mapping[str, Any]) -> None:
-    """Write bench/results/NAME.json: the machine, the command that makes it again, and the results."""
-    RESULTS.mkdir(exist_ok=True)
+    """Write bench/results/PROCESSOR/NAME.json: the machine, the command that makes it again, and the results."""
+    OF_MACHINE.mkdir(parents=True, exist_ok=True)
     content = {"command": command, "machine": machine(), **results}
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (OF_MACHINE / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from typing import Any
 
 from harness import RESULTS
 
-PEERS = {"peers_q4": "4 bits, Q4_0", "peers_q8": "8 bits, Q8_0", "peers_q4_avx2": "4 bits, Q4_0,\nboth AVX2 only"}
+PEERS = {"peers_q4": "4 bits", "peers_q8": "8 bits", "peers_q4_avx2": "4 bits,\nAVX2 only"}
+PROCESSORS = {"znver4": "Zen 4", "znver5": "Zen 5"}   # as LLVM and as people call them
 
 
 def peers(path: Path = RESULTS / "peers.png") -> None:
@@ -19,10 +20,10 @@ def peers(path: Path = RESULTS / "peers.png") -> None:
     import matplotlib.pyplot as plt
 
     summaries: dict[str, Any] = {
-        label: json.loads((RESULTS / f"{name}.json").read_text("utf-8"))["summary"]
-        for name, label in PEERS.items() if (RESULTS / f"{name}.json").exists()
+        f"{PROCESSORS.get(path.parent.name, path.parent.name)}\n{label}": json.loads(path.read_text("utf-8"))["summary"]
+        for name, label in PEERS.items() for path in sorted(RESULTS.rglob(f"{name}.json"))
     }
-    figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, both = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for axes, task in zip(both, ("decode", "prefill"), strict=True):
         for offset, side, color, label in ((-0.2, "ours", "tab:blue", "edgemistral"), (0.2, "theirs", "tab:gray", "llama.cpp")):
             values = [summary[task][side] for summary in summaries.values()]
@@ -30,7 +31,7 @@ def peers(path: Path = RESULTS / "peers.png") -> None:
             ratios = [f"{s[task]['ratio']:.2f} x" if side == "ours" else "" for s in summaries.values()]
             axes.bar_label(bars, ratios, padding=2)
         axes.set(title={"decode": "decoding", "prefill": "reading a prompt of 512"}[task], ylabel="tokens a second, median")
-        axes.set_xticks(range(len(summaries)), list(summaries))
+        axes.set_xticks(range(len(summaries)), list(summaries), fontsize=8)
         axes.margins(y=0.12)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=110)

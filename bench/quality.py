@@ -3,7 +3,7 @@
     python bench/quality.py
 
 The model is the demo model (models/demo), the only trained one at hand; the texts are prose and conversations that it never
-saw. Prints a table; writes bench/results/quality.json and .png. Everything runs as users run it, activations and KV cache
+saw. Prints a table; writes quality.json and .png. Everything runs as users run it, activations and KV cache
 rounded too. A file keeps some tensors better than others, so there are two comparisons: whole files as either program makes
 them, and the layers alone, where llama.cpp keeps embeddings and output head as a blob does. Needs the `bench` extra.
 """
@@ -104,7 +104,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for found in models(checkpoint, directory, Path(temporary)):
             add(*found)
-    plot(rows, harness.RESULTS / "quality.png")
+    plot(rows, harness.OF_MACHINE / "quality.png")
     harness.save("quality", "python bench/quality.py", {
         "tokens": {text: sum(len(ids) - 1 for ids in of) for text, of in texts.items()}, "rows": rows,
     })

@@ -29,21 +29,19 @@ def write() -> None:
 
 
 def _section(title: str, name: str, command: str, body: Callable[[Results], Iterable[str]]) -> str:
-    path = RESULTS / f"{name}.json"
     lines = [f"## {title}", "", f"    {command}", ""]
-    if path.exists():
+    paths = sorted(RESULTS.rglob(f"{name}.json"))   # of every processor that it was measured on
+    for path in paths:
         results = json.loads(path.read_text("utf-8"))
         if machine := results.pop("machine", None):
             lines += [_machine(machine), ""]
-        lines += body(results)
-    else:
-        lines.append("Not measured yet.")
-    return "\n".join([*lines, ""])
+        lines += [*body({**results, "folder": path.parent.relative_to(REPORT.parent).as_posix()}), ""]
+    return "\n".join(lines if paths else [*lines, "Not measured yet.", ""])
 
 
 def _machine(m: Results) -> str:
     return (
-        f"{m['date']}: {m['cpu']}, {m['cores']} cores, {m['instructions']}, {in_gb(m['memory_bytes'])} of memory, {m['os']}, "
+        f"**{m['cpu']}**, {m['date']}: {m['cores']} cores, {m['instructions']}, {in_gb(m['memory_bytes'])} of memory, {m['os']}, "
         f"Python {m['python']}, NumPy {m['numpy']}, numba {m['numba']}."
     )
 
@@ -136,7 +134,7 @@ def _speed(r: Results) -> list[str]:
     return [
         f"{r['n_layers']} layers of 7B shapes.",
         "",
-        "![speed over size, depth and threads](results/speed.png)",
+        f"![speed over size, depth and threads]({r['folder']}/speed.png)",
         "",
         *_table(("", "bits", "threads", "tokens", "depth", "tokens/s", "rate", "share of the limit"), (
             (row["task"], str(row["bits"]), str(row["threads"]), str(row["tokens"]), f"{row['depth']:,}",
@@ -191,12 +189,12 @@ def _quality(r: Results) -> list[str]:
             for row in r["rows"]
         )),
         "",
-        "![mean KL over bits per weight](results/quality.png)",
+        f"![mean KL over bits per weight]({r['folder']}/quality.png)",
     ]
 
 
 def _quality_random(r: Results) -> list[str]:
-    return [line for name, methods in r.items() for line in (
+    return [line for name, methods in r.items() if name != "folder" for line in (
         *_table((name, "mean KL", "of Q4_0's", "top-1"), (
             (method, f"{m['mean_kl']:.2e}", f"{m['mean_kl'] / methods['Q4_0']['mean_kl']:.2f}", f"{m['top1_agreement']:.1%}")
             for method, m in methods.items()

@@ -3,7 +3,7 @@
     python bench/speed.py WORK
 
 Four layers of 7B shapes with random weights, so that all of it takes ten minutes; every figure is a share of what the machine
-does at best, measured in the same rounds, and that is the same for thirty-two. Writes bench/results/speed.json and .png.
+does at best, measured in the same rounds, and that is the same for thirty-two. Writes speed.json and .png of this processor.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main(work: Path) -> None:
         click.echo(f"{row['bits']} bits, {row['threads']} threads: {row['task']:8}{row['tokens']:6} tokens at "
                    f"{row['depth']:6}: {row['tokens_per_second']:8.1f} tokens/s, {row['share']:.0%} of the limit")
     harness.save("speed", "python bench/speed.py WORK", {"n_layers": CONFIG.n_layers, "rows": table})
-    plot(table, harness.RESULTS / "speed.png")
+    plot(table, harness.OF_MACHINE / "speed.png")
 
 
 if __name__ == "__main__":
