@@ -41,8 +41,8 @@ def _section(title: str, name: str, command: str, body: Callable[[Results], Iter
 
 def _machine(m: Results) -> str:
     return (
-        f"**{m['cpu']}**, {m['date']}: {m['cores']} cores, {m['instructions']}, {in_gb(m['memory_bytes'])} of memory, {m['os']}, "
-        f"Python {m['python']}, NumPy {m['numpy']}, numba {m['numba']}."
+        f"**{m['cpu']}**, {m['date']}: {m['cores']} cores, {m['instructions']}, {in_gb(m['memory_bytes'])} of memory, "
+        f"{m['os']}, Python {m['python']}, NumPy {m['numpy']}, numba {m['numba']}."
     )
 
 

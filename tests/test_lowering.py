@@ -53,6 +53,19 @@ def test_features_count_beside_the_cpu():
     assert lowering.runs_on(machine(ARM, "generic", "+dotprod"))[0] == "dotprod"
 
 
+def test_prefetching_is_the_hosts_matter(monkeypatch):
+    monkeypatch.delenv("EDGEMISTRAL_PREFETCH", raising=False)
+    for host, ahead in (("znver5", (6528, 6528)), ("znver4", (0, 2176)), ("alderlake", (0, 2176))):
+        monkeypatch.setattr(llvmlite.binding, "get_host_cpu_name", lambda host=host: host)
+        assert lowering.prefetch_ahead() == ahead
+    monkeypatch.setenv("EDGEMISTRAL_PREFETCH", "2048")
+    assert lowering.prefetch_ahead() == (2048, 2048)
+    for wrong in ("far", "-64", "1.5", "65537"):
+        monkeypatch.setenv("EDGEMISTRAL_PREFETCH", wrong)
+        with pytest.raises(BadInput, match="EDGEMISTRAL_PREFETCH"):
+            lowering.prefetch_ahead()
+
+
 def test_the_best_is_chosen_unless_another_is_named(monkeypatch):
     monkeypatch.setattr(lowering, "available", lambda: ["avxvnni", "avx2", "plain"])
     monkeypatch.delenv("EDGEMISTRAL_SIMD", raising=False)

@@ -68,7 +68,7 @@ def _environment() -> str:
     here = Path(__file__).parent
     sources = [path.read_bytes() for path in (*sorted(here.glob("*.py")), here.parent / "layout.py")]
     versions = sys.implementation.cache_tag, numba.__version__, llvmlite.__version__, llvmlite.binding.llvm_version_info
-    return digest_of(*sources, *versions, type(choose()).__name__, prefetch_ahead())
+    return digest_of(*sources, *versions, type(choose()).__name__, *prefetch_ahead())
 
 
 class _DiskCache(caching._Cache):

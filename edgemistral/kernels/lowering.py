@@ -264,23 +264,27 @@ def available() -> list[str]:
     return runs_on(target.create_target_machine(cpu=name, features=features))
 
 
-PREFETCH_AHEAD = {"znver5": 6528}
-"""Bytes between a load of weights and its software prefetch, by the host's name; 0 for all others: none at all.
+PREFETCH_AHEAD = {"znver5": (6528, 6528)}
+"""Bytes between a load of weights and its software prefetch by the host's name: for one or two tokens, and for more.
 
-Measured as shares of the bandwidth that plain reading has: Zen 5 decodes half as fast without and best at this distance; Zen 4
-decodes at 96 % without and 70 to 90 % with any, for its own prefetcher needs the lines that ours would wait for.
-`EDGEMISTRAL_PREFETCH` (bytes) overrides it.
+Measured as shares of the bandwidth that plain reading has. Zen 5 decodes half as fast without and best at this distance. Zen 4
+decodes at 96 % without and at 70 to 90 % with any, for its own prefetcher needs the lines that ours would wait for; with more
+tokens it computes too long to run ahead of itself, and 4 or 8 of them are a quarter and a third faster when asked for early.
 """
+PREFETCH_AHEAD_ELSEWHERE = 0, 2176
 
 
-def prefetch_ahead() -> int:
-    """The distance for this host, whatever CPU numba compiles for. Raises BadInput if EDGEMISTRAL_PREFETCH is no such number."""
+def prefetch_ahead() -> tuple[int, int]:
+    """The distances for this host, whatever CPU numba compiles for; `EDGEMISTRAL_PREFETCH` (bytes) overrides both.
+
+    Raises BadInput if that is no such number.
+    """
     given = os.environ.get("EDGEMISTRAL_PREFETCH", "")
     if not given:
-        return PREFETCH_AHEAD.get(llvmlite.binding.get_host_cpu_name(), 0)
+        return PREFETCH_AHEAD.get(llvmlite.binding.get_host_cpu_name(), PREFETCH_AHEAD_ELSEWHERE)
     if not given.isdecimal() or int(given) > MOST_AHEAD:
         raise BadInput(f"EDGEMISTRAL_PREFETCH is {given!r}: it must be a number of bytes, 0 to {MOST_AHEAD}")
-    return int(given)
+    return int(given), int(given)
 
 
 def choose() -> Plain:

@@ -49,7 +49,7 @@ from edgemistral.kernels.unroll import registers, static, unroll, unrolled
 from edgemistral.layout import BLOCK_BYTES, CODE_ZERO, GROUPS, LEVEL_ZERO, PANEL, SCALE_BYTES
 
 PAIR = 2 * PANEL         # rows of two panels, the unit of work
-AHEAD = prefetch_ahead() # bytes between a load and its prefetch; 0: the processor knows best
+AHEAD, AHEAD_OF_MANY = prefetch_ahead()     # bytes between a load and its prefetch; 0: the processor knows best
 BLOCK4, BLOCK8 = BLOCK_BYTES[4], BLOCK_BYTES[8]
 
 
@@ -84,10 +84,11 @@ def _make_panel(BITS, T):
     """The kernel of one panel for a tile of T tokens: codes go from memory through registers, never through a buffer."""
     BYTES = BLOCK_BYTES[BITS]
     CHAINS = 1 if T >= 8 else 2      # about 8 sums at a time hide the latency of the dot product
-    LINES = BITS // 4 if AHEAD else 0      # to ask for beside every 64 bytes of 4-bit codes or 128 of 8-bit ones
+    FAR = AHEAD if T <= 2 else AHEAD_OF_MANY
+    LINES = BITS // 4 if FAR else 0      # to ask for beside every 64 bytes of 4-bit codes or 128 of 8-bit ones
 
     @inner
-    @unrolled(BITS=BITS, T=T, BYTES=BYTES, CHAINS=CHAINS, LINES=LINES)
+    @unrolled(BITS=BITS, T=T, BYTES=BYTES, CHAINS=CHAINS, FAR=FAR, LINES=LINES)
     def panel(blob, at, blocks, levels_at, row_scales, x, result, column):
         """result[token * 32 + column ...] = the 16 rows of the panel at byte `at` times every token."""
         i = registers()
@@ -101,7 +102,7 @@ def _make_panel(BITS, T):
         for block in range(blocks):
             base = at + block * BYTES
             if static(LINES > 0):
-                prefetch(blob, base + AHEAD)
+                prefetch(blob, base + FAR)
             for t in unroll(T):
                 f[t] = zero_f32()
             for g in range(GROUPS):
@@ -111,7 +112,7 @@ def _make_panel(BITS, T):
                         i[t, 1] = zero_i32()
                 for c in unroll(4):
                     for line in unroll(LINES):          # evenly: a core can wait for some two dozen lines at a time
-                        prefetch(blob, base + AHEAD + SCALE_BYTES + 64 * ((4 * g + c) * LINES + line))
+                        prefetch(blob, base + FAR + SCALE_BYTES + 64 * ((4 * g + c) * LINES + line))
                     if static(BITS == 4):
                         codes = load_bytes(blob, base + SCALE_BYTES + 64 * (4 * g + c))
                         w[0], w[1] = look_up(levels, low_nibbles(codes)), look_up(levels, high_nibbles(codes))
