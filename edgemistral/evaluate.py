@@ -74,9 +74,11 @@ def evaluate_windows(
     windows: Sequence[NDArray[np.int32]],
     reference: Reference | None = None,
     progress: Progress | None = None,
+    starts: Sequence[int] | None = None,
 ) -> Evaluation:
     """The same for texts that are cut already (conversations, for example): each begins with its <s>, which is given.
 
+    `starts`: of each window the first token that counts, where what comes before is only there to be read; by default 1.
     Raises BadRequest for a reference of another shape.
     """
     if reference is not None and (difference := _difference(reference.config, model.config)):
@@ -87,9 +89,11 @@ def evaluate_windows(
 
     states = [] if reference is None else reference.hidden_states([ids[:-1] for ids in windows], tell("reference"))
     nll = kl = agreed = 0.0
-    for i, ids in enumerate(windows):
+    starts = [1] * len(windows) if starts is None else starts
+    for i, (ids, start) in enumerate(zip(windows, starts, strict=True)):
         logits, target = model.logits(ids[:-1]), ids[1:]
-        for rows in (slice(row, row + ROWS) for row in range(0, len(target), ROWS)):
+        for row in range(start - 1, len(target), ROWS):
+            rows = slice(row, row + ROWS)
             log_q = log_softmax(logits[rows])
             nll -= float(np.take_along_axis(log_q, target[rows, None], axis=1).sum())
             if reference is not None:
@@ -97,7 +101,7 @@ def evaluate_windows(
                 kl += float((np.exp(log_p) * (log_p - log_q)).sum())
                 agreed += int((log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum())
         tell("model")(i + 1, len(windows))
-    n = sum(len(ids) - 1 for ids in windows)
+    n = sum(len(ids) - start for ids, start in zip(windows, starts, strict=True))
     return Evaluation(
         perplexity=math.exp(min(nll / n, 700.0)),   # e ** 709 is the largest float
         nll=nll / n,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
 from edgemistral.errors import BadRequest
-from edgemistral.evaluate import Evaluation, evaluate
+from edgemistral.evaluate import Evaluation, evaluate, evaluate_windows
 from edgemistral.reference import Reference
 
 GOLDEN = MODELS[0]
@@ -88,6 +88,20 @@ def test_distance_from_the_reference(reference: Reference) -> None:
     assert result.mean_kl == pytest.approx(naive.mean_kl(exact, got), rel=1e-4)
     assert result.mean_kl == pytest.approx(0.1**2 / 2, rel=0.1)   # of small normal noise: half its variance
     assert result.top1_agreement == naive.top1_agreement(exact, got) < 1
+
+
+def test_what_comes_before_a_start_is_only_read(reference: Reference) -> None:
+    windows, starts = [np.array([1, *TEXT[:70]], np.int32), np.array([1, *TEXT[70:]], np.int32)], [66, 1]
+    model = Exact(noise=0.1)
+    result = evaluate_windows(model, windows, reference, starts=starts)
+    kl = nll = 0.0
+    for ids, start in zip(windows, starts, strict=True):
+        exact, got = Exact().logits(ids[:-1])[start - 1 :], model.logits(ids[:-1])[start - 1 :]
+        kl += naive.mean_kl(exact, got) * len(got)
+        nll -= sum(naive.log_softmax(got)[i, token] for i, token in enumerate(ids[start:]))
+    assert result.n_tokens == 5 + 30
+    assert result.mean_kl == pytest.approx(kl / 35, rel=1e-4)
+    assert result.nll == pytest.approx(nll / 35, rel=1e-4)
 
 
 def test_progress_reaches_its_total(reference: Reference) -> None:
