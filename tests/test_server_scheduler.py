@@ -76,6 +76,31 @@ async def test_a_job_of_several_steps_lets_others_in_between():
 
 
 @run
+async def test_an_event_that_is_handed_over_is_passed_on_before_the_work_goes_on():
+    job, order = Job("a", "a"), []
+
+    def work():
+        job.hand_over("first")
+        order.append("work goes on")
+        job.emit("second")
+        job.end()
+
+    async def read():
+        async for batch in job.batches(5):
+            order.extend(batch)
+
+    await asyncio.gather(asyncio.to_thread(work), read())
+    assert order == ["first", "work goes on", "second"]
+
+
+@run
+async def test_nobody_waits_for_a_reader_who_does_not_come():
+    job = Job("a", "a")
+    await asyncio.wait_for(asyncio.to_thread(job.hand_over, "first"), 1)
+    assert not job.cancelled()
+
+
+@run
 async def test_a_full_queue_says_when_to_come_again():
     bench = Bench(capacity=4)
     bench.submit("a1", "a")

@@ -17,6 +17,8 @@ from typing import Any
 
 from edgemistral.errors import Cancelled, EdgeMistralError
 
+HAND_OVER = 0.003   # seconds; a reader takes half a millisecond
+
 Work = Callable[[], Iterator[None]]   # run on the compute thread; at each `yield` others may have their turn
 
 
@@ -55,6 +57,7 @@ class Job:
         self.ended = False                       # no event follows
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
+        self._taken = threading.Event()          # the reader has done with what it got and comes for more
         self._lock = threading.Lock()
         self._events: list[Any] = []
         self._error: BaseException | None = None
@@ -71,6 +74,15 @@ class Job:
             first = len(self._events) == 1
         if first:   # otherwise the loop has been told and has not come yet
             self._tell()
+
+    def hand_over(self, event: Any) -> None:
+        """`emit`, and let the reader have the processor until it has passed the event on, for HAND_OVER seconds at most.
+
+        Work that computes on every core would otherwise keep it waiting for a time slice, and the client with it.
+        """
+        self._taken.clear()
+        self.emit(event)
+        self._taken.wait(HAND_OVER)
 
     def progress(self, done: int, total: int) -> None:
         """A `progress` for the engine: an event after each chunk of a long prompt."""
@@ -94,6 +106,7 @@ class Job:
                 events, self._events = self._events, []
             if events or not ended:
                 yield events
+            self._taken.set()
             if ended:
                 if self._error is not None:
                     raise self._error

@@ -270,7 +270,8 @@ def _answer(job: Job, replies: Sequence[Reply]) -> Iterator[None]:
         for piece in reply:
             end = bisect_left(reply.starts, len(reply.text), told)
             tokens = zip(reply.token_ids[told:end], reply.starts[told:end], reply.logprobs[told:end], strict=False)
-            job.emit(Piece(index, piece, tuple(Token(*token) for token in tokens)))
+            send = job.emit if told else job.hand_over   # nobody looks forward to a later piece as to the first
+            send(Piece(index, piece, tuple(Token(*token) for token in tokens)))
             told = end
         job.emit(Finished(index, "stop" if reply.finish_reason == "stop" else "length", reply.usage))
 
