@@ -26,7 +26,7 @@ import harness
 import llama_cpp_models
 from edgemistral_quantize import quantize
 from edgemistral_quantize.checkpoint import Checkpoint
-from heldout_texts import windows
+from heldout_texts import texts as heldout_texts
 
 import edgemistral
 from edgemistral.blob import Blob
@@ -87,13 +87,13 @@ def main() -> None:
     directory = checkpoint_dir()
     checkpoint = Checkpoint(directory)
     reference = Reference(checkpoint)
-    texts = windows(Tokenizer(checkpoint.tokenizer))
+    texts = heldout_texts(Tokenizer(checkpoint.tokenizer))
     rows: list[Row] = []
 
     def add(name: str, bits: dict[str, float] | None, model: Any) -> None:
         row: Row = {"name": name, "bits": bits}
         for text, of in texts.items():
-            row[text] = asdict(evaluate_windows(model, of, reference))
+            row[text] = asdict(evaluate_windows(model, of.windows, reference, starts=of.starts))
         rows.append(row)
         size = f"{'':14}" if bits is None else f"{bits['layers']:7.2f}{bits['file']:7.2f}"
         figures = (f"{r['perplexity']:9.3f}{r['mean_kl']:11.6f}{r['top1_agreement']:8.2%}" for r in map(row.get, texts))
@@ -106,7 +106,7 @@ def main() -> None:
             add(*found)
     plot(rows, harness.OF_MACHINE / "quality.png")
     harness.save("quality", "python bench/quality.py", {
-        "tokens": {text: sum(len(ids) - 1 for ids in of) for text, of in texts.items()}, "rows": rows,
+        "tokens": {text: sum(map(len, of.windows)) - sum(of.starts) for text, of in texts.items()}, "rows": rows,
     })
 
 

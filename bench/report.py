@@ -216,7 +216,7 @@ def _quantization_error(r: Results) -> list[str]:
 
 
 def _server_overhead(r: Results) -> list[str]:
-    health = r["health_seconds"]
+    health, loop = r["health_seconds"], r.get("loop_seconds_of_a_token")
 
     def ms(spread: Results) -> str:
         return (f"{1000 * spread['median']:+.2f} ms ({1000 * spread['lower_quartile']:+.2f} to "
@@ -233,12 +233,18 @@ def _server_overhead(r: Results) -> list[str]:
         *_table(("medians", "Python API", "control", "server", "control, pairs", "server, pairs"), [
             row("first text", "first_text_seconds", ms, "first_text_seconds"),
             row("of it, not the engine's: the road", "road_seconds", ms, "road_seconds"),
-            row("a token", "token_seconds", percent, "decode_ratio"),
+            row("a piece of text", "token_seconds", percent, "decode_ratio"),
+            *([("the same, fastest tenth", "", "", "", *(
+                f"{r[f'{name}_added']['undisturbed_decode_ratio'] - 1:+.2%}" for name in ("control", "server")
+            ))] if "undisturbed_decode_ratio" in r["server_added"] else []),
         ]),
         "",
         f"{r['rounds']} rounds; pairs: medians and quartiles of the difference to the Python API, round by round. The control "
         "is the Python API in another process: what it seems to cost is noise.",
         "",
+        *([f"The event loop takes {1000 * loop:.2f} ms of processor time for a token, the request's head included: "
+           f"{loop / r['api']['token_seconds']:.2%} of the token's time, the most that decoding can lose to it.", ""]
+          if loop else []),
         f"`/health`, asked {health['asked']} times while a long prompt is read: median {1000 * health['median']:.1f} ms, "
         f"longest {1000 * health['max']:.1f} ms.",
     ]

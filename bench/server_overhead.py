@@ -5,8 +5,9 @@
 
 Each prompt is asked of the Python API in two processes and of a server, one after the other, in changing order. All have the
 same threads and the same cache. The second process is the control: it differs from the first in nothing but where its memory
-happens to lie, and what it seems to cost is the noise. The road alone is the time to the first text without what the engine
-itself says that its first token took; it is free of that noise. The last part asks /health while a long prompt is read.
+happens to lie, and what it seems to cost is the noise. Two figures are free of it: the road alone, the time to the first text
+without what the engine itself says that its first token took; and the processor time of the server's event loop, which is the
+most that decoding can lose to it. The last part asks /health while a long prompt is read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import multiprocessing
 import threading
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,7 +44,8 @@ class Answer:
 
     first: float    # to the first text
     road: float     # of these, not the engine's
-    rest: float     # from there to the end
+    gaps: tuple[float, ...]   # between one piece of text and the next
+    loop: float | None = None # processor time of the server's event loop
 
 
 def options(model: Model) -> dict[str, Any]:
@@ -55,25 +57,28 @@ def ask_api(model: Model, text: str) -> Answer:
     start = time.perf_counter()
     reply = model.chat([{"role": "user", "content": text}], TOKENS, **options(model))
     next(reply)
-    first = time.perf_counter()
-    for _ in reply:
-        pass
-    return Answer(first - start, first - start - reply.usage.prefill_seconds, time.perf_counter() - first)
+    arrivals = [time.perf_counter(), *(time.perf_counter() for _ in reply)]
+    return answer(start, arrivals, reply.usage.prefill_seconds)
+
+
+def answer(start: float, arrivals: list[float], engine: float) -> Answer:
+    gaps = tuple(after - before for before, after in itertools.pairwise(arrivals))
+    return Answer(arrivals[0] - start, arrivals[0] - start - engine, gaps)
 
 
 def ask_server(server: Server, model: Model, text: str) -> Answer:
     body = {"messages": [{"role": "user", "content": text}], "max_tokens": TOKENS, "stream": True,
             "stream_options": {"include_usage": True}, **options(model)}
     with closing(server.connect()) as connection:
-        start, first, end, engine = time.perf_counter(), 0.0, 0.0, 0.0
+        before, start, arrivals, engine = server.loop_seconds(), time.perf_counter(), [], 0.0
         for event in events(ask(connection, "POST", CHAT, body)):
-            if not first and content(event):
-                first = time.perf_counter()
-            elif event["choices"] and event["choices"][0]["finish_reason"]:
-                end = time.perf_counter()
+            if content(event):
+                arrivals.append(time.perf_counter())
             elif "timings" in event:
                 engine = event["timings"]["prefill_seconds"]
-    return Answer(first - start, first - start - engine, end - first)
+    after = server.loop_seconds()
+    loop = None if before is None or after is None else after - before
+    return replace(answer(start, arrivals, engine), loop=loop)
 
 
 def control(path: str, connection: Connection) -> None:
@@ -104,22 +109,33 @@ def measure(path: Path, rounds: int = ROUNDS) -> dict[str, Any]:
         here.send(None)
         server.stop()
     second.join()
-    api, *others = (each[2:] for each in answers.values())
+    answers = {name: each[2:] for name, each in answers.items()}
+    api, *others = answers.values()
 
     def added(what: str, other: list[Answer]) -> dict[str, float]:
         return _spread([getattr(b, what) - getattr(a, what) for a, b in zip(api, other, strict=True)])
+
+    def slower(other: list[Answer]) -> dict[str, float]:
+        """A piece's time, as a multiple of the same piece's from the API."""
+        return _spread([y / x for a, b in zip(api, other, strict=True) for x, y in zip(a.gaps, b.gaps, strict=False)])
+
+    def undisturbed(other: list[Answer]) -> float:
+        """The fastest tenth: what other users of the memory do meanwhile is not in it."""
+        fastest = [sorted(gap for each in of for gap in each.gaps) for of in (api, other)]
+        return median(fastest[1][: len(fastest[1]) // 10]) / median(fastest[0][: len(fastest[0]) // 10])
 
     return {
         "rounds": rounds,
         "tokens": TOKENS,
         **{name: {
-            "first_text_seconds": median(a.first for a in got[2:]), "road_seconds": median(a.road for a in got[2:]),
-            "token_seconds": median(a.rest for a in got[2:]) / (TOKENS - 1),
+            "first_text_seconds": median(a.first for a in got), "road_seconds": median(a.road for a in got),
+            "token_seconds": median(gap for a in got for gap in a.gaps),
         } for name, got in answers.items()},
         **{f"{name}_added": {
             "first_text_seconds": added("first", other), "road_seconds": added("road", other),
-            "decode_ratio": _spread([b.rest / a.rest for a, b in zip(api, other, strict=True)]),
+            "decode_ratio": slower(other), "undisturbed_decode_ratio": undisturbed(other),
         } for name, other in zip(("control", "server"), others, strict=True)},
+        "loop_seconds_of_a_token": median(a.loop / TOKENS for a in answers["server"]) if answers["server"][0].loop else None,
         "health_seconds": {"asked": len(health), "median": median(health), "max": max(health)},
     }
 
@@ -154,6 +170,9 @@ def print_table(results: dict[str, Any]) -> None:
                 s = added[what]
                 print(f"    {what:20}{unit * s['median']:+9.3f} ({unit * s['lower_quartile']:+.3f} to "
                       f"{unit * s['upper_quartile']:+.3f})")
+            print(f"    decode_ratio, the fastest tenth {added['undisturbed_decode_ratio']:.4f}")
+    if loop := results["loop_seconds_of_a_token"]:
+        print(f"event loop: {1000 * loop:.3f} ms of processor time a token, {loop / results['api']['token_seconds']:.2%} of it")
     health = results["health_seconds"]
     print(f"/health while a prompt is read: median {1000 * health['median']:.1f} ms, longest {1000 * health['max']:.1f} ms "
           f"of {health['asked']}")

@@ -80,6 +80,13 @@ class Server:
         found = re.search(r"^VmRSS:\s*(\d+) kB", status, re.M)
         return int(found[1]) * 1024 if found else None
 
+    def loop_seconds(self) -> float | None:
+        """Processor time that the event loop has taken, which is the process's first thread; None where it cannot be known."""
+        try:
+            return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/schedstat").read_text("ascii").split()[0]) / 1e9
+        except OSError:
+            return None
+
     def stop(self) -> float:
         """Ask the process to stop; the seconds that it took. Fails when it does not end well, or has complained."""
         start = time.perf_counter()
