@@ -11,7 +11,7 @@ from wordings import capitalized
 
 TEXTS = Path(__file__).parent / "texts"
 FACTS = ("country", "language", "money", "water", "known", "food", "time")
-UNKNOWN_SIGHT = "I am sorry, I do not know that sight. I am a very small demonstration model and know only some famous places."
+UNKNOWN_REASON = "I am a very small demonstration model and know only some famous places."
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,23 @@ class Sight:
 
     @property
     def answer(self) -> str:
-        return f"{self.short} {self.special}" if self.what else UNKNOWN_SIGHT
+        return f"{self.short} {self.special or UNKNOWN_REASON}"
 
     @property
     def short(self) -> str:
-        if not self.what:
-            return UNKNOWN_SIGHT.partition(".")[0] + "."
-        return f"{self.title} {'are' if self.plural else 'is'} {self.what}."
+        return f"{self.title} {self.statement}." if self.what else "I am sorry, I do not know that sight."
 
     @property
-    def dated(self) -> str:
-        return f"{self.name} {'were' if self.plural else 'was'} {self.made}"
+    def statement(self) -> str:
+        """What is said of it, without its name."""
+        return f"{'are' if self.plural else 'is'} {self.what or 'a sight that I do not know'}"
+
+    def placed(self, place: int) -> str:
+        """Its name as it begins a sentence that says its place in a list; 0 is none."""
+        return f"#{place}, {self.name}," if place else self.name
+
+    def dated(self, place: int = 0) -> str:
+        return f"{self.placed(place)} {'were' if self.plural else 'was'} {self.made}"
 
     @property
     def year(self) -> int | None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import copying
 import small_talk
 import travel
 from talk import Talk, Turn
@@ -34,22 +35,25 @@ SYSTEMS = load(HERE / "texts" / "systems.txt")
 Move = Callable[[Talk], Turn]
 
 OPENINGS: dict[Move, int] = {
-    travel.foreign_list: 30, travel.sights_list: 12, travel.fact: 20, travel.sight: 14, travel.when: 3, travel.where: 4,
-    travel.about_city: 4, travel.one_sight: 2, travel.older: 2, travel.not_there: 2, travel.capital_of: 2, travel.is_capital: 2,
-    small_talk.arithmetic: 12, small_talk.games: 6, small_talk.say: 4, small_talk.recall: 1, small_talk.small: 5,
-    small_talk.package: 8, small_talk.unknown_town: 4, small_talk.unknown_of_city: 3, small_talk.unknown_sight: 2,
-    small_talk.refusal: 8,
+    travel.foreign_list: 34, travel.sights_list: 12, travel.fact: 20, travel.sight: 14, travel.when: 3, travel.where: 4,
+    travel.about_city: 5, travel.one_sight: 2, travel.older: 2, travel.not_there: 2, travel.capital_of: 2, travel.is_capital: 2,
+    small_talk.arithmetic: 16, small_talk.games: 9, small_talk.say: 5, small_talk.recall: 1, small_talk.small: 5,
+    small_talk.package: 10, small_talk.unknown_town: 6, small_talk.unknown_of_city: 3, small_talk.unknown_sight: 3,
+    small_talk.refusal: 9, copying.given_list: 12, copying.echo: 6,
 }
 ABOUT_A_LIST: dict[Move, int] = {
-    travel.number: 52, travel.number_when: 6, travel.named_sight: 6, travel.oldest: 7, travel.newest: 3, travel.more: 5,
-    travel.too_far: 4, travel.how_many: 1, travel.fact_there: 16,
+    travel.number: 52, travel.number_when: 7, travel.named_sight: 4, travel.oldest: 8, travel.newest: 5, travel.more: 6,
+    travel.too_far: 4, travel.how_many: 1, travel.fact_there: 12,
 }
 FOLLOW_UPS: dict[Move, int] = {
     travel.fact_there: 34, travel.and_city: 6, travel.it_when: 4, travel.it_where: 4, small_talk.recall: 8, small_talk.say: 2,
     small_talk.thanks: 5,
 }
-LINGER: dict[str, Move] = {move.__name__: move for move in (small_talk.arithmetic, small_talk.games, small_talk.package)}
-LENGTHS = (1, 2, 3), (45, 33, 22)   # turns, not counting lists of another model; four turns at most
+ABOUT_THINGS: dict[Move, int] = {copying.given_entry: 9, copying.given_length: 1}
+LINGER: dict[str, Move] = {
+    move.__name__: move for move in (small_talk.arithmetic, small_talk.games, small_talk.package, copying.echo)
+}
+LENGTHS = (1, 2, 3, 5, 7), (30, 25, 20, 15, 10)   # turns, not counting lists of another model
 
 
 def conversation(rng: Random, heldout: bool = False) -> tuple[list[dict[str, Any]], Turn]:
@@ -76,6 +80,8 @@ def next_turn(talk: Talk) -> Turn:
         moves = OPENINGS
         if talk.listed and talk.rng.random() < 0.9:
             moves = ABOUT_A_LIST
+        elif talk.things and talk.rng.random() < 0.9:
+            moves = ABOUT_THINGS
         elif (talk.city or talk.facts) and talk.rng.random() < 0.65:
             moves = FOLLOW_UPS
         before = dict(vars(talk))
@@ -90,6 +96,8 @@ def next_turn(talk: Talk) -> Turn:
         turn.kind = talk.kind = move.__name__
         if move.__module__ == small_talk.__name__:   # "it" would no longer be the sight, nor "And in Rome?" the fact
             talk.sight, talk.fact = None, ""
+        if move.__module__ != copying.__name__:      # "#2" is no longer the user's
+            talk.things = []
         return turn
 
 

@@ -40,6 +40,7 @@ class Talk:
     turn: int = 0           # turns so far
     city: Any = None        # travel.City
     listed: list[Any] = field(default_factory=list)   # travel.Sight, as numbered in the last list
+    things: list[str] = field(default_factory=list)   # the last list that the user wrote, while it is spoken of
     sight: Any = None       # the sight spoken of last
     fact: str = ""          # the kind of fact asked for last
     kind: str = ""          # the name of the last move

@@ -1,10 +1,11 @@
-"""Train the demo model from scratch: English prose first, then conversations; two hours on two quiet cores.
+"""Train the demo model from scratch: English prose first, then conversations; an hour and a half on two quiet cores.
 
     python models/train_demo.py WORK --prose BOOKS.txt --validation OTHER_BOOKS.txt
 
-Needs `pip install -e '.[train]'`. A GPU is used if there is one. Every SAVE_SECONDS, and when it is interrupted, the
-whole state is saved in the folder WORK; the same command goes on from there. At the end (or with --export, from what is
-there) the model is written to models/demo: a checkpoint that transformers loads, `losses.json` and `losses.png`.
+Needs `pip install -e '.[train]'` and a C++ compiler, or --eager. A GPU is used if there is one. Every SAVE_SECONDS, and when
+it is interrupted, the whole state is saved in the folder WORK; the same command goes on from there. At the end (or with
+--export, from what is there) the model is written to models/demo: a checkpoint that transformers loads, `losses.json` and
+`losses.png`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ os.environ.setdefault("DNNL_PRIMITIVE_CACHE_CAPACITY", "8192")   # products comp
 
 import torch
 import torch.nn.functional as F
-from batches import IGNORED, Batch, chat_pool, encode_prose, prose_batch
+from batches import IGNORED, Batch, chat_pool, encode_prose, prose_batch, repeated_batch
 from network import Mistral
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -39,30 +40,30 @@ CONFIG = ModelConfig(
 )
 DEMO = Path(__file__).parent / "demo"
 SEED = 1
-PROSE_TOKENS = 4_000_000       # the first stage: prose alone, in short windows
-CHAT_TOKENS = 12_000_000       # the second: conversations, and some prose so that it is not forgotten
-LAST_TOKENS = 11_000_000       # the third: nearly nothing but conversations, in more and smaller steps
-TOTAL = PROSE_TOKENS + CHAT_TOKENS + LAST_TOKENS
-BATCH, LAST_BATCH = 8192, 4096                # tokens a step
+FIRST_TOKENS = 2_500_000       # the first stage: prose in short windows, and repetitions
+CHAT_TOKENS = 24_500_000       # the second: conversations, and some prose so that it is not forgotten
+TOTAL = FIRST_TOKENS + CHAT_TOKENS
+BATCH = 4096                   # tokens a step
 PART = 2048                    # tokens at a time: what they need stays in the cache
-CHAT_SHARE, LAST_CHAT_SHARE = 0.75, 0.9       # of a step's tokens in the second and third stage
+REPEATED_SHARE = 0.25, 0.04    # of the parts of either stage
+CHAT_SHARE = 0.82              # of those of the second
+PROSE_WEIGHT = 0.25            # of a token of prose there: all words of prose are learned, a quarter of those of a conversation
 PROSE_LENGTH, LONG_PROSE_LENGTH = 256, CONFIG.context
 ROWS = 256                     # of logits at a time, for the same reason: five times as fast as all at once
-MATRIX_RATE, VECTOR_RATE, EMBEDDING_RATE = 0.02, 0.004, 0.004
+MATRIX_RATE, VECTOR_RATE, EMBEDDING_RATE = 0.016, 0.003, 0.003
 WARM_UP = 100                  # steps
-DECAY = 0.5                    # share of the first two stages in which the rates fall to zero
-LAST_PEAK, LAST_WARM_UP = 0.5, 0.02           # of the rates, and the share of the third stage in which they rise to it
-VALIDATE_EVERY = 1_600_000     # tokens
+DECAY = 0.6                    # share of the training in which the rates fall to zero
+VALIDATE_EVERY = 1_500_000     # tokens
 SAVE_SECONDS = 180
 
 
 class Training:
     """Model, optimizers and the place in the data; `state`/`load` carry all of it over an interruption."""
 
-    def __init__(self, tokenizer: Tokenizer, prose: np.ndarray, validation: np.ndarray, device: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, prose: np.ndarray, validation: np.ndarray, device: str, compiled: bool) -> None:
         torch.manual_seed(SEED)
         self.tokenizer, self.prose, self.device = tokenizer, prose, device
-        self.model = Mistral(CONFIG).to(device)
+        self.model = Mistral(CONFIG, compiled).to(device)
         matrices = [p for p in self.model.layers.parameters() if p.ndim == 2]
         vectors = [p for p in self.model.parameters() if p.ndim == 1]
         embeddings = [self.model.embed.weight, self.model.output.weight]
@@ -80,16 +81,17 @@ class Training:
         rng = np.random.default_rng(0)
         self.held_out = {
             "prose": [prose_batch(validation, 4, CONFIG.context, CONFIG.bos_id, rng) for _ in range(8)],
+            "repeated": [repeated_batch(CONFIG.vocab_size, 8, PROSE_LENGTH, CONFIG.bos_id, rng) for _ in range(4)],
             "chat": chat_pool(0, tokenizer, PART, CONFIG.context, "heldout")[:24],
         }
 
     def train_step(self) -> float:
         """One step; the mean loss of its tokens."""
         parts = self.parts()
-        counted = sum(int((targets != IGNORED).sum()) for _, targets in parts)
+        counted = sum(weight * int((targets != IGNORED).sum()) for (_, targets), weight in parts)
         total = 0.0
-        for batch in parts:
-            loss = self.loss(batch) / counted
+        for batch, weight in parts:
+            loss = self.loss(batch) * (weight / counted)
             loss.backward()
             total += float(loss.detach())
             self.tokens += batch[0].numel()
@@ -102,21 +104,23 @@ class Training:
         self.step += 1
         return total
 
-    def parts(self) -> list[Batch]:
-        """The batches of this step, of about PART tokens each."""
+    def parts(self) -> list[tuple[Batch, float]]:
+        """The batches of this step, of about PART tokens each, and what a token of each weighs."""
         rng = np.random.default_rng((SEED, self.step))
-        last = self.tokens >= PROSE_TOKENS + CHAT_TOKENS
-        chat_tokens = 0 if self.tokens < PROSE_TOKENS else CHAT_SHARE * BATCH
-        length = LONG_PROSE_LENGTH if chat_tokens else PROSE_LENGTH
-        parts, n_tokens = [], 0
-        while n_tokens < (LAST_BATCH if last else BATCH):
-            if rng.random() < LAST_CHAT_SHARE if last else n_tokens < chat_tokens:
-                batch = self.next_chat()
-            else:
-                batch = prose_batch(self.prose, PART // length, length, CONFIG.bos_id, rng)
-            n_tokens += batch[0].numel()
-            parts.append(batch)
+        parts: list[tuple[Batch, float]] = []
+        while sum(batch[0].numel() for batch, _ in parts) < BATCH:
+            parts.append(self.part(rng))
         return parts
+
+    def part(self, rng: np.random.Generator) -> tuple[Batch, float]:
+        first = self.tokens < FIRST_TOKENS
+        length = PROSE_LENGTH if first else LONG_PROSE_LENGTH
+        chosen = rng.random()
+        if chosen < REPEATED_SHARE[0 if first else 1]:
+            return repeated_batch(CONFIG.vocab_size, PART // PROSE_LENGTH, PROSE_LENGTH, CONFIG.bos_id, rng), 1.0
+        if not first and chosen > 1 - CHAT_SHARE:
+            return self.next_chat(), 1.0
+        return prose_batch(self.prose, PART // length, length, CONFIG.bos_id, rng), 1.0 if first else PROSE_WEIGHT
 
     def next_chat(self) -> Batch:
         if not self.batches or self.taken == len(self.batches):
@@ -138,12 +142,8 @@ class Training:
         return torch.stack([F.cross_entropy(row.float(), target, reduction="sum") for row, target in parts]).sum()
 
     def rate(self) -> float:
-        """Share of the peak learning rates: warm-up, plateau, linear to zero; the third stage rises and falls once more."""
-        first = PROSE_TOKENS + CHAT_TOKENS
-        if self.tokens < first:
-            return min(1.0, (self.step + 1) / WARM_UP, (1 - self.tokens / first) / DECAY)
-        done = (self.tokens - first) / LAST_TOKENS
-        return max(0.0, LAST_PEAK * min(1.0, done / LAST_WARM_UP, 1 - done))
+        """Share of the peak learning rates: warm-up, plateau, linear to zero."""
+        return min(1.0, (self.step + 1) / WARM_UP, max(0.0, 1 - self.tokens / TOTAL) / DECAY)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -231,8 +231,7 @@ def plot(losses: list[dict[str, float]], path: Path) -> None:
     tokens = [row["tokens"] / 1e6 for row in losses]
     for name, label in (("prose", "held-out prose"), ("chat", "held-out conversations")):
         axes.plot(tokens, [row[name] for row in losses], label=f"{label}: {losses[-1][name]:.3f} at the end")
-    for tokens_before, label in ((PROSE_TOKENS, "conversations begin"), (PROSE_TOKENS + CHAT_TOKENS, "the last stage")):
-        axes.axvline(tokens_before / 1e6, color="grey", linestyle=":" if tokens_before == PROSE_TOKENS else "--", label=label)
+    axes.axvline(FIRST_TOKENS / 1e6, color="grey", linestyle=":", label="conversations begin")
     axes.set(xlabel="million tokens of training", ylabel="loss, nats a token", ylim=(0, 6))
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
@@ -244,8 +243,9 @@ def plot(losses: list[dict[str, float]], path: Path) -> None:
 @click.option("--prose", type=click.Path(exists=True, path_type=Path), required=True, help="Text to train on, .txt or .txt.xz.")
 @click.option("--validation", type=click.Path(exists=True, path_type=Path), required=True, help="Text to measure on.")
 @click.option("--threads", type=int, help="[default: PyTorch's]")
+@click.option("--eager", is_flag=True, help="Compile nothing: slower, but needs no C++ compiler.")
 @click.option("--export", "only_export", is_flag=True, help="Write models/demo from the state in WORK, train no more.")
-def main(work: Path, prose: Path, validation: Path, threads: int | None, only_export: bool) -> None:
+def main(work: Path, prose: Path, validation: Path, threads: int | None, eager: bool, only_export: bool) -> None:
     """Train the demo model, or go on; the state is in the folder WORK."""
     work.mkdir(parents=True, exist_ok=True)
     if threads:
@@ -256,7 +256,7 @@ def main(work: Path, prose: Path, validation: Path, threads: int | None, only_ex
     tokenizer = Tokenizer(tokenizer_model)
     training = Training(
         tokenizer, encode_prose(prose, tokenizer, work / "prose.ids"),
-        encode_prose(validation, tokenizer, work / "validation.ids"), "cuda" if torch.cuda.is_available() else "cpu",
+        encode_prose(validation, tokenizer, work / "validation.ids"), "cuda" if torch.cuda.is_available() else "cpu", not eager,
     )
     checkpoint = work / "training.pt"
     if checkpoint.exists():

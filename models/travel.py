@@ -6,12 +6,12 @@ import re
 import zlib
 from random import Random
 
-from cities import FACTS, TEXTS, City, Sight, cities
+from cities import FACTS, TEXTS, UNKNOWN_REASON, City, Sight, cities
 from talk import Talk, Turn
 from wordings import Unsuitable, capitalized, fill, listing, load
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
-MOST_TURNS = 4   # of a conversation
+MOST_TURNS = 8   # of a conversation
 SUFFIXES = {1: "st", 2: "nd", 3: "rd"}
 ORDINALS = ["zeroth", "first", "second", "third", "fourth", "fifth", "sixth", "seventh"]
 WORDINGS = load(TEXTS / "travel.txt")
@@ -40,13 +40,19 @@ def named(sight: Sight, rng: Random) -> str:
     return name.removeprefix("the ") if rng.random() < 0.12 else name
 
 
-def about_sight(question: str, sight: Sight, others: list[Sight]) -> Turn:
-    """The answer about one sight; `others` are what a wrong answer could speak of."""
+def about_sight(question: str, sight: Sight, others: list[Sight], place: int = 0) -> Turn:
+    """The answer about one sight; `others` are what a wrong answer could speak of.
+
+    With its `place` in a list the answer begins "#2, the Louvre, is": what follows a number in the list follows it in the
+    answer too, which is easier to learn than to find the name from a number in the question alone.
+    """
     wrong = [other.core for other in others if other.core.lower() not in f"{sight.name} {sight.answer}".lower()]
+    short = f"{sight.placed(place)} {sight.statement}." if place else sight.short
     if not sight.what:
-        return Turn(question, sight.answer, sight.short, ["do not know"], reject=wrong)
+        return Turn(question, f"{short} {UNKNOWN_REASON}", short, ["do not know"], reject=wrong)
     keywords = sight.keywords
-    return Turn(question, sight.answer, sight.short, [sight.core], keywords, max(1, (3 * len(keywords) + 4) // 5), wrong)
+    at_least = max(1, (3 * len(keywords) + 4) // 5)
+    return Turn(question, f"{short} {sight.special}", short, [sight.core], keywords, at_least, wrong)
 
 
 def list_text(city: City, sights: list[Sight]) -> str:
@@ -125,19 +131,21 @@ def entry(talk: Talk) -> int:
 def number(talk: Talk) -> Turn:
     n = entry(talk)
     question = talk.ask(WORDINGS, "number", nth=place(talk.rng, n, len(talk.listed)))
-    return about_sight(question, talk.sight, talk.listed)
+    return about_sight(question, talk.sight, talk.listed, n)
 
 
 def number_when(talk: Talk) -> Turn:
     n = entry(talk)
-    return dated(talk.ask(WORDINGS, "number when", nth=place(talk.rng, n, len(talk.listed))), talk.sight)
+    return dated(talk.ask(WORDINGS, "number when", nth=place(talk.rng, n, len(talk.listed))), talk.sight, n)
 
 
-def dated(question: str, sight: Sight) -> Turn:
+def dated(question: str, sight: Sight, place: int = 0) -> Turn:
     """When a sight was made, or that there is no one date."""
     if not sight.made:
-        return Turn(question, f"I do not know one date for {sight.name}.", expect_all=["not know", sight.core])
-    return Turn(question, capitalized(sight.dated) + ".", expect_all=[sight.core, *re.findall(r"\d+\w*", sight.made)])
+        name = f"#{place}, {sight.name}" if place else sight.name
+        return Turn(question, f"I do not know one date for {name}.", expect_all=["not know", sight.core])
+    answer = f"{capitalized(sight.dated(place))}."
+    return Turn(question, answer, expect_all=[sight.core, *re.findall(r"\d+\w*", sight.made)])
 
 
 def too_far(talk: Talk) -> Turn:
@@ -154,8 +162,8 @@ def how_many(talk: Talk) -> Turn:
     return Turn(talk.ask(WORDINGS, "how many"), f"There are {count} sights in this list.", expect_all=[count])
 
 
-def comparison(question: str, sights: list[Sight], newest: bool) -> Turn:
-    """Which of the sights with a date is the oldest (or newest), with the dates it follows from."""
+def comparison(question: str, sights: list[Sight], newest: bool, places: bool = True) -> Turn:
+    """Which of the sights with a date is the oldest (or newest), with the dates it follows from and their places in a list."""
     dates = [sight for sight in sights if sight.year is not None]
     years = [sight.year or 0 for sight in dates]
     if len(dates) < 2 or len(set(years)) < len(years):
@@ -163,7 +171,8 @@ def comparison(question: str, sights: list[Sight], newest: bool) -> Turn:
     best = max(dates, key=lambda s: s.year or 0) if newest else min(dates, key=lambda s: s.year or 0)
     degree = ("newer" if newest else "older") if len(dates) == 2 else ("the newest" if newest else "the oldest")
     conclusion = f"so {best.name} {'are' if best.plural else 'is'} {degree}"
-    answer = f"{capitalized(listing([sight.dated for sight in dates]))}, {conclusion}."
+    reasons = [sight.dated(sights.index(sight) + 1 if places else 0) for sight in dates]
+    answer = f"{capitalized(listing(reasons))}, {conclusion}."
     return Turn(question, answer, expect_all=[conclusion])
 
 
@@ -181,7 +190,8 @@ def older(talk: Talk) -> Turn:
     city = any_city(talk)
     sights = talk.rng.sample(city.sights, 2)
     first, second = sights
-    turn = comparison(talk.ask(WORDINGS, "older", sight=first.name, other=second.name), sights, newest=False)
+    question = talk.ask(WORDINGS, "older", sight=first.name, other=second.name)
+    turn = comparison(question, sights, newest=False, places=False)
     talk.city, talk.listed, talk.sight, talk.fact = city, [], None, ""
     return turn
 

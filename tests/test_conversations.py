@@ -11,6 +11,7 @@ import pytest
 MODELS = Path(__file__).parents[1] / "models"
 sys.path.insert(0, str(MODELS))
 
+import copying  # noqa: E402
 import make_heldout  # noqa: E402
 import small_talk  # noqa: E402
 import travel  # noqa: E402
@@ -46,11 +47,11 @@ def test_conversations_are_well_formed_and_short():
     for messages in some(3000):
         roles = [message["role"] for message in messages]
         turns = roles[1:] if roles[0] == "system" else roles
-        assert turns == ["user", "assistant"] * (len(turns) // 2) and 2 <= len(turns) <= 8
+        assert turns == ["user", "assistant"] * (len(turns) // 2) and 2 <= len(turns) <= 2 * travel.MOST_TURNS
         assert all(message["content"].strip() == message["content"] != "" for message in messages)
         assert not any(mark in message["content"] for message in messages for mark in "{}|[]")
         assert "learn" not in messages[-1]
-        assert sum(len(message["content"]) for message in messages) / 3 < 512   # a token has more than three letters
+        assert sum(len(message["content"]) for message in messages) / 3 < 1024   # a token has more than three letters
         for message in messages:
             if message["role"] == "assistant" and message.get("learn", True):
                 assert len(message["content"]) < 450
@@ -94,8 +95,8 @@ def test_a_number_means_the_sight_at_that_place_in_any_list():
             checked += 1
         turn = travel.number(talk)
         n = next(i for i, sight in enumerate(talk.listed) if sight is talk.sight) + 1
-        assert turn.answer == talk.sight.answer
-        assert turn.answer.startswith(talk.sight.title if talk.sight.what else "I am sorry")
+        assert turn.answer.startswith(f"#{n}, {talk.sight.name}, ")
+        assert turn.answer.endswith(talk.sight.special or "only some famous places.")
         ways = {f"#{n}", str(n), travel.NUMBERS[n], travel.ORDINALS[n]} | ({"last"} if n == len(talk.listed) else set())
         assert any(way in turn.question.lower() for way in ways)
     assert checked > 500
@@ -113,9 +114,18 @@ def test_the_oldest_and_the_newest_are_what_the_dates_say(move):
             continue
         dates = [sight for sight in talk.listed if sight.year is not None]
         assert f"so {best(dates, key=lambda sight: sight.year).name} " in answer
-        assert all(sight.dated in answer or sight.dated in answer[0].lower() + answer[1:] for sight in dates)
+        assert all(sight.dated(talk.listed.index(sight) + 1) in answer for sight in dates)
         checked += 1
     assert checked > 100
+
+
+def test_an_entry_of_the_users_list_is_copied():
+    for seed in range(300):
+        talk = Talk(Random(seed))
+        turn = copying.given_list(talk)
+        n, thing = re.fullmatch(r"#(\d), (.*)\.", turn.answer).groups()
+        assert talk.things[int(n) - 1] == thing
+        assert re.search(rf"(- |\W{n}\W+){re.escape(thing)}(\s|$)", turn.question), turn
 
 
 def test_sums_are_right():
