@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.kernels.activations import (
+    SHORT,
     Activations,
     inverse_rms,
     keep_residue,
@@ -33,7 +34,7 @@ from edgemistral.kernels.attention import (
     take_query,
 )
 from edgemistral.kernels.jit import entry, inner
-from edgemistral.kernels.matmul import PAIR, MatrixAt, MatrixScratch, multiply_pair, zero_of
+from edgemistral.kernels.matmul import PAIR, STREAM, MatrixAt, MatrixScratch, multiply_pairs, streams_of, zero_of
 from edgemistral.kernels.simd import add, load_bf16_as_f32, load_f32, store_f32
 from edgemistral.kernels.team import barrier, take
 from edgemistral.layout import BLOCK, PANEL
@@ -119,16 +120,22 @@ def _normalize(rank, threads, sync, phase, shape, weights, norm, zero, tokens, s
 @inner
 def _project(rank, threads, sync, phase, weights, matrix, x, tokens, out, stride, adds, own):
     """out[token * stride + row] = (W x[token])[row], added to what is there if `adds`."""
+    streams = streams_of(tokens)
+    apart = (matrix.pairs + streams - 1) // streams
     while True:
-        first, last = take(sync, phase, threads, matrix.pairs, 2)
+        first, last = take(sync, phase, threads, apart, 2)
         if first >= last:
             break
-        for pair in range(first, last):
-            multiply_pair(weights.blob, matrix, pair, x, tokens, own.matrix)
-            for token in range(tokens):
-                for half in range(0, PAIR, PANEL):
-                    to, product = token * stride + PAIR * pair + half, load_f32(own.matrix.result, PAIR * token + half)
-                    store_f32(out, to, add(load_f32(out, to), product) if adds else product)
+        for unit in range(first, last):
+            multiply_pairs(weights.blob, matrix, unit, apart, x, tokens, own.matrix)
+            for stream in range(streams):
+                pair = unit + stream * apart
+                if pair < matrix.pairs:
+                    for token in range(tokens):
+                        for half in range(0, PAIR, PANEL):
+                            to = token * stride + PAIR * pair + half
+                            product = load_f32(own.matrix.result, STREAM * stream + PAIR * token + half)
+                            store_f32(out, to, add(load_f32(out, to), product) if adds else product)
     barrier(sync, phase, threads)
 
 
@@ -190,19 +197,28 @@ def _quantize_mixed(rank, threads, sync, phase, shape, zero, tokens, state, own)
 @inner
 def _gate_and_up(rank, threads, sync, phase, weights, matrix, zero, tokens, state, own):
     """wide = quantize(silu(w1 narrow) * w3 narrow); a unit is one block of hidden columns."""
+    streams, blocks = streams_of(tokens), matrix.pairs // PAIRS_OF_HIDDEN
+    apart = (blocks + streams - 1) // streams
     while True:
-        first, last = take(sync, phase, threads, matrix.pairs // PAIRS_OF_HIDDEN, 1)
+        first, last = take(sync, phase, threads, apart, 1)
         if first >= last:
             break
-        for block in range(first, last):
-            for pair in range(PAIRS_OF_HIDDEN):
-                multiply_pair(weights.blob, matrix, PAIRS_OF_HIDDEN * block + pair, state.narrow, tokens, own.matrix)
-                for token in range(tokens):
-                    gate = load_f32(own.matrix.result, PAIR * token)
-                    up = load_f32(own.matrix.result, PAIR * token + PANEL)
-                    store_f32(own.hidden, BLOCK * token + PANEL * pair, swiglu(gate, up))
-            for token in range(tokens):
-                quantize_block(own.hidden, BLOCK * token, zero, state.wide, tokens, token, block)
+        for unit in range(first, last):
+            for n in range(PAIRS_OF_HIDDEN):
+                pair = PAIRS_OF_HIDDEN * unit + n
+                multiply_pairs(weights.blob, matrix, pair, PAIRS_OF_HIDDEN * apart, state.narrow, tokens, own.matrix)
+                for stream in range(streams):
+                    for token in range(tokens):
+                        gate = load_f32(own.matrix.result, STREAM * stream + PAIR * token)
+                        up = load_f32(own.matrix.result, STREAM * stream + PAIR * token + PANEL)
+                        to = (SHORT * stream + token) * BLOCK + PANEL * n
+                        store_f32(own.hidden, to, swiglu(gate, up))
+            for stream in range(streams):
+                block = unit + stream * apart
+                if block < blocks:
+                    for token in range(tokens):
+                        at = (SHORT * stream + token) * BLOCK
+                        quantize_block(own.hidden, at, zero, state.wide, tokens, token, block)
     barrier(sync, phase, threads)
 
 

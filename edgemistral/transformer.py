@@ -14,7 +14,7 @@ from edgemistral.errors import BadRequest, ContextOverflow
 from edgemistral.forward import PHASES_OF_LAYER, Own, Shape, State, forward
 from edgemistral.kernels.activations import LONG, SHORT, Activations
 from edgemistral.kernels.attention import POSITIONS, ROWS, SPAN, AttentionScratch, Queries
-from edgemistral.kernels.matmul import PAIR, MatrixScratch
+from edgemistral.kernels.matmul import PAIR, STREAMS, MatrixScratch
 from edgemistral.kv_cache import KVCache
 from edgemistral.layout import ALIGNMENT, BLOCK, GROUP, GROUPS, round_up
 from edgemistral.team import Team, compile_for
@@ -142,7 +142,7 @@ def _workspace(shape: Shape, chunk: int, threads: int, array: Allocate = _aligne
             MatrixScratch(
                 weights=array(PAIR * BLOCK, np.uint8),
                 scales=array(PAIR * GROUPS, np.float32),
-                result=array(tokens * PAIR, np.float32),
+                result=array(max(tokens, STREAMS * SHORT) * PAIR, np.float32),
             ),
             AttentionScratch(
                 values=array(rows_of_span * hd, np.float32),
@@ -153,7 +153,7 @@ def _workspace(shape: Shape, chunk: int, threads: int, array: Allocate = _aligne
                 first_seen=array(ROWS, np.int64),
                 last_seen=array(ROWS, np.int64),
             ),
-            hidden=array(chunk * BLOCK, np.float32),
+            hidden=array(max(chunk, STREAMS * SHORT) * BLOCK, np.float32),
             row=array(BLOCK, np.float32),
         )
 

@@ -10,7 +10,7 @@ from packed import empty_activations
 from edgemistral import layout
 from edgemistral.kernels.activations import quantize_block, tile_size
 from edgemistral.kernels.jit import entry
-from edgemistral.kernels.matmul import PAIR, MatrixAt, MatrixScratch, multiply_pair, zero_of
+from edgemistral.kernels.matmul import PAIR, STREAM, STREAMS, MatrixAt, MatrixScratch, multiply_pairs, streams_of, zero_of
 from edgemistral.layout import BLOCK, GROUP, PANEL, round_up
 
 F32 = np.float32
@@ -24,10 +24,15 @@ def multiply(blob, matrix, x, activations, scratch, out):
         for block in range(matrix.blocks):
             at = token * x.shape[1] + BLOCK * block
             quantize_block(x.reshape(-1), at, zero_of(matrix.bits), activations, tokens, token, block)
-    for pair in range(matrix.pairs):
-        multiply_pair(blob, matrix, pair, activations, tokens, scratch)
-        for token in range(tokens):
-            out[token, PAIR * pair : PAIR * (pair + 1)] = scratch.result[PAIR * token : PAIR * (token + 1)]
+    apart = (matrix.pairs + streams_of(tokens) - 1) // streams_of(tokens)
+    for unit in range(apart):
+        multiply_pairs(blob, matrix, unit, apart, activations, tokens, scratch)
+        for stream in range(streams_of(tokens)):
+            pair = unit + stream * apart
+            if pair < matrix.pairs:
+                for token in range(tokens):
+                    at = STREAM * stream + PAIR * token
+                    out[token, PAIR * pair : PAIR * (pair + 1)] = scratch.result[at : at + PAIR]
 
 
 class Stored:
@@ -48,7 +53,7 @@ class Stored:
         """By the kernel."""
         tokens, cols = x.shape
         padded = round_up(tokens, tile_size.py_func(tokens))
-        result = np.full(padded * PAIR, np.nan, F32)
+        result = np.full(max(padded * PAIR, STREAMS * STREAM), np.nan, F32)
         scratch = MatrixScratch(np.zeros(PAIR * BLOCK, np.uint8), np.zeros(4 * PAIR, F32), result)
         out = np.full((tokens, len(self.row_scales)), np.nan, F32)
         multiply(self.blob, self.at, x, empty_activations(tokens, cols), scratch, out)

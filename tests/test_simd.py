@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numba.core.codegen import get_host_cpu_features
 
-from edgemistral.kernels import lowering, simd
+from edgemistral.kernels import lowering, matmul, simd
 from edgemistral.kernels.jit import entry
 
 F32 = np.float32
@@ -291,8 +291,21 @@ def test_operations_and_matrices_under(simd_name, cpu):
     """The tests of what lowerings change, in a process that uses this one."""
     if type(simd.LOWERING) is lowering.LOWERINGS[simd_name] and not cpu:
         pytest.skip("is what this process uses")
+    run_again(("test_simd.py", "test_matmul.py", "test_activations.py"), settings_for(simd_name, cpu))
+
+
+@pytest.mark.parametrize("ahead", ["0", "2176"])
+def test_matrices_under_prefetching(ahead):
+    """With prefetches the weights are read in one stream, without in two."""
+    if (matmul.STREAMS == 2) == (ahead == "0"):
+        pytest.skip("is what this process does")
+    run_again(("test_matmul.py",), os.environ | {"EDGEMISTRAL_PREFETCH": ahead})
+
+
+def run_again(files, environment):
+    """These tests in a process with this environment."""
     here = Path(__file__).parent
-    tests = [str(here / name) for name in ("test_simd.py", "test_matmul.py", "test_activations.py")]
+    tests = [str(here / name) for name in files]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not under", *tests]
-    done = subprocess.run(command, env=settings_for(simd_name, cpu), cwd=here.parent, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -265,11 +265,11 @@ def available() -> list[str]:
 
 
 PREFETCH_AHEAD = {"znver5": (6528, 6528)}
-"""Bytes between a load of weights and its software prefetch by the host's name: for one or two tokens, and for more.
+"""Bytes between a load of weights and its software prefetch by the host's name: for up to 4 tokens, and for more.
 
 Measured as shares of the bandwidth that plain reading has. Zen 5 decodes half as fast without and best at this distance. Zen 4
-decodes at 96 % without and at 70 to 90 % with any, for its own prefetcher needs the lines that ours would wait for; with more
-tokens it computes too long to run ahead of itself, and 4 or 8 of them are a quarter and a third faster when asked for early.
+decodes best without any, in two streams at once: a line that is asked for early takes the place of one that its own prefetcher
+would have fetched earlier. With 8 tokens it computes too long to run ahead of itself, and prefetches make them a third faster.
 """
 PREFETCH_AHEAD_ELSEWHERE = 0, 2176
 

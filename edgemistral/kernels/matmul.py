@@ -49,7 +49,11 @@ from edgemistral.kernels.unroll import registers, static, unroll, unrolled
 from edgemistral.layout import BLOCK_BYTES, CODE_ZERO, GROUPS, LEVEL_ZERO, PANEL, SCALE_BYTES
 
 PAIR = 2 * PANEL         # rows of two panels, the unit of work
-AHEAD, AHEAD_OF_MANY = prefetch_ahead()     # bytes between a load and its prefetch; 0: the processor knows best
+FEW = 4                  # most tokens that wait for memory rather than for products
+AHEAD, AHEAD_OF_MANY = prefetch_ahead()     # bytes between a load and its prefetch, for FEW tokens and for more
+# Without prefetches it is the processor that runs ahead, of each stream so far and no farther: two streams are a third faster.
+STREAMS = 1 if AHEAD else 2
+STREAM = PAIR * SHORT    # numbers from one stream to the next in a result
 BLOCK4, BLOCK8 = BLOCK_BYTES[4], BLOCK_BYTES[8]
 
 
@@ -69,7 +73,7 @@ class MatrixScratch(NamedTuple):
 
     weights: NDArray[np.uint8]     # (2 * 2048,) one block of a pair of panels, unpacked to 8 bits
     scales: NDArray[np.float32]    # (4 * 32,) its group scales
-    result: NDArray[np.float32]    # (tokens * 32,) the pair's outputs of every token
+    result: NDArray[np.float32]    # (tokens * 32,) the pair's outputs of every token; (STREAMS, SHORT, 32) for FEW tokens
 
 
 @inner
@@ -80,67 +84,80 @@ def zero_of(bits):
 
 # ---- up to SHORT tokens ----------------------------------------------------------------------------------------------
 
-def _make_panel(BITS, T):
-    """The kernel of one panel for a tile of T tokens: codes go from memory through registers, never through a buffer."""
+def _make_panels(BITS, T):
+    """The kernel of a pair of panels in every stream, for a tile of T tokens: codes never go through a buffer."""
     BYTES = BLOCK_BYTES[BITS]
-    CHAINS = 1 if T >= 8 else 2      # about 8 sums at a time hide the latency of the dot product
-    FAR = AHEAD if T <= 2 else AHEAD_OF_MANY
+    S = STREAMS if T <= FEW else 1
+    CHAINS = 1 if S * T >= 8 else 2      # about 8 sums at a time hide the latency of the dot product
+    FAR = AHEAD if T <= FEW else AHEAD_OF_MANY
     LINES = BITS // 4 if FAR else 0      # to ask for beside every 64 bytes of 4-bit codes or 128 of 8-bit ones
 
     @inner
-    @unrolled(BITS=BITS, T=T, BYTES=BYTES, CHAINS=CHAINS, FAR=FAR, LINES=LINES)
-    def panel(blob, at, blocks, levels_at, row_scales, x, result, column):
-        """result[token * 32 + column ...] = the 16 rows of the panel at byte `at` times every token."""
+    @unrolled(BITS=BITS, T=T, S=S, BYTES=BYTES, CHAINS=CHAINS, FAR=FAR, LINES=LINES)
+    def panels(blob, at, apart, panel_bytes, blocks, levels_at, row_scales, scales_apart, x, result):
+        """result[stream][token] = the 32 rows of the pair at byte `at` + stream * `apart` times every token."""
         i = registers()
         f = registers()
         w = registers()
         y = registers()
         if static(BITS == 4):
             levels = load_bytes(blob, levels_at)
-        for t in unroll(T):
-            y[t] = zero_f32()
-        for block in range(blocks):
-            base = at + block * BYTES
-            if static(LINES > 0):
-                prefetch(blob, base + FAR)
-            for t in unroll(T):
-                f[t] = zero_f32()
-            for g in range(GROUPS):
+        for half in range(2):
+            for s in unroll(S):
                 for t in unroll(T):
-                    i[t, 0] = splat_i32(x.sums[(block * GROUPS + g) * T + t])
-                    if static(CHAINS == 2):
-                        i[t, 1] = zero_i32()
-                for c in unroll(4):
-                    for line in unroll(LINES):          # evenly: a core can wait for some two dozen lines at a time
-                        prefetch(blob, base + FAR + SCALE_BYTES + 64 * ((4 * g + c) * LINES + line))
-                    if static(BITS == 4):
-                        codes = load_bytes(blob, base + SCALE_BYTES + 64 * (4 * g + c))
-                        w[0], w[1] = look_up(levels, low_nibbles(codes)), look_up(levels, high_nibbles(codes))
-                    else:
-                        w[0] = load_bytes(blob, base + SCALE_BYTES + 128 * (4 * g + c))
-                        w[1] = load_bytes(blob, base + SCALE_BYTES + 128 * (4 * g + c) + 64)
-                    for half in unroll(2):
+                    y[s, t] = zero_f32()
+            for block in range(blocks):
+                base = at + half * panel_bytes + block * BYTES
+                if static(LINES > 0):
+                    prefetch(blob, base + FAR)
+                for s in unroll(S):
+                    for t in unroll(T):
+                        f[s, t] = zero_f32()
+                for g in range(GROUPS):
+                    for s in unroll(S):
                         for t in unroll(T):
-                            four = broadcast4(x.codes, ((block * GROUPS + g) * 8 + 2 * c + half) * 4 * T + 4 * t)
+                            i[s, t, 0] = splat_i32(x.sums[(block * GROUPS + g) * T + t])
+                            if static(CHAINS == 2):
+                                i[s, t, 1] = zero_i32()
+                    for c in unroll(4):
+                        for line in unroll(LINES):          # evenly: a core can wait for some two dozen lines at a time
+                            prefetch(blob, base + FAR + SCALE_BYTES + 64 * ((4 * g + c) * LINES + line))
+                        for s in unroll(S):
+                            codes_at = base + s * apart + SCALE_BYTES
                             if static(BITS == 4):
-                                i[t, half % CHAINS] = dot4_7bit(i[t, half % CHAINS], w[half], four)
+                                codes = load_bytes(blob, codes_at + 64 * (4 * g + c))
+                                w[s, 0], w[s, 1] = look_up(levels, low_nibbles(codes)), look_up(levels, high_nibbles(codes))
                             else:
-                                i[t, half % CHAINS] = dot4(i[t, half % CHAINS], w[half], four)
-                scale = load_i8_as_f32(blob, base + 16 * g)
+                                w[s, 0] = load_bytes(blob, codes_at + 128 * (4 * g + c))
+                                w[s, 1] = load_bytes(blob, codes_at + 128 * (4 * g + c) + 64)
+                        for b in unroll(2):
+                            for t in unroll(T):
+                                four = broadcast4(x.codes, ((block * GROUPS + g) * 8 + 2 * c + b) * 4 * T + 4 * t)
+                                for s in unroll(S):
+                                    if static(BITS == 4):
+                                        i[s, t, b % CHAINS] = dot4_7bit(i[s, t, b % CHAINS], w[s, b], four)
+                                    else:
+                                        i[s, t, b % CHAINS] = dot4(i[s, t, b % CHAINS], w[s, b], four)
+                    for s in unroll(S):
+                        scale = load_i8_as_f32(blob, base + s * apart + 16 * g)
+                        for t in unroll(T):
+                            if static(CHAINS == 2):
+                                i[s, t, 0] = add_i32(i[s, t, 0], i[s, t, 1])
+                            f[s, t] = fma(to_f32(i[s, t, 0]), scale, f[s, t])
                 for t in unroll(T):
-                    if static(CHAINS == 2):
-                        i[t, 0] = add_i32(i[t, 0], i[t, 1])
-                    f[t] = fma(to_f32(i[t, 0]), scale, f[t])
-            for t in unroll(T):
-                y[t] = fma(f[t], splat_f32(x.scales[block * T + t]), y[t])
-        for t in unroll(T):
-            store_f32(result, PAIR * t + column, mul(y[t], row_scales))
+                    scale = splat_f32(x.scales[block * T + t])
+                    for s in unroll(S):
+                        y[s, t] = fma(f[s, t], scale, y[s, t])
+            for s in unroll(S):
+                scale = load_f32(blob, row_scales + s * scales_apart + 4 * PANEL * half)
+                for t in unroll(T):
+                    store_f32(result, STREAM * s + PAIR * t + PANEL * half, mul(y[s, t], scale))
 
-    return panel
+    return panels
 
 
-_panel_4bit_1, _panel_4bit_2, _panel_4bit_4, _panel_4bit_8 = (_make_panel(4, t) for t in (1, 2, 4, 8))
-_panel_8bit_1, _panel_8bit_2, _panel_8bit_4, _panel_8bit_8 = (_make_panel(8, t) for t in (1, 2, 4, 8))
+_panels_4bit_1, _panels_4bit_2, _panels_4bit_4, _panels_4bit_8 = (_make_panels(4, t) for t in (1, 2, 4, 8))
+_panels_8bit_1, _panels_8bit_2, _panels_8bit_4, _panels_8bit_8 = (_make_panels(8, t) for t in (1, 2, 4, 8))
 
 
 # ---- many tokens -----------------------------------------------------------------------------------------------------
@@ -219,36 +236,46 @@ _tiles_4bit = _make_tiles(LONG, True)
 _tiles_8bit = _tiles_4bit if type(LOWERING).dot4 is type(LOWERING).dot4_7bit else _make_tiles(LONG, False)
 
 
-# ---- a pair of panels ------------------------------------------------------------------------------------------------
+# ---- pairs of panels -------------------------------------------------------------------------------------------------
 
 @inner
-def multiply_pair(blob, matrix, pair, x, tokens, scratch):
-    """scratch.result[token][32] = rows 32 pair ... 32 pair + 31 of the matrix times every token. matrix: a MatrixAt."""
+def streams_of(tokens):
+    """Pairs of panels that are read at once for so many tokens."""
+    return STREAMS if tokens <= FEW else 1
+
+
+@inner
+def multiply_pairs(blob, matrix, pair, apart, x, tokens, scratch):
+    """scratch.result[stream][token][32] = rows 32 p ... 32 p + 31 times every token, where p = pair + stream * apart.
+
+    There are streams_of(tokens) streams, STREAM numbers from one to the next. A p behind the matrix gives no meaningful result.
+    """
     bits, blocks, levels, result = matrix.bits, matrix.blocks, matrix.levels, scratch.result
     panel_bytes = blocks * (BLOCK4 if bits == 4 else BLOCK8)
-    at, row_scales = matrix.codes + 2 * pair * panel_bytes, matrix.row_scales + 4 * PAIR * pair
+    at, scales = matrix.codes + 2 * pair * panel_bytes, matrix.row_scales + 4 * PAIR * pair
     if tokens > SHORT:
-        _multiply_tiles(blob, matrix, at, panel_bytes, row_scales, x, tokens, scratch)
+        _multiply_tiles(blob, matrix, at, panel_bytes, scales, x, tokens, scratch)
         return
-    for half in range(2):
-        panel, column, scales = at + half * panel_bytes, PANEL * half, load_f32(blob, row_scales + 4 * PANEL * half)
-        if bits == 4:
-            if tokens == 1:
-                _panel_4bit_1(blob, panel, blocks, levels, scales, x, result, column)
-            elif tokens == 2:
-                _panel_4bit_2(blob, panel, blocks, levels, scales, x, result, column)
-            elif tokens <= 4:
-                _panel_4bit_4(blob, panel, blocks, levels, scales, x, result, column)
-            else:
-                _panel_4bit_8(blob, panel, blocks, levels, scales, x, result, column)
-        elif tokens == 1:
-            _panel_8bit_1(blob, panel, blocks, levels, scales, x, result, column)
+    if pair + apart >= matrix.pairs:
+        apart = 0
+    far, scales_far = 2 * apart * panel_bytes, 4 * PAIR * apart
+    if bits == 4:
+        if tokens == 1:
+            _panels_4bit_1(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, result)
         elif tokens == 2:
-            _panel_8bit_2(blob, panel, blocks, levels, scales, x, result, column)
+            _panels_4bit_2(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, result)
         elif tokens <= 4:
-            _panel_8bit_4(blob, panel, blocks, levels, scales, x, result, column)
+            _panels_4bit_4(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, result)
         else:
-            _panel_8bit_8(blob, panel, blocks, levels, scales, x, result, column)
+            _panels_4bit_8(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, result)
+    elif tokens == 1:
+        _panels_8bit_1(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, result)
+    elif tokens == 2:
+        _panels_8bit_2(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, result)
+    elif tokens <= 4:
+        _panels_8bit_4(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, result)
+    else:
+        _panels_8bit_8(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, result)
 
 
 @inlined

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgemistral.kernels.activations import LONG
 from edgemistral.kernels.jit import entry
-from edgemistral.kernels.matmul import AHEAD
+from edgemistral.kernels.matmul import AHEAD, STREAMS
 from edgemistral.kernels.simd import (
     add_i32,
     broadcast4,
@@ -24,24 +24,26 @@ WEIGHTS, TOKENS = 2, LONG      # independent sums, as many as the kernels have
 PRODUCTS = WEIGHTS * TOKENS * 64     # of bytes, in one round
 
 
-def _make_read(LINES, PREFETCHED):
+def _make_read(LINES, PREFETCHED, STREAMS):
     @entry
-    @unrolled(LINES=LINES, PREFETCHED=PREFETCHED)
+    @unrolled(LINES=LINES, PREFETCHED=PREFETCHED, STREAMS=STREAMS)
     def read(rank, threads, sync, data, result):
-        """Nothing but loads of `data` (whole pieces of it), shared out as the kernels share out their panels."""
+        """Nothing but loads of `data` (whole pieces of it), in as many streams and shared out as the kernels' panels."""
         i = registers()
+        apart = data.size // PIECE // STREAMS * PIECE
         for line in unroll(LINES):
             i[line] = zero_i32()
         while True:
-            first, last = take(sync, 0, threads, data.size // PIECE, 1)
+            first, last = take(sync, 0, threads, apart // PIECE, 1)
             if first >= last:
                 break
             for at in range(first * PIECE, last * PIECE, 64 * LINES):
                 for line in unroll(PREFETCHED):
                     prefetch(data, at + AHEAD + 64 * line)
-                for line in unroll(LINES):
-                    v = load_bytes(data, at + 64 * line)
-                    i[line] = dot4(i[line], v, v)
+                for s in unroll(STREAMS):
+                    for line in unroll(LINES):
+                        v = load_bytes(data, at + s * apart + 64 * line)
+                        i[line] = dot4(i[line], v, v)
         for line in unroll(LINES):
             store_f32(result, 16 * line, to_f32(i[line]))      # a result, or the compiler would leave the loads out
         barrier(sync, 0, threads)
@@ -74,4 +76,4 @@ def _make_multiply(WEIGHTS, TOKENS):
     return multiply
 
 
-read, multiply = _make_read(4, 4 if AHEAD else 0), _make_multiply(WEIGHTS, TOKENS)
+read, multiply = _make_read(4, 4 if AHEAD else 0, STREAMS), _make_multiply(WEIGHTS, TOKENS)
