@@ -1,4 +1,4 @@
-"""What the demo model is trained on, without end: windows of prose, random repetitions, conversations of conversations.py.
+"""What the demo model is trained on, without end: windows of prose, and conversations of conversations.py.
 
 A batch is a pair of int64 tensors (rows, length): ids, and for each position the id to be predicted or IGNORED.
 Prose is learned word for word; of a conversation only what the assistant says, unless it has `"learn": False`.
@@ -22,8 +22,6 @@ from edgemistral.tokenizer import Tokenizer
 IGNORED = -100
 POOL = 1024   # conversations that are sorted by length before they are cut into batches: little padding
 STEP = 16     # lengths are multiples of this: PyTorch compiles its products anew for every shape, half of the time otherwise
-FIRST_PIECE = 259      # of the vocabulary that is neither a control token nor a byte
-SHORTEST_PERIOD = 8
 BYTE_ORDER_MARK = "\ufeff"   # joined e-books carry some in the middle
 Batch = tuple[Tensor, Tensor]
 
@@ -54,21 +52,6 @@ def prose_batch(ids: np.ndarray, rows: int, length: int, bos_id: int, rng: np.ra
     windows = np.stack([ids[start : start + length].astype(np.int64) for start in starts])
     inputs = np.concatenate([np.full((rows, 1), bos_id), windows[:, :-1]], axis=1)
     return torch.from_numpy(inputs), torch.from_numpy(windows)
-
-
-def repeated_batch(vocab_size: int, rows: int, length: int, bos_id: int, rng: np.random.Generator) -> Batch:
-    """Random pieces that come again and again, to be predicted from their second time on.
-
-    Nothing but looking back helps here, which prose alone does not teach a model so small.
-    """
-    ids = np.empty((rows, length + 1), np.int64)
-    targets = np.full((rows, length), IGNORED)
-    for row in range(rows):
-        period = int(rng.integers(SHORTEST_PERIOD, length // 2))
-        ids[row] = np.resize(rng.integers(FIRST_PIECE, vocab_size, period), length + 1)
-        targets[row, period:] = ids[row, period:-1]
-    inputs = np.concatenate([np.full((rows, 1), bos_id), ids[:, : length - 1]], axis=1)
-    return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
 def encode_conversation(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:

@@ -36,17 +36,17 @@ Move = Callable[[Talk], Turn]
 
 OPENINGS: dict[Move, int] = {
     travel.foreign_list: 34, travel.sights_list: 12, travel.fact: 20, travel.sight: 14, travel.when: 3, travel.where: 4,
-    travel.about_city: 5, travel.one_sight: 2, travel.older: 2, travel.not_there: 2, travel.capital_of: 2, travel.is_capital: 2,
-    small_talk.arithmetic: 16, small_talk.games: 9, small_talk.say: 5, small_talk.recall: 1, small_talk.small: 5,
-    small_talk.package: 10, small_talk.unknown_town: 6, small_talk.unknown_of_city: 3, small_talk.unknown_sight: 3,
+    travel.about_city: 5, travel.one_sight: 2, travel.older: 2, travel.not_there: 5, travel.capital_of: 2, travel.is_capital: 2,
+    small_talk.arithmetic: 40, small_talk.games: 9, small_talk.say: 5, small_talk.recall: 1, small_talk.small: 5,
+    small_talk.package: 10, small_talk.unknown_town: 9, small_talk.unknown_of_city: 3, small_talk.unknown_sight: 3,
     small_talk.refusal: 9, copying.given_list: 12, copying.echo: 6,
 }
 ABOUT_A_LIST: dict[Move, int] = {
-    travel.number: 52, travel.number_when: 7, travel.named_sight: 4, travel.oldest: 8, travel.newest: 5, travel.more: 6,
+    travel.number: 52, travel.number_when: 7, travel.named_sight: 4, travel.oldest: 12, travel.newest: 12, travel.more: 12,
     travel.too_far: 4, travel.how_many: 1, travel.fact_there: 12,
 }
 FOLLOW_UPS: dict[Move, int] = {
-    travel.fact_there: 34, travel.and_city: 6, travel.it_when: 4, travel.it_where: 4, small_talk.recall: 8, small_talk.say: 2,
+    travel.fact_there: 34, travel.and_city: 6, travel.it_when: 6, travel.it_where: 4, small_talk.recall: 10, small_talk.say: 2,
     small_talk.thanks: 5,
 }
 ABOUT_THINGS: dict[Move, int] = {copying.given_entry: 9, copying.given_length: 1}

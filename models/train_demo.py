@@ -1,4 +1,4 @@
-"""Train the demo model from scratch: English prose first, then conversations; an hour and a half on two quiet cores.
+"""Train the demo model from scratch: English prose first, then conversations; some two hours on two quiet cores.
 
     python models/train_demo.py WORK --prose BOOKS.txt --validation OTHER_BOOKS.txt
 
@@ -25,7 +25,7 @@ os.environ.setdefault("DNNL_PRIMITIVE_CACHE_CAPACITY", "8192")   # products comp
 
 import torch
 import torch.nn.functional as F
-from batches import IGNORED, Batch, chat_pool, encode_prose, prose_batch, repeated_batch
+from batches import IGNORED, Batch, chat_pool, encode_prose, prose_batch
 from network import Mistral
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -40,15 +40,12 @@ CONFIG = ModelConfig(
 )
 DEMO = Path(__file__).parent / "demo"
 SEED = 1
-FIRST_TOKENS = 2_500_000       # the first stage: prose in short windows, and repetitions
-CHAT_TOKENS = 24_500_000       # the second: conversations, and some prose so that it is not forgotten
+FIRST_TOKENS = 2_500_000       # the first stage: prose in short windows
+CHAT_TOKENS = 32_500_000       # the second: conversations, and some prose so that it is not forgotten
 TOTAL = FIRST_TOKENS + CHAT_TOKENS
-BATCH = 4096                   # tokens a step
-PART = 2048                    # tokens at a time: what they need stays in the cache
-REPEATED_SHARE = 0.25, 0.04    # of the parts of either stage
-CHAT_SHARE = 0.82              # of those of the second
-PROSE_WEIGHT = 0.25            # of a token of prose there: all words of prose are learned, a quarter of those of a conversation
-PROSE_LENGTH, LONG_PROSE_LENGTH = 256, CONFIG.context
+FIRST_PARTS = (8, 256), (8, 256)     # of a step: rows and length of windows; what a part needs stays in the cache
+CHAT_PARTS, CHAT_PART = 2, 1536      # batches of conversations in a step of the second stage, and tokens of each
+PROSE_PART, PROSE_WEIGHT = (1, 512), 0.25    # beside them. All words of prose are learned, a quarter of those of a conversation
 ROWS = 256                     # of logits at a time, for the same reason: five times as fast as all at once
 MATRIX_RATE, VECTOR_RATE, EMBEDDING_RATE = 0.016, 0.003, 0.003
 WARM_UP = 100                  # steps
@@ -81,8 +78,7 @@ class Training:
         rng = np.random.default_rng(0)
         self.held_out = {
             "prose": [prose_batch(validation, 4, CONFIG.context, CONFIG.bos_id, rng) for _ in range(8)],
-            "repeated": [repeated_batch(CONFIG.vocab_size, 8, PROSE_LENGTH, CONFIG.bos_id, rng) for _ in range(4)],
-            "chat": chat_pool(0, tokenizer, PART, CONFIG.context, "heldout")[:24],
+            "chat": chat_pool(0, tokenizer, CHAT_PART, CONFIG.context, "heldout")[:24],
         }
 
     def train_step(self) -> float:
@@ -105,28 +101,20 @@ class Training:
         return total
 
     def parts(self) -> list[tuple[Batch, float]]:
-        """The batches of this step, of about PART tokens each, and what a token of each weighs."""
+        """The batches of this step and what a token of each weighs: the same mixture in every step of a stage."""
         rng = np.random.default_rng((SEED, self.step))
-        parts: list[tuple[Batch, float]] = []
-        while sum(batch[0].numel() for batch, _ in parts) < BATCH:
-            parts.append(self.part(rng))
-        return parts
+        if self.tokens < FIRST_TOKENS:
+            return [(self.windows(shape, rng), 1.0) for shape in FIRST_PARTS]
+        return [(self.next_chat(), 1.0) for _ in range(CHAT_PARTS)] + [(self.windows(PROSE_PART, rng), PROSE_WEIGHT)]
 
-    def part(self, rng: np.random.Generator) -> tuple[Batch, float]:
-        first = self.tokens < FIRST_TOKENS
-        length = PROSE_LENGTH if first else LONG_PROSE_LENGTH
-        chosen = rng.random()
-        if chosen < REPEATED_SHARE[0 if first else 1]:
-            return repeated_batch(CONFIG.vocab_size, PART // PROSE_LENGTH, PROSE_LENGTH, CONFIG.bos_id, rng), 1.0
-        if not first and chosen > 1 - CHAT_SHARE:
-            return self.next_chat(), 1.0
-        return prose_batch(self.prose, PART // length, length, CONFIG.bos_id, rng), 1.0 if first else PROSE_WEIGHT
+    def windows(self, shape: tuple[int, int], rng: np.random.Generator) -> Batch:
+        return prose_batch(self.prose, *shape, CONFIG.bos_id, rng)
 
     def next_chat(self) -> Batch:
         if not self.batches or self.taken == len(self.batches):
             if self.batches:
                 self.pool, self.taken = self.pool + 1, 0
-            self.batches = chat_pool(self.pool, self.tokenizer, PART, CONFIG.context)
+            self.batches = chat_pool(self.pool, self.tokenizer, CHAT_PART, CONFIG.context)
         self.taken += 1
         return self.batches[self.taken - 1]
 
@@ -171,7 +159,7 @@ class Training:
             optimizer.load_state_dict(saved)
         self.__dict__.update(state)
         if self.taken:
-            self.batches = chat_pool(self.pool, self.tokenizer, PART, CONFIG.context)
+            self.batches = chat_pool(self.pool, self.tokenizer, CHAT_PART, CONFIG.context)
 
 
 def save(training: Training, path: Path) -> None:
