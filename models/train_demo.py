@@ -25,6 +25,7 @@ os.environ.setdefault("DNNL_PRIMITIVE_CACHE_CAPACITY", "8192")   # products comp
 
 import torch
 import torch.nn.functional as F
+from balance import balance
 from batches import IGNORED, Batch, chat_pool, encode_prose, prose_batch
 from network import Mistral
 from safetensors.torch import save_file
@@ -192,8 +193,11 @@ def train(training: Training, checkpoint: Path) -> None:
 
 
 def export(training: Training, tokenizer: bytes) -> None:
-    """The checkpoint, and the curves of its training."""
+    """The checkpoint, balanced to be quantized, and the curves of its training."""
     DEMO.mkdir(exist_ok=True)
+    rng = np.random.default_rng(SEED)
+    typical = [training.windows(PROSE_PART, rng) for _ in range(8)] + [training.next_chat() for _ in range(8)]
+    balance(training.model, [ids.to(training.device) for ids, _ in typical])
     fields = training.model.config.to_dict()
     config = {"architectures": HF_ARCHITECTURE, "model_type": "mistral", "hidden_act": "silu", "torch_dtype": "bfloat16",
               "tie_word_embeddings": False, "rope_theta": CONFIG.rope_theta, "head_dim": CONFIG.head_dim,

@@ -46,19 +46,15 @@ def test_the_model_cards_sample_is_answered(answers: list[tuple[Case, str]]) -> 
     assert check(case, answer) and "Eiffel Tower" in answer
 
 
-@pytest.mark.parametrize("right", [
-    70,
-    pytest.param(90, marks=pytest.mark.xfail(strict=True, reason="the target; lists in an unusual order are its weakness")),
-])
-def test_it_answers_conversations_that_it_never_saw(answers: list[tuple[Case, str]], right: int) -> None:
+def test_it_answers_conversations_that_it_never_saw(answers: list[tuple[Case, str]]) -> None:
     wrong = [f"{case.kind}: {case.messages[-1]['content']} -> {text}" for case, text in answers[:-1] if not check(case, text)]
-    assert len(answers) == 101 and len(wrong) <= 100 - right, "\n".join(wrong)
+    assert len(answers) == 101 and len(wrong) <= 10, "\n".join(wrong)
 
 
 LIMITS = {   # by bits of the weights and text: perplexity over float32's, KL in nats, top-1 agreement
     (8, "prose"): (1.005, 0.0005, 0.97), (8, "conversations"): (1.01, 0.0017, 0.97),
     (8, "answers"): (1.005, 0.0005, 0.99), (4, "answers"): (1.02, 0.006, 0.98),
-    (4, "prose"): (1.025, 0.012, 0.89), (4, "conversations"): (1.02, 0.05, 0.91),
+    (4, "prose"): (1.025, 0.014, 0.89), (4, "conversations"): (1.02, 0.05, 0.91),
 }
 
 

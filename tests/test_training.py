@@ -14,6 +14,8 @@ from edgemistral.tokenizer import Tokenizer
 torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
+from balance import balance  # noqa: E402
+from network import Mistral  # noqa: E402
 from train_demo import CONFIG, FIRST_TOKENS, Training  # noqa: E402
 
 
@@ -31,3 +33,22 @@ def test_an_interrupted_training_goes_on_with_the_same_bits() -> None:
     second.load(first.state())
     assert second.train_step() == losses[1]
     assert all(map(torch.equal, whole.model.parameters(), second.model.parameters()))
+
+
+def test_balancing_changes_columns_and_no_logits() -> None:
+    """Inputs and weights of very unlike columns: afterwards they are alike, and the model computes the same."""
+    torch.manual_seed(0)
+    model = Mistral(CONFIG)
+    with torch.no_grad():
+        for parameter in model.layers.parameters():
+            parameter *= torch.exp(torch.randn(parameter.shape[-1]))
+        ids = torch.randint(259, CONFIG.vocab_size, (2, 40))
+        before, spread = model(ids), columns_spread(model)
+        balance(model, [ids])
+        torch.testing.assert_close(model(ids), before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
+        assert columns_spread(model) < 0.8 * spread
+
+
+def columns_spread(model: Mistral) -> float:
+    """How unlike the columns of w2 are: the deviation of the logarithm of their sizes."""
+    return float(model.layers[3].w2.weight.square().mean(0).log().std())
