@@ -80,7 +80,7 @@ class Own(NamedTuple):
 
     matrix: MatrixScratch
     attention: AttentionScratch
-    hidden: NDArray[np.float32]    # (tokens * 128,) one block of SwiGLU's output for every token
+    hidden: NDArray[np.float32]    # (tokens * 128,) one block of SwiGLU's output for every token; of every stream for few
     row: NDArray[np.float32]       # (128,) one block of one token
 
 

@@ -27,7 +27,7 @@ MODELS = {
     "odd sizes": (blobs.config(), Recipe(4, 8)),
     "sliding window": (blobs.config(head_dim=64, n_heads=4, n_kv_heads=1, sliding_window=40), Recipe(8, 8)),
     "mistral heads": (blobs.config(head_dim=128, n_heads=8, n_kv_heads=2, dim=256, hidden_dim=512), Recipe(4, 4)),
-    "wide heads": (blobs.config(head_dim=96, n_heads=3, n_kv_heads=3, n_layers=1, vocab_size=33), Recipe(8, 4)),
+    "wide heads": (blobs.config(head_dim=96, n_heads=3, n_kv_heads=3, n_layers=1, vocab_size=33, hidden_dim=320), Recipe(8, 4)),
 }
 KV_BITS = (8, 16)
 
