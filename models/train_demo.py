@@ -5,7 +5,8 @@
 Needs `pip install -e '.[train]'` and a C++ compiler, or --eager. A GPU is used if there is one. Every SAVE_SECONDS, and when
 it is interrupted, the whole state is saved in the folder WORK; the same command goes on from there. At the end (or with
 --export, from what is there) the model is written to models/demo: a checkpoint that transformers loads, `losses.json` and
-`losses.png`.
+`losses.png`; how far its losses are from those of the model that was there is printed. On one machine training again gives
+the same bits, interrupted or not.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ CONFIG = ModelConfig(
 DEMO = Path(__file__).parent / "demo"
 SEED = 1
 FIRST_TOKENS = 2_500_000       # the first stage: prose in short windows
-CHAT_TOKENS = 32_500_000       # the second: conversations, and some prose so that it is not forgotten
+CHAT_TOKENS = 27_500_000       # the second: conversations, and some prose so that it is not forgotten
 TOTAL = FIRST_TOKENS + CHAT_TOKENS
 FIRST_PARTS = (8, 256), (8, 256)     # of a step: rows and length of windows; what a part needs stays in the cache
 CHAT_PARTS, CHAT_PART = 2, 1536      # batches of conversations in a step of the second stage, and tokens of each
@@ -212,6 +213,16 @@ def export(training: Training, tokenizer: bytes) -> None:
     plot(training.losses, DEMO / "losses.png")
 
 
+def compared(losses: dict[str, float], before: Path) -> str:
+    """The last losses, beside those of the model whose losses.json is `before`."""
+    rows = json.loads(before.read_text(encoding="utf-8")) if before.exists() else []
+    lines = []
+    for name in ("prose", "chat"):
+        old = f" (before {rows[-1][name]:.4f}: {losses[name] / rows[-1][name] - 1:+.2%})" if rows else ""
+        lines.append(f"held-out {name}: {losses[name]:.4f} nats a token{old}")
+    return "\n".join(lines)
+
+
 def plot(losses: list[dict[str, float]], path: Path) -> None:
     """Losses over tokens seen."""
     import matplotlib
@@ -257,6 +268,8 @@ def main(work: Path, prose: Path, validation: Path, threads: int | None, eager: 
         with contextlib.suppress(KeyboardInterrupt):
             train(training, checkpoint)
     if training.done or only_export:
+        if training.losses:
+            click.echo(compared(training.losses[-1], DEMO / "losses.json"))
         export(training, tokenizer_model)
         click.echo(f"wrote {DEMO}")
 
