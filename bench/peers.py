@@ -200,7 +200,9 @@ def main(work: Path, blob: str | None, bits: str, rounds: int, threads: int | No
     for task, row in summary.items():
         click.echo(f"{task}: {row['ours']:.2f} and {row['theirs']:.2f} tokens/s, ratio {row['ratio']:.2f} "
                    f"({row['lowest']:.2f} to {row['highest']:.2f}), {row['share']:.0%} of the limit, {row['samples']} samples")
-    save(f"peers_q{bits}_avx2" if avx2 else f"peers_q{bits}", f"python bench/peers.py WORK --bits {bits}", {
+    command = f"python bench/peers.py WORK --bits {bits}"
+    name, command = (f"peers_q{bits}_avx2", f"{command} --avx2 PYTHON") if avx2 else (f"peers_q{bits}", command)
+    save(name, command, {
         "n_layers": config.n_layers, "bits": int(bits), "threads": threads, "prompt": PROMPT, "type": TYPES[int(bits)],
         "avx2_only": bool(avx2), "llama_cpp": facts_of(avx2 or sys.executable), "samples": samples, "summary": summary,
     })
