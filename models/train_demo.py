@@ -1,4 +1,4 @@
-"""Train the demo model from scratch: English prose first, then conversations; some two hours on two quiet cores.
+"""Train the demo model from scratch: English prose first, then conversations; two and a half hours on two quiet cores.
 
     python models/train_demo.py WORK --prose BOOKS.txt --validation OTHER_BOOKS.txt
 
@@ -44,14 +44,16 @@ DEMO = Path(__file__).parent / "demo"
 SEED = 1
 FIRST_TOKENS = 2_500_000       # the first stage: prose in short windows
 CHAT_TOKENS = 27_500_000       # the second: conversations, and some prose so that it is not forgotten
-TOTAL = FIRST_TOKENS + CHAT_TOKENS
+AGAIN_TOKENS = 10_000_000      # the same once more, the rates having fallen to zero: it is now that it learns to look up a list
+TOTAL = FIRST_TOKENS + CHAT_TOKENS + AGAIN_TOKENS
 FIRST_PARTS = (8, 256), (8, 256)     # of a step: rows and length of windows; what a part needs stays in the cache
 CHAT_PARTS, CHAT_PART = 2, 1536      # batches of conversations in a step of the second stage, and tokens of each
 PROSE_PART, PROSE_WEIGHT = (1, 512), 0.25    # beside them. All words of prose are learned, a quarter of those of a conversation
 ROWS = 256                     # of logits at a time, for the same reason: five times as fast as all at once
 MATRIX_RATE, VECTOR_RATE, EMBEDDING_RATE = 0.016, 0.003, 0.003
 WARM_UP = 100                  # steps
-DECAY = 0.6                    # share of the training in which the rates fall to zero
+DECAY = 0.6                    # share of the first two stages in which the rates fall to zero
+AGAIN_RATE, AGAIN_WARM_UP = 0.6, 0.02        # of the peak rates, and the share of the last stage in which they rise to it
 VALIDATE_EVERY = 1_500_000     # tokens
 SAVE_SECONDS = 180
 
@@ -132,8 +134,12 @@ class Training:
         return torch.stack([F.cross_entropy(row.float(), target, reduction="sum") for row, target in parts]).sum()
 
     def rate(self) -> float:
-        """Share of the peak learning rates: warm-up, plateau, linear to zero."""
-        return min(1.0, (self.step + 1) / WARM_UP, max(0.0, 1 - self.tokens / TOTAL) / DECAY)
+        """Share of the peak learning rates: warm-up, plateau, linear to zero; then up again, and linear to zero."""
+        first = self.tokens / (FIRST_TOKENS + CHAT_TOKENS)
+        if first < 1:
+            return min(1.0, (self.step + 1) / WARM_UP, (1 - first) / DECAY)
+        again = (self.tokens - FIRST_TOKENS - CHAT_TOKENS) / AGAIN_TOKENS
+        return AGAIN_RATE * max(0.0, min((again + 0.001) / AGAIN_WARM_UP, 1 - again))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 from balance import balance  # noqa: E402
 from network import Mistral  # noqa: E402
-from train_demo import CONFIG, FIRST_TOKENS, Training  # noqa: E402
+from train_demo import AGAIN_RATE, AGAIN_TOKENS, CHAT_TOKENS, CONFIG, FIRST_TOKENS, TOTAL, WARM_UP, Training  # noqa: E402
 
 
 def training() -> Training:
@@ -33,6 +33,21 @@ def test_an_interrupted_training_goes_on_with_the_same_bits() -> None:
     second.load(first.state())
     assert second.train_step() == losses[1]
     assert all(map(torch.equal, whole.model.parameters(), second.model.parameters()))
+
+
+def test_rates_rise_and_fall_twice() -> None:
+    one = training()
+
+    def rate(tokens: float) -> float:
+        one.tokens = int(tokens)
+        return one.rate()
+
+    half = FIRST_TOKENS + CHAT_TOKENS
+    assert rate(0) == 1 / WARM_UP
+    one.step = WARM_UP
+    assert rate(0.3 * half) == 1 and 0 < rate(half - 1) < 1e-6
+    assert 0 < rate(half) < 0.1 * AGAIN_RATE and AGAIN_RATE / 2 < rate(half + 0.1 * AGAIN_TOKENS) < AGAIN_RATE
+    assert 0 < rate(TOTAL - 1) < 1e-6 and rate(TOTAL) == 0
 
 
 def test_balancing_changes_columns_and_no_logits() -> None:
