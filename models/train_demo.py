@@ -1,4 +1,4 @@
-"""Train the demo model from scratch: English prose first, then conversations; two and a half hours on two quiet cores.
+"""Train the demo model from scratch: English prose first, then conversations; an hour and a half on two quiet cores.
 
     python models/train_demo.py WORK --prose BOOKS.txt --validation OTHER_BOOKS.txt
 
@@ -17,7 +17,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -42,18 +42,30 @@ CONFIG = ModelConfig(
 )
 DEMO = Path(__file__).parent / "demo"
 SEED = 1
-FIRST_TOKENS = 2_500_000       # the first stage: prose in short windows
-CHAT_TOKENS = 27_500_000       # the second: conversations, and some prose so that it is not forgotten
-AGAIN_TOKENS = 10_000_000      # the same once more, the rates having fallen to zero: it is now that it learns to look up a list
-TOTAL = FIRST_TOKENS + CHAT_TOKENS + AGAIN_TOKENS
-FIRST_PARTS = (8, 256), (8, 256)     # of a step: rows and length of windows; what a part needs stays in the cache
-CHAT_PARTS, CHAT_PART = 2, 1536      # batches of conversations in a step of the second stage, and tokens of each
-PROSE_PART, PROSE_WEIGHT = (1, 512), 0.25    # beside them. All words of prose are learned, a quarter of those of a conversation
+CHAT_PART = 1536               # tokens of a batch of conversations; what a part of a step needs stays in the cache
 ROWS = 256                     # of logits at a time, for the same reason: five times as fast as all at once
-MATRIX_RATE, VECTOR_RATE, EMBEDDING_RATE = 0.016, 0.003, 0.003
+MATRIX_RATE, VECTOR_RATE, EMBEDDING_RATE = 0.02, 0.004, 0.004
 WARM_UP = 100                  # steps
-DECAY = 0.6                    # share of the first two stages in which the rates fall to zero
-AGAIN_RATE, AGAIN_WARM_UP = 0.6, 0.02        # of the peak rates, and the share of the last stage in which they rise to it
+DECAY = 0.5                    # share of the first two stages in which the rates fall to zero
+LAST_RATE, LAST_WARM_UP = 0.5, 0.02          # of the peak rates, and the share of the last stage in which they rise to it
+
+
+class Stage(NamedTuple):
+    """For how many tokens the training learns from which steps: the same mixture in every step of a stage."""
+
+    tokens: int
+    chats: int                             # batches of conversations
+    windows: tuple[tuple[int, int], ...]   # of prose, rows and length of each batch
+    prose_weight: float                    # of a token of prose, where one that an assistant says weighs 1
+
+
+STAGES = (
+    Stage(4_000_000, 0, ((8, 256),) * 4, 1.0),
+    Stage(12_000_000, 4, ((2, CONFIG.context),), 1.0),   # in steps of 8,000 tokens, as the first
+    Stage(10_000_000, 2, ((1, 512),), 0.25),             # more and smaller steps; prose so that it is not forgotten
+)
+TOTAL = sum(stage.tokens for stage in STAGES)
+FIRST_RISE = STAGES[0].tokens + STAGES[1].tokens         # the rates rise and fall over these, and once more over the rest
 VALIDATE_EVERY = 1_500_000     # tokens
 SAVE_SECONDS = 180
 
@@ -105,11 +117,11 @@ class Training:
         return total
 
     def parts(self) -> list[tuple[Batch, float]]:
-        """The batches of this step and what a token of each weighs: the same mixture in every step of a stage."""
+        """The batches of this step and what a token of each weighs."""
         rng = np.random.default_rng((SEED, self.step))
-        if self.tokens < FIRST_TOKENS:
-            return [(self.windows(shape, rng), 1.0) for shape in FIRST_PARTS]
-        return [(self.next_chat(), 1.0) for _ in range(CHAT_PARTS)] + [(self.windows(PROSE_PART, rng), PROSE_WEIGHT)]
+        stage = STAGES[sum(self.tokens >= end for end in (STAGES[0].tokens, FIRST_RISE))]
+        chats = [(self.next_chat(), 1.0) for _ in range(stage.chats)]
+        return chats + [(self.windows(shape, rng), stage.prose_weight) for shape in stage.windows]
 
     def windows(self, shape: tuple[int, int], rng: np.random.Generator) -> Batch:
         return prose_batch(self.prose, *shape, CONFIG.bos_id, rng)
@@ -135,11 +147,10 @@ class Training:
 
     def rate(self) -> float:
         """Share of the peak learning rates: warm-up, plateau, linear to zero; then up again, and linear to zero."""
-        first = self.tokens / (FIRST_TOKENS + CHAT_TOKENS)
+        first, last = self.tokens / FIRST_RISE, (self.tokens - FIRST_RISE) / STAGES[-1].tokens
         if first < 1:
             return min(1.0, (self.step + 1) / WARM_UP, (1 - first) / DECAY)
-        again = (self.tokens - FIRST_TOKENS - CHAT_TOKENS) / AGAIN_TOKENS
-        return AGAIN_RATE * max(0.0, min((again + 0.001) / AGAIN_WARM_UP, 1 - again))
+        return LAST_RATE * max(0.0, min((last + 0.001) / LAST_WARM_UP, 1 - last))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -203,7 +214,7 @@ def export(training: Training, tokenizer: bytes) -> None:
     """The checkpoint, balanced to be quantized, and the curves of its training."""
     DEMO.mkdir(exist_ok=True)
     rng = np.random.default_rng(SEED)
-    typical = [training.windows(PROSE_PART, rng) for _ in range(8)] + [training.next_chat() for _ in range(8)]
+    typical = [training.windows((1, 512), rng) for _ in range(8)] + [training.next_chat() for _ in range(8)]
     balance(training.model, [ids.to(training.device) for ids, _ in typical])
     fields = training.model.config.to_dict()
     config = {"architectures": HF_ARCHITECTURE, "model_type": "mistral", "hidden_act": "silu", "torch_dtype": "bfloat16",
@@ -240,7 +251,7 @@ def plot(losses: list[dict[str, float]], path: Path) -> None:
     tokens = [row["tokens"] / 1e6 for row in losses]
     for name, label in (("prose", "held-out prose"), ("chat", "held-out conversations")):
         axes.plot(tokens, [row[name] for row in losses], label=f"{label}: {losses[-1][name]:.3f} at the end")
-    axes.axvline(FIRST_TOKENS / 1e6, color="grey", linestyle=":", label="conversations begin")
+    axes.axvline(STAGES[0].tokens / 1e6, color="grey", linestyle=":", label="conversations begin")
     axes.set(xlabel="million tokens of training", ylabel="loss, nats a token", ylim=(0, 6))
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 from balance import balance  # noqa: E402
 from network import Mistral  # noqa: E402
-from train_demo import AGAIN_RATE, AGAIN_TOKENS, CHAT_TOKENS, CONFIG, FIRST_TOKENS, TOTAL, WARM_UP, Training  # noqa: E402
+from train_demo import CONFIG, FIRST_RISE, LAST_RATE, STAGES, TOTAL, WARM_UP, Training  # noqa: E402
 
 
 def training() -> Training:
@@ -27,7 +27,7 @@ def training() -> Training:
 
 def test_an_interrupted_training_goes_on_with_the_same_bits() -> None:
     whole, first, second = training(), training(), training()
-    whole.tokens = first.tokens = FIRST_TOKENS
+    whole.tokens = first.tokens = FIRST_RISE
     losses = [whole.train_step() for _ in range(2)]
     assert first.train_step() == losses[0]
     second.load(first.state())
@@ -42,11 +42,10 @@ def test_rates_rise_and_fall_twice() -> None:
         one.tokens = int(tokens)
         return one.rate()
 
-    half = FIRST_TOKENS + CHAT_TOKENS
     assert rate(0) == 1 / WARM_UP
     one.step = WARM_UP
-    assert rate(0.3 * half) == 1 and 0 < rate(half - 1) < 1e-6
-    assert 0 < rate(half) < 0.1 * AGAIN_RATE and AGAIN_RATE / 2 < rate(half + 0.1 * AGAIN_TOKENS) < AGAIN_RATE
+    assert rate(0.4 * FIRST_RISE) == 1 and 0 < rate(FIRST_RISE - 1) < 1e-6
+    assert 0 < rate(FIRST_RISE) < 0.1 * LAST_RATE and LAST_RATE / 2 < rate(FIRST_RISE + 0.1 * STAGES[-1].tokens) < LAST_RATE
     assert 0 < rate(TOTAL - 1) < 1e-6 and rate(TOTAL) == 0
 
 
