@@ -1,12 +1,11 @@
-"""Train the demo model from scratch: English prose first, then conversations; an hour and a half on two quiet cores.
+"""Train the demo model from scratch: English prose first, then conversations; some one and a half hours on two quiet cores.
 
     python models/train_demo.py WORK --prose BOOKS.txt --validation OTHER_BOOKS.txt
 
 Needs `pip install -e '.[train]'` and a C++ compiler, or --eager. A GPU is used if there is one. Every SAVE_SECONDS, and when
 it is interrupted, the whole state is saved in the folder WORK; the same command goes on from there. At the end (or with
 --export, from what is there) the model is written to models/demo: a checkpoint that transformers loads, `losses.json` and
-`losses.png`; how far its losses are from those of the model that was there is printed. On one machine training again gives
-the same bits, interrupted or not.
+`losses.png`; how far its losses are from those of the model that was there is printed.
 """
 
 from __future__ import annotations
