@@ -1,4 +1,4 @@
-"""Train the demo model from scratch: English prose first, then conversations; some one and a half hours on two quiet cores.
+"""Train the demo model from scratch: English prose first, then conversations; one to two hours on two quiet cores.
 
     python models/train_demo.py WORK --prose BOOKS.txt --validation OTHER_BOOKS.txt
 
@@ -11,6 +11,7 @@ it is interrupted, the whole state is saved in the folder WORK; the same command
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -46,25 +47,27 @@ ROWS = 256                     # of logits at a time, for the same reason: five 
 MATRIX_RATE, VECTOR_RATE, EMBEDDING_RATE = 0.02, 0.004, 0.004
 WARM_UP = 100                  # steps
 DECAY = 0.5                    # share of the first two stages in which the rates fall to zero
-LAST_RATE, LAST_WARM_UP = 0.5, 0.02          # of the peak rates, and the share of the last stage in which they rise to it
+LATER_WARM_UP = 0.02           # share of each later stage in which they rise again
 
 
 class Stage(NamedTuple):
-    """For how many tokens the training learns from which steps: the same mixture in every step of a stage."""
+    """For how many tokens the training learns from which steps, the same mixture in each, and how fast."""
 
     tokens: int
     chats: int                             # batches of conversations
     windows: tuple[tuple[int, int], ...]   # of prose, rows and length of each batch
     prose_weight: float                    # of a token of prose, where one that an assistant says weighs 1
+    rate: float                            # highest, as a share of the peak rates
 
 
 STAGES = (
-    Stage(4_000_000, 0, ((8, 256),) * 4, 1.0),
-    Stage(12_000_000, 4, ((2, CONFIG.context),), 1.0),   # in steps of 8,000 tokens, as the first
-    Stage(10_000_000, 2, ((1, 512),), 0.25),             # more and smaller steps; prose so that it is not forgotten
+    Stage(4_000_000, 0, ((8, 256),) * 4, 1.0, 1.0),
+    Stage(12_000_000, 4, ((2, CONFIG.context),), 1.0, 1.0),   # in steps of 8,000 tokens, as the first
+    Stage(10_000_000, 2, ((1, 512),), 0.25, 0.5),             # more and smaller steps; prose so that it is not forgotten
+    Stage(7_000_000, 2, ((1, 512),), 0.25, 0.4),
 )
-TOTAL = sum(stage.tokens for stage in STAGES)
-FIRST_RISE = STAGES[0].tokens + STAGES[1].tokens         # the rates rise and fall over these, and once more over the rest
+BEGINS = (0, *itertools.accumulate(stage.tokens for stage in STAGES))
+FIRST_FALL, TOTAL = BEGINS[2], BEGINS[-1]                # the rates rise and fall over two stages, then over each once more
 VALIDATE_EVERY = 1_500_000     # tokens
 SAVE_SECONDS = 180
 
@@ -118,7 +121,7 @@ class Training:
     def parts(self) -> list[tuple[Batch, float]]:
         """The batches of this step and what a token of each weighs."""
         rng = np.random.default_rng((SEED, self.step))
-        stage = STAGES[sum(self.tokens >= end for end in (STAGES[0].tokens, FIRST_RISE))]
+        stage = STAGES[self.stage]
         chats = [(self.next_chat(), 1.0) for _ in range(stage.chats)]
         return chats + [(self.windows(shape, rng), stage.prose_weight) for shape in stage.windows]
 
@@ -144,12 +147,17 @@ class Training:
         parts = zip(logits.split(ROWS), targets.split(ROWS), strict=True)
         return torch.stack([F.cross_entropy(row.float(), target, reduction="sum") for row, target in parts]).sum()
 
+    @property
+    def stage(self) -> int:
+        return sum(self.tokens >= end for end in BEGINS[1:-1])
+
     def rate(self) -> float:
-        """Share of the peak learning rates: warm-up, plateau, linear to zero; then up again, and linear to zero."""
-        first, last = self.tokens / FIRST_RISE, (self.tokens - FIRST_RISE) / STAGES[-1].tokens
-        if first < 1:
-            return min(1.0, (self.step + 1) / WARM_UP, (1 - first) / DECAY)
-        return LAST_RATE * max(0.0, min((last + 0.001) / LAST_WARM_UP, 1 - last))
+        """Share of the peak learning rates: warm-up, plateau, linear to zero; then in each stage up again, and linear to zero."""
+        if self.tokens < FIRST_FALL:
+            return min(1.0, (self.step + 1) / WARM_UP, (1 - self.tokens / FIRST_FALL) / DECAY)
+        stage = STAGES[self.stage]
+        seen = (self.tokens - BEGINS[self.stage]) / stage.tokens
+        return stage.rate * max(0.0, min((seen + 0.001) / LATER_WARM_UP, 1 - seen))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

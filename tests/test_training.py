@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 from balance import balance  # noqa: E402
 from network import Mistral  # noqa: E402
-from train_demo import CONFIG, FIRST_RISE, LAST_RATE, STAGES, TOTAL, WARM_UP, Training  # noqa: E402
+from train_demo import BEGINS, CONFIG, FIRST_FALL, STAGES, TOTAL, WARM_UP, Training  # noqa: E402
 
 
 def training() -> Training:
@@ -27,7 +27,7 @@ def training() -> Training:
 
 def test_an_interrupted_training_goes_on_with_the_same_bits() -> None:
     whole, first, second = training(), training(), training()
-    whole.tokens = first.tokens = FIRST_RISE
+    whole.tokens = first.tokens = FIRST_FALL
     losses = [whole.train_step() for _ in range(2)]
     assert first.train_step() == losses[0]
     second.load(first.state())
@@ -35,7 +35,7 @@ def test_an_interrupted_training_goes_on_with_the_same_bits() -> None:
     assert all(map(torch.equal, whole.model.parameters(), second.model.parameters()))
 
 
-def test_rates_rise_and_fall_twice() -> None:
+def test_rates_rise_and_fall_in_the_first_two_stages_and_in_each_later_one() -> None:
     one = training()
 
     def rate(tokens: float) -> float:
@@ -44,9 +44,11 @@ def test_rates_rise_and_fall_twice() -> None:
 
     assert rate(0) == 1 / WARM_UP
     one.step = WARM_UP
-    assert rate(0.4 * FIRST_RISE) == 1 and 0 < rate(FIRST_RISE - 1) < 1e-6
-    assert 0 < rate(FIRST_RISE) < 0.1 * LAST_RATE and LAST_RATE / 2 < rate(FIRST_RISE + 0.1 * STAGES[-1].tokens) < LAST_RATE
-    assert 0 < rate(TOTAL - 1) < 1e-6 and rate(TOTAL) == 0
+    assert rate(0.4 * FIRST_FALL) == 1 and 0 < rate(FIRST_FALL - 1) < 1e-6
+    for stage, begin, end in zip(STAGES[2:], BEGINS[2:], BEGINS[3:], strict=True):
+        assert 0 < rate(begin) < 0.1 * stage.rate and stage.rate / 2 < rate(begin + 0.1 * stage.tokens) < stage.rate
+        assert 0 < rate(end - 1) < 1e-6
+    assert rate(TOTAL) == 0
 
 
 def test_balancing_changes_columns_and_no_logits() -> None:
