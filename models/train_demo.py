@@ -67,7 +67,8 @@ STAGES = (
     Stage(7_000_000, 2, ((1, 512),), 0.25, 0.4),
 )
 BEGINS = (0, *itertools.accumulate(stage.tokens for stage in STAGES))
-FIRST_FALL, TOTAL = BEGINS[2], BEGINS[-1]                # the rates rise and fall over two stages, then over each once more
+LATER = 2                      # from this stage on the rates rise and fall in each; before, once over all
+FIRST_FALL, TOTAL = BEGINS[LATER], BEGINS[-1]
 VALIDATE_EVERY = 1_500_000     # tokens
 SAVE_SECONDS = 180
 
@@ -101,7 +102,8 @@ class Training:
 
     def train_step(self) -> float:
         """One step; the mean loss of its tokens."""
-        parts = self.parts()
+        stage = self.stage
+        parts = self.parts(STAGES[stage])
         counted = sum(weight * int((targets != IGNORED).sum()) for (_, targets), weight in parts)
         total = 0.0
         for batch, weight in parts:
@@ -109,7 +111,7 @@ class Training:
             loss.backward()
             total += float(loss.detach())
             self.tokens += batch[0].numel()
-        rate = self.rate()
+        rate = self.rate(stage)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
@@ -118,10 +120,14 @@ class Training:
         self.step += 1
         return total
 
-    def parts(self) -> list[tuple[Batch, float]]:
+    @property
+    def stage(self) -> int:
+        """Of the next step."""
+        return sum(self.tokens >= end for end in BEGINS[1:-1])
+
+    def parts(self, stage: Stage) -> list[tuple[Batch, float]]:
         """The batches of this step and what a token of each weighs."""
         rng = np.random.default_rng((SEED, self.step))
-        stage = STAGES[self.stage]
         chats = [(self.next_chat(), 1.0) for _ in range(stage.chats)]
         return chats + [(self.windows(shape, rng), stage.prose_weight) for shape in stage.windows]
 
@@ -147,17 +153,13 @@ class Training:
         parts = zip(logits.split(ROWS), targets.split(ROWS), strict=True)
         return torch.stack([F.cross_entropy(row.float(), target, reduction="sum") for row, target in parts]).sum()
 
-    @property
-    def stage(self) -> int:
-        return sum(self.tokens >= end for end in BEGINS[1:-1])
-
-    def rate(self) -> float:
-        """Share of the peak learning rates: warm-up, plateau, linear to zero; then in each stage up again, and linear to zero."""
+    def rate(self, stage: int) -> float:
+        """Share of the peak rates in a step of this stage: warm-up, plateau, linear to zero; later up and to zero again."""
         if self.tokens < FIRST_FALL:
             return min(1.0, (self.step + 1) / WARM_UP, (1 - self.tokens / FIRST_FALL) / DECAY)
-        stage = STAGES[self.stage]
-        seen = (self.tokens - BEGINS[self.stage]) / stage.tokens
-        return stage.rate * max(0.0, min((seen + 0.001) / LATER_WARM_UP, 1 - seen))
+        stage = max(stage, LATER)
+        seen = (self.tokens - BEGINS[stage]) / STAGES[stage].tokens
+        return STAGES[stage].rate * max(0.0, min((seen + 0.001) / LATER_WARM_UP, 1 - seen))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

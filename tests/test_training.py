@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 from balance import balance  # noqa: E402
 from network import Mistral  # noqa: E402
-from train_demo import BEGINS, CONFIG, FIRST_FALL, STAGES, TOTAL, WARM_UP, Training  # noqa: E402
+from train_demo import BEGINS, CONFIG, FIRST_FALL, LATER, STAGES, TOTAL, WARM_UP, Training  # noqa: E402
 
 
 def training() -> Training:
@@ -38,17 +38,18 @@ def test_an_interrupted_training_goes_on_with_the_same_bits() -> None:
 def test_rates_rise_and_fall_in_the_first_two_stages_and_in_each_later_one() -> None:
     one = training()
 
-    def rate(tokens: float) -> float:
+    def rate(tokens: float, stage: int) -> float:
         one.tokens = int(tokens)
-        return one.rate()
+        return one.rate(stage)
 
-    assert rate(0) == 1 / WARM_UP
+    assert rate(0, 0) == 1 / WARM_UP
     one.step = WARM_UP
-    assert rate(0.4 * FIRST_FALL) == 1 and 0 < rate(FIRST_FALL - 1) < 1e-6
-    for stage, begin, end in zip(STAGES[2:], BEGINS[2:], BEGINS[3:], strict=True):
-        assert 0 < rate(begin) < 0.1 * stage.rate and stage.rate / 2 < rate(begin + 0.1 * stage.tokens) < stage.rate
-        assert 0 < rate(end - 1) < 1e-6
-    assert rate(TOTAL) == 0
+    assert rate(0.4 * FIRST_FALL, 1) == 1 and 0 < rate(FIRST_FALL - 1, 1) < 1e-6
+    for n in range(LATER, len(STAGES)):
+        begin, end, peak = BEGINS[n], BEGINS[n + 1], STAGES[n].rate
+        assert 0 < rate(begin, n) < 0.1 * peak and peak / 2 < rate(begin + 0.1 * STAGES[n].tokens, n) < peak
+        assert 0 < rate(end - 1, n) < 1e-6 and rate(end + 100, n) == 0
+    assert end == TOTAL
 
 
 def test_balancing_changes_columns_and_no_logits() -> None:
