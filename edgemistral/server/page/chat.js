@@ -261,8 +261,9 @@ document.addEventListener("keydown", (event) => {
   }
 });
 $("new").addEventListener("click", () => {
-  if (location.hash) location.hash = "";
-  else open();
+  // Opened at once, not at the event that a change of location.hash brings: what is typed next belongs to the new chat.
+  if (location.hash) history.pushState(null, "", location.pathname + location.search);
+  open();
   closeSide();
   draft.focus();
 });
