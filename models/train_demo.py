@@ -103,7 +103,7 @@ class Training:
     def train_step(self) -> float:
         """One step; the mean loss of its tokens."""
         stage = self.stage
-        parts = self.parts(STAGES[stage])
+        parts = self.parts(stage)
         counted = sum(weight * int((targets != IGNORED).sum()) for (_, targets), weight in parts)
         total = 0.0
         for batch, weight in parts:
@@ -122,14 +122,15 @@ class Training:
 
     @property
     def stage(self) -> int:
-        """Of the next step."""
+        """Index of the stage that the next step belongs to, with all of its tokens."""
         return sum(self.tokens >= end for end in BEGINS[1:-1])
 
-    def parts(self, stage: Stage) -> list[tuple[Batch, float]]:
+    def parts(self, stage: int) -> list[tuple[Batch, float]]:
         """The batches of this step and what a token of each weighs."""
         rng = np.random.default_rng((SEED, self.step))
-        chats = [(self.next_chat(), 1.0) for _ in range(stage.chats)]
-        return chats + [(self.windows(shape, rng), stage.prose_weight) for shape in stage.windows]
+        _, chats, windows, prose_weight, _ = STAGES[stage]
+        learned = [(self.next_chat(), 1.0) for _ in range(chats)]
+        return learned + [(self.windows(shape, rng), prose_weight) for shape in windows]
 
     def windows(self, shape: tuple[int, int], rng: np.random.Generator) -> Batch:
         return prose_batch(self.prose, *shape, CONFIG.bos_id, rng)
@@ -157,7 +158,7 @@ class Training:
         """Share of the peak rates in a step of this stage: warm-up, plateau, linear to zero; later up and to zero again."""
         if self.tokens < FIRST_FALL:
             return min(1.0, (self.step + 1) / WARM_UP, (1 - self.tokens / FIRST_FALL) / DECAY)
-        stage = max(stage, LATER)
+        stage = max(stage, LATER)      # the step that ends the first fall began before it
         seen = (self.tokens - BEGINS[stage]) / STAGES[stage].tokens
         return STAGES[stage].rate * max(0.0, min((seen + 0.001) / LATER_WARM_UP, 1 - seen))
 

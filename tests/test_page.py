@@ -262,6 +262,10 @@ def test_chats_outlive_a_reload_also_in_the_middle_of_an_answer(page, actor, app
     expect(answer(page).locator(".body")).to_have_text(LONG)
     page.get_by_role("link", name="First chat").click()
     expect(answer(page)).to_contain_text("Answer to First chat.")
+    page.get_by_role("button", name="New chat").click()
+    expect(page.get_by_role("heading", name="New chat")).to_be_visible()
+    page.go_back()
+    expect(answer(page)).to_contain_text("Answer to First chat.")
 
 
 def menu(page, chat, item):
