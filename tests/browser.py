@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake import tiny_config
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 from serving import TOKENIZER, SlowTransformer
 
 from edgemistral.engine import Engine
@@ -40,6 +40,26 @@ def running_browser(*flags: str) -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def opened(browser, url, **options):
+    """A page of a fresh profile; what it complains about fails the test."""
+    problems = []
+    context = browser.new_context(**options)
+    context.set_default_timeout(5000)
+    context.add_init_script(
+        "addEventListener('securitypolicyviolation', (e) => console.error('CSP', e.violatedDirective, e.blockedURI))")
+    page = context.new_page()
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+    page.on("dialog", lambda dialog: problems.append(dialog.message))
+    page.goto(url)
+    try:
+        yield page
+        assert [problem for problem in problems if "Failed to load resource" not in problem] == []
+    finally:
+        context.close()
 
 
 class Actor(Model):
@@ -79,3 +99,28 @@ class _Stage(SlowTransformer):
         logits = np.zeros(self.config.vocab_size, np.float32)
         logits[self.answers[prompt][len(ids) - len(prompt)]] = 100
         return logits
+
+
+# ---- what most tests say and do -------------------------------------------------------------------------------------
+
+LONG = " ".join(f"word{i}" for i in range(200))
+
+
+def script(messages):
+    """What the model says: a long text, what it is told to say, or which question it answers."""
+    *_, user = (message["content"] for message in messages if message["role"] == "user")
+    if user.startswith("long"):
+        return LONG
+    return user.partition(":")[2] if user.startswith("say:") else f"Answer to {user}."
+
+
+def send(page, text):
+    """Write it, and send it as soon as the page takes it."""
+    page.get_by_label("Message", exact=True).fill(text)
+    expect(page.get_by_role("button", name="Send (Enter)")).to_be_enabled()
+    page.keyboard.press("Enter")
+
+
+def answer(page):
+    """The last answer."""
+    return page.locator("article.assistant").last

@@ -9,14 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import uvicorn
 from fake import FakeTransformer, tiny_config
 
 from edgemistral.engine import Engine
 from edgemistral.model import Model
-from edgemistral.server import runner
+from edgemistral.server import create_app, runner
 from edgemistral.tokenizer import Tokenizer
 
+USER = [{"role": "user", "content": "Where is it?"}]
+CHAT = "/v1/chat/completions"
 TOKENIZER = Path(__file__).parent / "data" / "tokenizer.model"
 
 
@@ -72,3 +75,44 @@ def wait_for(condition, seconds=5.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.005)
+
+
+class Server:
+    """A server over a fake model, with what the tests look at; settings are those of `create_app`."""
+
+    def __init__(self, seconds=0.01, chunk=64, **settings):
+        self.model = fake_model(seconds, chunk=chunk)
+        self.transformer = self.model.engine._transformer
+        self.app = create_app(self.model, **settings)
+        self.scheduler = self.app.state.service.scheduler
+        self._serving = serving(self.app)
+
+    def __enter__(self):
+        self.url = self._serving.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self._serving.__exit__(*error)
+
+    @property
+    def address(self):
+        return "127.0.0.1", int(self.url.rpartition(":")[2])
+
+    def idle(self):
+        wait_for(lambda: not self.scheduler.running and not self.scheduler.waiting)
+
+    def stops_within(self, calls, action):
+        """After the action, at most so many more calls of the model."""
+        before = len(self.transformer.calls)
+        action()
+        self.idle()
+        assert len(self.transformer.calls) <= before + calls
+
+    def post(self, body, path=CHAT, **headers):
+        return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=30)
+
+    def raw(self, content):
+        """Everything that comes back for these bytes."""
+        with socket.create_connection(self.address, timeout=5) as connection:
+            connection.sendall(content)
+            return b"".join(iter(lambda: connection.recv(1 << 16), b""))

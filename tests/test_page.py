@@ -5,53 +5,20 @@ from __future__ import annotations
 import json
 import mimetypes
 import re
-import threading
-from contextlib import contextmanager
 
 import httpx
 import pytest
-from browser import Actor, running_browser
+from browser import LONG, Actor, answer, opened, running_browser, script, send
 from playwright.sync_api import expect
 from serving import serving, wait_for
 
 from edgemistral.server import create_app
-
-LONG = " ".join(f"word{i}" for i in range(200))
-KEY = "a-key-of-ours"
-
-
-def script(messages):
-    """What the model says: a long text, what it is told to say, or which question it answers."""
-    *_, user = (message["content"] for message in messages if message["role"] == "user")
-    if user.startswith("long"):
-        return LONG
-    return user.partition(":")[2] if user.startswith("say:") else f"Answer to {user}."
 
 
 @pytest.fixture(scope="module")
 def browser():
     with running_browser() as browser:
         yield browser
-
-
-@contextmanager
-def opened(browser, url, **options):
-    """A page of a fresh profile; what it complains about fails the test."""
-    problems = []
-    context = browser.new_context(**options)
-    context.set_default_timeout(5000)
-    context.add_init_script(
-        "addEventListener('securitypolicyviolation', (e) => console.error('CSP', e.violatedDirective, e.blockedURI))")
-    page = context.new_page()
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: message.type == "error" and problems.append(message.text))
-    page.on("dialog", lambda dialog: problems.append(dialog.message))
-    page.goto(url)
-    try:
-        yield page
-        assert [problem for problem in problems if "Failed to load resource" not in problem] == []
-    finally:
-        context.close()
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +46,6 @@ def page(browser, url, actor):
         yield page
 
 
-def send(page, text):
-    """Write it, and send it as soon as the page takes it."""
-    page.get_by_label("Message", exact=True).fill(text)
-    expect(page.get_by_role("button", name="Send (Enter)")).to_be_enabled()
-    page.keyboard.press("Enter")
-
-
-def answer(page):
-    """The last answer."""
-    return page.locator("article.assistant").last
-
-
 def idle(app):
     wait_for(lambda: not app.state.service.scheduler.running and not app.state.service.scheduler.waiting)
 
@@ -99,6 +54,14 @@ def test_scripts_have_their_type_even_where_the_registry_has_another(monkeypatch
     monkeypatch.setitem(mimetypes.types_map, ".js", "text/plain")
     with serving(create_app(Actor(script))) as url:
         assert httpx.get(f"{url}/page/chat.js").headers["content-type"].startswith("text/javascript")
+
+
+def test_the_description_for_programs(browser, url):
+    with opened(browser, f"{url}/docs") as page:
+        expect(page.get_by_role("heading", name="POST /v1/chat/completions")).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.get_by_role("link", name="here").click()
+        expect(page.get_by_label("Message", exact=True)).to_be_visible()
 
 
 # ---- one chat --------------------------------------------------------------------------------------------------------
@@ -390,93 +353,3 @@ def test_light_and_dark(browser, url):
         page.get_by_role("button", name="Colours: light").click()
         page.emulate_media(color_scheme="light")
         assert is_dark(page)
-
-
-# ---- what can go wrong -----------------------------------------------------------------------------------------------
-
-def test_a_key_is_asked_for(browser):
-    with serving(create_app(Actor(script), api_key=KEY)) as url, opened(browser, url) as page:
-        page.get_by_role("textbox", name="API key").fill("wrong ключ")
-        page.keyboard.press("Enter")
-        expect(page.get_by_role("textbox", name="API key")).to_have_value("")
-        page.get_by_role("textbox", name="API key").fill(KEY)
-        page.keyboard.press("Enter")
-        expect(page.locator("#server")).to_have_text("actor-q4")
-        send(page, "Hello")
-        expect(answer(page)).to_contain_text("Answer to Hello.")
-        page.reload()
-        expect(page.locator("#server")).to_have_text("actor-q4")
-        assert KEY not in json.dumps(page.evaluate("Object.values(localStorage)"))
-
-
-def test_the_page_waits_for_the_model(browser):
-    go = threading.Event()
-
-    def load():
-        assert go.wait(10)
-        return Actor(script)
-
-    with serving(create_app(load)) as url, opened(browser, url) as page:
-        expect(page.locator("#server")).to_have_text("Loading the model")
-        page.get_by_label("Message", exact=True).fill("Hello")
-        page.keyboard.press("Enter")
-        expect(page.get_by_text("The model is not ready yet.")).to_be_visible()
-        expect(page.get_by_label("Message", exact=True)).to_have_value("Hello")   # nothing is lost
-        go.set()
-        expect(page.locator("#server")).to_have_text("actor-q4")
-        page.keyboard.press("Enter")
-        expect(answer(page)).to_contain_text("Answer to Hello.")
-
-
-def test_a_server_that_is_gone_and_comes_back(browser, url, actor):
-    actor.stage.seconds = 0
-    with opened(browser, url) as page:
-        expect(page.locator("#server")).to_have_text("actor-q4")
-        page.context.set_offline(True)
-        send(page, "Hello")
-        expect(page.locator("#notice")).to_contain_text("The server does not answer.")
-        expect(page.locator("#server")).to_have_text("Not connected")
-        page.context.set_offline(False)
-        expect(page.locator("#server")).to_have_text("actor-q4")
-        page.get_by_role("button", name="Try again").click()
-        expect(answer(page)).to_contain_text("Answer to Hello.")
-
-
-def test_a_stream_that_breaks_keeps_what_came(browser):
-    actor = Actor(script)
-    actor.stage.seconds = 0.02
-    with opened(browser, "about:blank") as page:
-        with serving(create_app(actor)) as url:
-            page.goto(url)
-            send(page, "long")
-            expect(answer(page)).to_contain_text("word3 ")
-            actor.stage.seconds = 0.2
-        expect(page.locator("#notice")).to_have_class("error")
-        expect(answer(page)).to_contain_text("word3 ")
-        expect(page.locator("#server")).to_have_text("Not connected")
-
-
-def test_a_full_queue_and_a_full_context_are_said_in_a_line(browser):
-    actor = Actor(script, context=400)
-    actor.stage.seconds = 0.02
-    with serving(create_app(actor, queue=1)) as url, opened(browser, url) as page:
-        for name in ("long 1", "long 2", "long 3"):
-            page.get_by_role("button", name="New chat").click()
-            send(page, name)
-            expect(page.locator("article.user")).to_contain_text(name)
-        expect(page.locator("#notice")).to_contain_text(re.compile(r"Too many requests are waiting. Try again in \d+ s."))
-        actor.stage.seconds = 0
-        page.get_by_role("link", name="long 1").click()
-        expect(answer(page).locator("footer")).to_contain_text("The model's context is full")
-        page.get_by_label("Message", exact=True).fill("too much of it " * 40)
-        expect(page.locator("#context")).to_have_class("full")
-        page.keyboard.press("Enter")
-        expect(page.locator("#notice")).to_contain_text("This conversation is too long for the model")
-
-
-def test_the_description_for_programs(browser, url):
-    with opened(browser, f"{url}/docs") as page:
-        expect(page.get_by_role("heading", name="POST /v1/chat/completions")).to_be_visible()
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        page.get_by_role("link", name="here").click()
-        expect(page.get_by_label("Message", exact=True)).to_be_visible()
