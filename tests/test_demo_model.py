@@ -18,6 +18,7 @@ from edgemistral.tokenizer import Tokenizer
 MODELS = Path(__file__).parents[1] / "models"
 sys.path.insert(0, str(MODELS))
 
+import exam  # noqa: E402
 from conversations import Case, check, heldout, sample  # noqa: E402
 from heldout_texts import texts  # noqa: E402
 
@@ -37,8 +38,7 @@ def blob(bits: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(blob: Path) -> list[tuple[Case, str]]:
-    with edgemistral.load(blob, kv_bits=8) as model:
-        return [(case, "".join(model.chat(case.messages, 200, temperature=0))) for case in [*heldout(), sample()]]
+    return exam.answers(blob, [*heldout(), sample()])
 
 
 def test_the_model_cards_sample_is_answered(answers: list[tuple[Case, str]]) -> None:
