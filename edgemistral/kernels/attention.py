@@ -352,19 +352,19 @@ def attend(cache, kv, layer, n_layers, n_kv_heads, head, group, head_dim, window
         at = block_at(kv, layer, n_layers, n_kv_heads, head, block)
         ahead = block_at(kv, layer, n_layers, n_kv_heads, head, min(block + 1, end))
         for row in range(0, rows, ROWS):
-            masked, any_seen = False, False
+            masked, seeing = 0, 0    # rows; not flags, which start as a literal: numba compiles a tile for that and for others
             for r in range(ROWS):
                 seen = position + first + min(row + r, rows - 1) // group - POSITIONS * block
                 first_seen[r], last_seen[r] = max(seen - window + 1, -1), min(seen, POSITIONS)
-                masked |= seen < POSITIONS - 1 or seen - window + 1 > 0
-                any_seen |= seen >= 0 and seen - window + 1 < POSITIONS
-            if not any_seen:
+                masked += seen < POSITIONS - 1 or seen - window + 1 > 0
+                seeing += seen >= 0 and seen - window + 1 < POSITIONS
+            if seeing == 0:
                 continue
             tile_at = (head * rows_of_head + first * group + row) // ROWS
             if kv.bits == 8:
-                _tile_8bit(cache, at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch)
+                _tile_8bit(cache, at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked > 0, scratch)
             else:
-                _tile_16bit(cache, at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch)
+                _tile_16bit(cache, at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked > 0, scratch)
     for r in range(rows):
         to = (first + r // group) * stride + (head * group + r % group) * head_dim
         factor = splat_f32(np.float32(1) / total(load_f32(scratch.sums, 16 * r)))
