@@ -55,7 +55,7 @@ def test_features_count_beside_the_cpu():
 
 def test_prefetching_is_the_hosts_matter(monkeypatch):
     monkeypatch.delenv("EDGEMISTRAL_PREFETCH", raising=False)
-    for host, ahead in (("znver5", (6528, 6528)), ("znver4", (0, 2176)), ("alderlake", (0, 2176))):
+    for host, ahead in (("znver5", (2720, 6528)), ("znver4", (0, 2176)), ("alderlake", (0, 2176))):
         monkeypatch.setattr(llvmlite.binding, "get_host_cpu_name", lambda host=host: host)
         assert lowering.prefetch_ahead() == ahead
     monkeypatch.setenv("EDGEMISTRAL_PREFETCH", "2048")

@@ -51,8 +51,7 @@ from edgemistral.layout import BLOCK_BYTES, CODE_ZERO, GROUPS, LEVEL_ZERO, PANEL
 PAIR = 2 * PANEL         # rows of two panels, the unit of work
 FEW = 4                  # most tokens that wait for memory rather than for products
 AHEAD, AHEAD_OF_MANY = prefetch_ahead()     # bytes between a load and its prefetch, for FEW tokens and for more
-# Without prefetches it is the processor that runs ahead, of each stream so far and no farther: two streams are a third faster.
-STREAMS = 1 if AHEAD else 2
+STREAMS = 2              # that FEW tokens read at once: a processor runs ahead of each only so far
 STREAM = PAIR * SHORT    # numbers from one stream to the next in a result
 BLOCK4, BLOCK8 = BLOCK_BYTES[4], BLOCK_BYTES[8]
 
@@ -109,7 +108,8 @@ def _make_panels(BITS, T):
             for block in range(blocks):
                 base = at + half * panel_bytes + block * BYTES
                 if static(LINES > 0):
-                    prefetch(blob, base + FAR)
+                    for s in unroll(S):
+                        prefetch(blob, base + s * apart + FAR)
                 for s in unroll(S):
                     for t in unroll(T):
                         f[s, t] = zero_f32()
@@ -120,9 +120,9 @@ def _make_panels(BITS, T):
                             if static(CHAINS == 2):
                                 i[s, t, 1] = zero_i32()
                     for c in unroll(4):
-                        for line in unroll(LINES):          # evenly: a core can wait for some two dozen lines at a time
-                            prefetch(blob, base + FAR + SCALE_BYTES + 64 * ((4 * g + c) * LINES + line))
                         for s in unroll(S):
+                            for line in unroll(LINES):      # evenly: a core can wait for some two dozen lines at a time
+                                prefetch(blob, base + s * apart + FAR + SCALE_BYTES + 64 * ((4 * g + c) * LINES + line))
                             codes_at = base + s * apart + SCALE_BYTES
                             if static(BITS == 4):
                                 codes = load_bytes(blob, codes_at + 64 * (4 * g + c))

@@ -38,9 +38,9 @@ def _make_read(LINES, PREFETCHED, STREAMS):
             if first >= last:
                 break
             for at in range(first * PIECE, last * PIECE, 64 * LINES):
-                for line in unroll(PREFETCHED):
-                    prefetch(data, at + AHEAD + 64 * line)
                 for s in unroll(STREAMS):
+                    for line in unroll(PREFETCHED):
+                        prefetch(data, at + s * apart + AHEAD + 64 * line)
                     for line in unroll(LINES):
                         v = load_bytes(data, at + s * apart + 64 * line)
                         i[line] = dot4(i[line], v, v)
