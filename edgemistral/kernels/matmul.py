@@ -168,8 +168,6 @@ def _unpack_4bit(blob, at, panel_bytes, levels, scratch):
     """One block of two panels -> unsigned bytes [group][8 chunks][panel][64] and float scales [group][panel][16]."""
     for panel in range(2):
         base = at + panel * panel_bytes
-        for line in unroll(17):
-            prefetch(blob, base + BLOCK4 + 64 * line)
         for g in unroll(4):
             store_f32(scratch.scales, PAIR * g + PANEL * panel, load_i8_as_f32(blob, base + 16 * g))
             for c in unroll(4):
@@ -183,8 +181,6 @@ def _unpack_4bit(blob, at, panel_bytes, levels, scratch):
 def _unpack_8bit(blob, at, panel_bytes, scratch):
     for panel in range(2):
         base = at + panel * panel_bytes
-        for line in unroll(33):
-            prefetch(blob, base + BLOCK8 + 64 * line)
         for g in unroll(4):
             store_f32(scratch.scales, PAIR * g + PANEL * panel, load_i8_as_f32(blob, base + 16 * g))
             for c in unroll(8):
@@ -195,13 +191,21 @@ def _unpack_8bit(blob, at, panel_bytes, scratch):
 def _make_tiles(T, SEVEN_BITS):
     @inlined
     @unrolled(T=T, SEVEN_BITS=SEVEN_BITS)
-    def tiles(x, first, count, scratch):
-        """The unpacked block meets `count` tiles of activations from tile `first` on; adds to scratch.result."""
+    def tiles(x, first, count, scratch, blob, ahead, panel_bytes, lines):
+        """The unpacked block meets `count` tiles of activations from tile `first` on; adds to scratch.result.
+
+        Meanwhile `lines` lines from byte `ahead` on, and of the panel behind, are asked for, some beside every tile: all at
+        once they would hold up the loads around them.
+        """
         i = registers()
         f = registers()
         w = registers()
+        share = (lines + count - 1) // count
         for n in range(count):
             tile = first + n
+            for line in range(share * n, min(share * n + share, lines)):
+                prefetch(blob, ahead + 64 * line)
+                prefetch(blob, ahead + panel_bytes + 64 * line)
             for t in unroll(T):
                 for p in unroll(2):
                     f[t, p] = zero_f32()
@@ -284,12 +288,13 @@ def _multiply_tiles(blob, matrix, at, panel_bytes, row_scales, x, tokens, scratc
     for row in range(0, tiles * LONG * PAIR, PANEL):
         store_f32(result, row, zero_f32())
     for block in range(matrix.blocks):
+        after = block + 1 if block + 1 < matrix.blocks else 2 * matrix.blocks      # at last the first block of the next pair
         if matrix.bits == 4:
             _unpack_4bit(blob, at + block * BLOCK4, panel_bytes, load_bytes(blob, matrix.levels), scratch)
-            _tiles_4bit(x, block * tiles, tiles, scratch)
+            _tiles_4bit(x, block * tiles, tiles, scratch, blob, at + after * BLOCK4, panel_bytes, BLOCK4 // 64)
         else:
             _unpack_8bit(blob, at + block * BLOCK8, panel_bytes, scratch)
-            _tiles_8bit(x, block * tiles, tiles, scratch)
+            _tiles_8bit(x, block * tiles, tiles, scratch, blob, at + after * BLOCK8, panel_bytes, BLOCK8 // 64)
     low, high = load_f32(blob, row_scales), load_f32(blob, row_scales + 4 * PANEL)
     for token in range(tokens):
         store_f32(result, PAIR * token, mul(load_f32(result, PAIR * token), low))
