@@ -26,12 +26,14 @@ N_NEW = 200         # tokens of the longest answer
 
 
 def answers(blob: Path, cases: list[Case], progress: bool = False) -> list[tuple[Case, str]]:
+    """Every case with the answer that the model of this blob gives it, greedily."""
     with edgemistral.load(blob, kv_bits=8) as model:
         asked = tqdm(cases, desc=blob.stem, leave=False, disable=None if progress else True)
         return [(case, "".join(model.chat(case.messages, N_NEW, temperature=0))) for case in asked]
 
 
 def report(title: str, answered: list[tuple[Case, str]], show: bool) -> None:
+    """Print how many are right and of which kinds the others are; `show`: those themselves too."""
     wrong = [(case, text) for case, text in answered if not check(case, text)]
     if show:
         for case, text in wrong:
