@@ -197,6 +197,17 @@ def test_an_unexpected_error_is_one_line_too(monkeypatch, demo):
     assert "KeyError: 'missing' (a bug here: --debug shows where)" in error_of("run", demo, "Hello", code=1)
 
 
+def test_an_interrupted_quantizer_says_how_to_go_on(monkeypatch, tmp_path):
+    def interrupted(source, destination, **options):
+        Path(f"{destination}.partial").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgemistral_quantize.quantize", interrupted)
+    result = CliRunner().invoke(main, ["quantize", str(tmp_path), str(tmp_path / "a.safetensors")])
+    assert result.exit_code == 130
+    assert result.stderr == f"interrupted: {tmp_path / 'a.safetensors.partial'} holds what is done, --resume goes on with it\n"
+
+
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory):
     return str(babbler(tmp_path_factory.mktemp("babbler")))

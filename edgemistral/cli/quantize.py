@@ -30,6 +30,12 @@ def quantize(source: Path, destination: Path, bits: str, max_ram: int, resume: b
     """
     from edgemistral_quantize import quantize as make
 
-    with compile_notice():
-        path = make(source, destination, bits=int(bits), max_ram=max_ram, resume=resume, force=force)
+    try:
+        with compile_notice():
+            path = make(source, destination, bits=int(bits), max_ram=max_ram, resume=resume, force=force)
+    except KeyboardInterrupt:
+        partial = Path(f"{destination}.partial")
+        if partial.exists():
+            click.echo(f"interrupted: {partial} holds what is done, --resume goes on with it", err=True)
+        raise
     click.echo(f"{path}: {human_bytes(path.stat().st_size)}. Next: edgemistral run {path}")
