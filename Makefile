@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-slow lint bench clean
 
 demo: $(VENV)/.installed  ## quantize the demo model, ask it something, and how to go on
-	$(BIN)/python models/show_demo.py
+	$(BIN)/python -m training.show_demo
 
 test: $(VENV)/.installed-test lint  ## all checks but the slow ones
 	$(BIN)/python -m pytest -q
@@ -19,7 +19,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-bench  ## the figures of bench/RESULTS.md
-	$(BIN)/python bench/run_all.py $(or $(WORK),$(error WORK names a folder with 30 GB free for large files: make bench WORK=folder))
+	$(BIN)/python -m bench.run_all $(or $(WORK),$(error WORK names a folder with 30 GB free for large files: make bench WORK=folder))
 
 clean:
 	rm -rf $(VENV)

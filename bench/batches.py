@@ -13,12 +13,12 @@ from typing import Any
 
 import click
 import numpy as np
-from harness import save, work_argument
 
-from edgemistral.benchmark import seconds
-from edgemistral.blob import Blob
-from edgemistral.cpu import performance_cores
-from edgemistral.transformer import Transformer
+from bench.harness import save, work_argument
+from edgemistral.files.blob import Blob
+from edgemistral.measure.benchmark import seconds
+from edgemistral.runtime.threads import performance_cores
+from edgemistral.runtime.transformer import Transformer
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 

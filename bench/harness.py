@@ -23,8 +23,8 @@ import click
 import llvmlite.binding
 
 import edgemistral
-from edgemistral.cpu import performance_cores
 from edgemistral.kernels.lowering import choose
+from edgemistral.runtime.threads import performance_cores
 
 RESULTS = Path(__file__).parent / "results"
 OF_MACHINE = RESULTS / llvmlite.binding.get_host_cpu_name()   # what other processors do differently

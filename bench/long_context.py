@@ -23,22 +23,22 @@ from statistics import median
 from typing import Any
 
 import click
-import harness
 import numpy as np
-from long_reference import logits_at, naive
 from numpy.typing import NDArray
-from synthetic import V2, write_synthetic
 from tqdm import tqdm
 
-from edgemistral.benchmark import Roofline, bytes_of_a_token, products, seconds
-from edgemistral.blob import Blob
+from bench import harness
+from bench.long_reference import logits_at, naive
+from bench.synthetic import V2, write_synthetic
 from edgemistral.config import ModelConfig
-from edgemistral.cpu import performance_cores
-from edgemistral.engine import Engine
 from edgemistral.errors import ContextOverflow
-from edgemistral.kv_cache import kv_file_bytes
-from edgemistral.sampler import SamplingParams
-from edgemistral.transformer import Transformer
+from edgemistral.files.blob import Blob
+from edgemistral.generate.engine import Engine
+from edgemistral.generate.sampler import SamplingParams
+from edgemistral.measure.benchmark import Roofline, bytes_of_a_token, products, seconds
+from edgemistral.runtime.kv_cache import kv_file_bytes
+from edgemistral.runtime.threads import performance_cores
+from edgemistral.runtime.transformer import Transformer
 
 CONFIG = dataclasses.replace(V2, n_layers=2)
 TOKENS = 30_000

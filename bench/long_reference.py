@@ -6,19 +6,15 @@ positions matter by their keys and values alone.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-import naive
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from edgemistral.config import ModelConfig
+from tests import naive
 
 F32 = NDArray[np.float32]
 Rows = NDArray[np.int64]   # positions, ascending

@@ -21,11 +21,11 @@ from typing import Any
 
 import click
 import numpy as np
-from harness import prepare, save, work_argument
 
-from edgemistral.benchmark import bytes_of_a_token, products
-from edgemistral.blob import Blob
-from edgemistral.cpu import performance_cores
+from bench.harness import prepare, save, work_argument
+from edgemistral.files.blob import Blob
+from edgemistral.measure.benchmark import bytes_of_a_token, products
+from edgemistral.runtime.threads import performance_cores
 
 PROMPT, DECODED = 512, 16
 DECODES_A_ROUND = 4     # decoding takes a tenth of a prompt's time
@@ -40,7 +40,8 @@ TYPES = {4: "Q4_0", 8: "Q8_0"}
 def write_gguf(path: Path, blob: Blob, bits: int) -> None:
     """A GGUF of the blob's shapes with random codes and small scales."""
     import gguf
-    from llama_cpp_models import finish, new_writer
+
+    from bench.llama_cpp_models import finish, new_writer
 
     c, kind = blob.config, gguf.GGMLQuantizationType
     writer = new_writer(path, c)
@@ -77,9 +78,9 @@ class Peer:
     """A process that measures when it reads a line: "prefill" or "decode" (and for ours "bandwidth" or "peak")."""
 
     def __init__(self, python: str, kind: str, model: Path, threads: int, environment: Mapping[str, str] | None = None) -> None:
-        command = [python, __file__, "--worker", kind, str(model), str(threads)]
+        command = [python, "-m", "bench.peers", "--worker", kind, str(model), str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                         text=True, env={**os.environ, **(environment or {})})
+                                         text=True, env={**os.environ, **(environment or {})}, cwd=Path(__file__).parents[1])
         self.ask("decode")     # warms up, and waits for the model to be loaded
 
     def ask(self, task: str) -> float:
@@ -104,8 +105,8 @@ def work(kind: str, model: str, threads: str) -> None:
 
 
 def ours(model: str, threads: int) -> dict[str, Any]:
-    from edgemistral.benchmark import Roofline
-    from edgemistral.transformer import Transformer
+    from edgemistral.measure.benchmark import Roofline
+    from edgemistral.runtime.transformer import Transformer
 
     transformer = Transformer(Blob.open(model), threads=threads)
     roofline = Roofline(threads, transformer.blob.data)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS
+from bench.harness import RESULTS
 
 PEERS = {"peers_q4": "4 bits", "peers_q8": "8 bits", "peers_q4_avx2": "4 bits,\nAVX2 only"}
 PROCESSORS = {"znver4": "Zen 4", "znver5": "Zen 5"}   # as LLVM and as people call them

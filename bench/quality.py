@@ -11,7 +11,6 @@ them, and the layers alone, where llama.cpp keeps embeddings and output head as 
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,22 +18,20 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # before NumPy loads: idle BLAS workers would spin beside the model
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 import click
-import harness
-import llama_cpp_models
 from edgemistral_quantize import quantize
 from edgemistral_quantize.checkpoint import Checkpoint
-from heldout_texts import texts as heldout_texts
 
 import edgemistral
-from edgemistral.blob import Blob
+from bench import harness, llama_cpp_models
 from edgemistral.cli.inspect import describe
 from edgemistral.demo import checkpoint_dir
-from edgemistral.evaluate import evaluate_windows
-from edgemistral.reference import Reference, ReferenceModel
-from edgemistral.tokenizer import Tokenizer
+from edgemistral.files.blob import Blob
+from edgemistral.measure.evaluate import evaluate_windows
+from edgemistral.measure.reference import Reference, ReferenceModel
+from edgemistral.text.tokenizer import Tokenizer
+from training.heldout_texts import texts as heldout_texts
 
 PEERS = ("Q8_0", "Q4_K_M", "IQ4_NL", "Q4_0")
 LIKE_A_BLOB = {"embeddings": "BF16", "output": "Q8_0"}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,21 +18,20 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # before NumPy loads: idle BLAS workers would spin beside the model
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import click
-from checkpoints import write_hf
 from edgemistral_quantize import quantize
 from edgemistral_quantize.checkpoint import Checkpoint
-from golden.models import GoldenModel
-from naive import q4_0
 from numpy.typing import NDArray
 
 import edgemistral
 from edgemistral.config import ModelConfig
-from edgemistral.engine import Ids
-from edgemistral.evaluate import Evaluation, evaluate
-from edgemistral.reference import Reference, ReferenceModel, widen
+from edgemistral.generate.engine import Ids
+from edgemistral.measure.evaluate import Evaluation, evaluate
+from edgemistral.measure.reference import Reference, ReferenceModel, widen
+from tests.checkpoints import write_hf
+from tests.golden.models import GoldenModel
+from tests.naive import q4_0
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = ModelConfig(

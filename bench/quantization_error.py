@@ -21,7 +21,7 @@ import numpy as np
 from edgemistral_quantize.groups import DEFAULT_LEVELS, default_levels, quantize_rows, quantize_to_levels, stored_levels
 from numpy.typing import NDArray
 
-from edgemistral.layout import GROUP, LEVEL_ZERO, dequantize, unpack
+from edgemistral.files.layout import GROUP, LEVEL_ZERO, dequantize, unpack
 
 F32 = NDArray[np.float32]
 RESULTS = Path(__file__).parent / "results" / "quantization_error.json"

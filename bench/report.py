@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import plots
-from harness import RESULTS, in_gb
+from bench import plots
+from bench.harness import RESULTS, in_gb
 
 REPORT = Path(__file__).parent / "RESULTS.md"
 LIMITS = Path(__file__).parent / "limits.md"

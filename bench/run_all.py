@@ -1,7 +1,7 @@
 """All benchmarks one after another, then bench/RESULTS.md.
 
-    python bench/run_all.py WORK         # an hour on a quiet machine, 30 GB of disk in WORK
-    python bench/run_all.py --report     # only RESULTS.md, from the results of earlier runs
+    python -m bench.run_all WORK         # an hour on a quiet machine, 30 GB of disk in WORK
+    python -m bench.run_all --report     # only RESULTS.md, from the results of earlier runs
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ import sys
 from pathlib import Path
 
 import click
-import report
 from tqdm import tqdm
 
+from bench import report
+
+ROOT = Path(__file__).parents[1]
 SCRIPTS = (
-    ("startup.py",),
-    ("seven_b.py", "WORK"),
-    ("peers.py", "WORK"),
-    ("batches.py", "WORK"),
-    ("speed.py", "WORK"),
-    ("long_context.py", "WORK", "--bits", "4"),
-    ("long_context.py", "WORK", "--bits", "8"),
-    ("server_overhead.py", "WORK"),
-    ("server_load.py",),
-    ("quality.py",),
-    ("quality_random.py",),
-    ("quantization_error.py",),
+    ("startup",),
+    ("seven_b", "WORK"),
+    ("peers", "WORK"),
+    ("batches", "WORK"),
+    ("speed", "WORK"),
+    ("long_context", "WORK", "--bits", "4"),
+    ("long_context", "WORK", "--bits", "8"),
+    ("server_overhead", "WORK"),
+    ("server_load",),
+    ("quality",),
+    ("quality_random",),
+    ("quantization_error",),
 )
 
 
@@ -39,8 +41,8 @@ def main(work: Path | None, only_report: bool) -> None:
     failed = []
     for script, *arguments in tqdm(() if work is None else SCRIPTS, disable=None):
         click.echo(f"\n{' '.join([script, *arguments])}\n")
-        command = [sys.executable, Path(__file__).with_name(script), *(work if a == "WORK" else a for a in arguments)]
-        if subprocess.run(command).returncode != 0:
+        command = [sys.executable, "-m", f"bench.{script}", *(work if a == "WORK" else a for a in arguments)]
+        if subprocess.run(command, cwd=ROOT).returncode != 0:
             failed.append(script)
     report.write()
     click.echo(report.REPORT)

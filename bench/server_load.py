@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import random
 import socket
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -23,14 +22,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-
 import click
-import harness
-from server_process import CHAT, Server, ask, content, events
-from travel import cities
 
 import edgemistral
+from bench import harness
+from bench.server_process import CHAT, Server, ask, content, events
+from training.travel import cities
 
 CLIENTS, REQUESTS, WARM_UP = 50, 1000, 400
 QUESTIONS, MAX_TOKENS = 60, 32

@@ -25,11 +25,11 @@ from statistics import median
 from typing import Any
 
 import click
-import harness
-from server_process import CHAT, Server, ask, content, events
 from tqdm import tqdm
 
 import edgemistral
+from bench import harness
+from bench.server_process import CHAT, Server, ask, content, events
 from edgemistral.model import Model
 
 ROUNDS = 21

@@ -18,7 +18,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import click
-import harness
+
+from bench import harness
 
 CHAT = "/v1/chat/completions"
 if sys.platform == "win32":

@@ -17,12 +17,12 @@ from statistics import median
 from typing import Any
 
 import click
-import harness
-from synthetic import write_synthetic
 
 import edgemistral
-from edgemistral.benchmark import seconds
-from edgemistral.blob import Blob
+from bench import harness
+from bench.synthetic import write_synthetic
+from edgemistral.files.blob import Blob
+from edgemistral.measure.benchmark import seconds
 
 CHECKPOINT_BYTES = 15 * 10**9
 BLOB_BYTES = 5 * 10**9

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-import harness
 from edgemistral_quantize import quantize
-from synthetic import V2, write_synthetic
 from tqdm import tqdm
 
-from edgemistral.benchmark import DECODED, measure
-from edgemistral.blob import Blob
-from edgemistral.cpu import performance_cores
-from edgemistral.transformer import Transformer
+from bench import harness
+from bench.synthetic import V2, write_synthetic
+from edgemistral.files.blob import Blob
+from edgemistral.measure.benchmark import DECODED, measure
+from edgemistral.runtime.threads import performance_cores
+from edgemistral.runtime.transformer import Transformer
 
 CONFIG = dataclasses.replace(V2, n_layers=4)
 PROMPTS = tuple(2**n for n in range(13))            # 1 to 4096 tokens

@@ -15,9 +15,9 @@ from statistics import median
 from typing import Any
 
 import click
-import harness
 
 import edgemistral
+from bench import harness
 
 REPEATS = 7
 ANSWER = ("Hello", "--max-new-tokens", "4", "--seed", "0")

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from edgemistral.config import ModelConfig
-from edgemistral.container import make_header
 from edgemistral.demo import checkpoint_dir
+from edgemistral.files.safetensors import make_header
 
 V2 = ModelConfig(
     dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336, vocab_size=32000, context=32768,

@@ -30,9 +30,9 @@ from edgemistral.errors import (
 if TYPE_CHECKING:
     from edgemistral.config import ModelConfig
     from edgemistral.demo import demo_model
-    from edgemistral.engine import Generation, Usage
+    from edgemistral.generate.engine import Generation, Usage
+    from edgemistral.generate.sampler import SamplingParams
     from edgemistral.model import Model, Reply, load
-    from edgemistral.sampler import SamplingParams
 
 __version__ = "0.1.0"
 
@@ -60,12 +60,12 @@ __all__ = [
 
 # What is imported on first use (PEP 562): name -> module.
 _LAZY = {
-    "Generation": "engine",
+    "Generation": "generate.engine",
     "Model": "model",
     "ModelConfig": "config",
     "Reply": "model",
-    "SamplingParams": "sampler",
-    "Usage": "engine",
+    "SamplingParams": "generate.sampler",
+    "Usage": "generate.engine",
     "demo_model": "demo",
     "load": "model",
 }

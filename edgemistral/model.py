@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemistral.blob import Blob
 from edgemistral.config import ModelConfig
-from edgemistral.engine import Cancel, Engine, Generation, Ids, Progress, Usage
-from edgemistral.plan import Threads, plan
-from edgemistral.sampler import Logprobs, SamplingParams
-from edgemistral.text import StopStrings, StreamDecoder
-from edgemistral.tokenizer import Tokenizer
+from edgemistral.files.blob import Blob
+from edgemistral.generate.engine import Cancel, Engine, Generation, Ids, Progress, Usage
+from edgemistral.generate.sampler import Logprobs, SamplingParams
+from edgemistral.runtime.plan import Threads, plan
+from edgemistral.text.stream import StopStrings, StreamDecoder
+from edgemistral.text.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]   # {"role": "system" | "user" | "assistant", "content": str} each
 
@@ -35,7 +35,7 @@ def load(
     process may use, "auto" the best number measured with this model (once, then remembered). max_ram: bytes.
     Raises BadBlob, BadRequest (its `field` names the argument) or OutOfMemoryBudget before anything is allocated.
     """
-    from edgemistral.transformer import Transformer  # imports numba
+    from edgemistral.runtime.transformer import Transformer  # imports numba
 
     blob = Blob.open(path)
     try:

@@ -18,12 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from edgemistral.engine import Cancel, Progress
 from edgemistral.errors import BadRequest
-from edgemistral.guardrail import with_guardrail
+from edgemistral.generate.engine import Cancel, Progress
+from edgemistral.generate.sampler import SamplingParams
 from edgemistral.model import Messages, Model, Reply
-from edgemistral.sampler import SamplingParams
-from edgemistral.tokenizer import ROLES, chat_turns, check_text
+from edgemistral.text.guardrail import with_guardrail
+from edgemistral.text.tokenizer import ROLES, chat_turns, check_text
 
 INPUT = "input_data.input_string"
 PARAMETERS = "input_data.parameters"

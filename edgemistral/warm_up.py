@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from edgemistral.benchmark import Roofline
-from edgemistral.blob import Blob
 from edgemistral.demo import checkpoint_dir, demo_model
+from edgemistral.files.blob import Blob
+from edgemistral.measure.benchmark import Roofline
 from edgemistral.model import load
 from edgemistral.paths import cache_dir
 

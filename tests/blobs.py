@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edgemistral import layout
-from edgemistral.blob import BlobWriter
 from edgemistral.config import ModelConfig
-from edgemistral.layout import Recipe
+from edgemistral.files import layout
+from edgemistral.files.blob import BlobWriter
+from edgemistral.files.layout import Recipe
 
 
 def config(**changes: object) -> ModelConfig:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake import tiny_config
 from playwright.sync_api import Browser, expect, sync_playwright
-from serving import TOKENIZER, SlowTransformer
 
-from edgemistral.engine import Engine
+from edgemistral.generate.engine import Engine
 from edgemistral.model import Model
-from edgemistral.tokenizer import Tokenizer
+from edgemistral.text.tokenizer import Tokenizer
+from tests.fake import tiny_config
+from tests.serving import TOKENIZER, SlowTransformer
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "msedge", "microsoft-edge")
 FLAGS = ("--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run")

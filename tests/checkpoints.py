@@ -13,7 +13,7 @@ from edgemistral_quantize import quantize
 from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
-from edgemistral.container import make_header
+from edgemistral.files.safetensors import make_header
 
 TOKENIZER = Path(__file__).parent / "data" / "tokenizer.model"   # 2048 pieces
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemistral import layout
 from edgemistral.config import ModelConfig
+from edgemistral.files import layout
 
 Array = NDArray[Any]
 F32 = np.float32
@@ -123,7 +123,7 @@ def bf16_to_f32(bits: Array) -> Array:
 
 
 def blob_weights(blob: Any) -> dict[str, Array]:
-    """What `forward` needs, dequantized from an open `edgemistral.blob.Blob`."""
+    """What `forward` needs, dequantized from an open `edgemistral.files.blob.Blob`."""
     c: ModelConfig = blob.config
 
     def matrix(m: layout.Matrix) -> Array:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from edgemistral.files.layout import BLOCK, GROUP, GROUPS, round_up
 from edgemistral.kernels.activations import Activations, tile_size
-from edgemistral.layout import BLOCK, GROUP, GROUPS, round_up
 
 
 def empty_activations(tokens, cols):

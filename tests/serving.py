@@ -11,12 +11,12 @@ from pathlib import Path
 
 import httpx
 import uvicorn
-from fake import FakeTransformer, tiny_config
 
-from edgemistral.engine import Engine
+from edgemistral.generate.engine import Engine
 from edgemistral.model import Model
 from edgemistral.server import create_app, runner
-from edgemistral.tokenizer import Tokenizer
+from edgemistral.text.tokenizer import Tokenizer
+from tests.fake import FakeTransformer, tiny_config
 
 USER = [{"role": "user", "content": "Where is it?"}]
 CHAT = "/v1/chat/completions"

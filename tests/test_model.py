@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake import FakeTransformer, tiny_config
 
 import edgemistral
-from edgemistral.blob import Blob
-from edgemistral.engine import Engine
 from edgemistral.errors import BadRequest, Cancelled, ContextOverflow, OutOfMemoryBudget
+from edgemistral.files.blob import Blob
+from edgemistral.generate.engine import Engine
 from edgemistral.model import Model
-from edgemistral.plan import plan
-from edgemistral.tokenizer import Tokenizer
+from edgemistral.runtime.plan import plan
+from edgemistral.text.tokenizer import Tokenizer
+from tests.fake import FakeTransformer, tiny_config
 
 TOKENIZER = Path(__file__).parent / "data" / "tokenizer.model"
 
@@ -192,7 +192,7 @@ def test_a_failed_load_lets_go_of_the_file(tmp_path):
 
 
 def test_the_plan_is_what_the_transformer_takes():
-    from edgemistral.transformer import Transformer
+    from edgemistral.runtime.transformer import Transformer
 
     blob = Blob.open(edgemistral.demo_model())
     planned = plan(blob, context=300, threads=3)

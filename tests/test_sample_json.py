@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
-from fake import FakeTransformer, tiny_config
 
 from edgemistral import sample_json
-from edgemistral.engine import Engine
 from edgemistral.errors import BadRequest, ContextOverflow
+from edgemistral.generate.engine import Engine
 from edgemistral.model import Model
-from edgemistral.tokenizer import Tokenizer
+from edgemistral.text.tokenizer import Tokenizer
+from tests.fake import FakeTransformer, tiny_config
 
 DATA = Path(__file__).parent / "data"
 SAMPLE = json.loads((DATA / "sample-request.json").read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from edgemistral.cli.options import json_flag, kv_bits_option, model_argument, o
 from edgemistral.terminal import StatusLine, compile_notice
 
 if TYPE_CHECKING:
-    from edgemistral.plan import Threads
+    from edgemistral.runtime.plan import Threads
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -53,9 +53,9 @@ def bench(
       edgemistral bench mistral-q4.safetensors --prompts 128,512 --depths 0,4096
     """
     with StatusLine() as status, compile_notice():
-        from edgemistral.benchmark import DECODED, measure
-        from edgemistral.plan import plan
-        from edgemistral.transformer import Transformer
+        from edgemistral.measure.benchmark import DECODED, measure
+        from edgemistral.runtime.plan import plan
+        from edgemistral.runtime.transformer import Transformer
 
         blob = open_blob(model)
         threads = plan(blob, None, int(kv_bits), threads).threads

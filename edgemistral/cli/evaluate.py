@@ -14,7 +14,7 @@ from edgemistral.cli.options import json_flag, model_argument, model_path, read_
 from edgemistral.terminal import StatusLine, compile_notice
 
 if TYPE_CHECKING:
-    from edgemistral.plan import Threads
+    from edgemistral.runtime.plan import Threads
 
 
 @click.command("eval", cls=Command)
@@ -33,9 +33,9 @@ def eval_(model: str, text: str, reference: Path | None, threads: Threads, as_js
     Example:
       edgemistral eval mistral-q4.safetensors novel.txt --reference ~/Mistral-7B-Instruct-v0.2
     """
-    from edgemistral.evaluate import evaluate
+    from edgemistral.measure.evaluate import evaluate
+    from edgemistral.measure.reference import Reference
     from edgemistral.model import load
-    from edgemistral.reference import Reference
 
     path, content = model_path(model), read_text(text)
     source = None if reference is None else Reference.open(reference)

@@ -23,8 +23,8 @@ from edgemistral.cli.options import (
 from edgemistral.terminal import human_bytes
 
 if TYPE_CHECKING:
-    from edgemistral.blob import Blob
-    from edgemistral.plan import Threads
+    from edgemistral.files.blob import Blob
+    from edgemistral.runtime.plan import Threads
 
 
 @click.command(cls=Command)
@@ -91,7 +91,7 @@ def plan(
     Example:
       edgemistral plan mistral-q4.safetensors --context 8192
     """
-    from edgemistral.plan import plan as make_plan
+    from edgemistral.runtime.plan import plan as make_plan
 
     with open_blob(model) as blob:
         planned = make_plan(blob, context, int(kv_bits), threads)

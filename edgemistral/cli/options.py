@@ -14,7 +14,7 @@ from edgemistral.errors import BadInput
 from edgemistral.terminal import compile_notice
 
 if TYPE_CHECKING:
-    from edgemistral.blob import Blob
+    from edgemistral.files.blob import Blob
 
 F = TypeVar("F", bound=Callable[..., Any])
 DEMO = "demo"
@@ -87,7 +87,7 @@ def about_demo(name: str | None) -> None:
 
 def open_blob(name: str) -> Blob:
     """The blob that MODEL names."""
-    from edgemistral.blob import Blob
+    from edgemistral.files.blob import Blob
 
     return Blob.open(model_path(name))
 

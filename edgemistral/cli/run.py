@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgemistral import strict_json
 from edgemistral.cli.errors import Command
 from edgemistral.cli.options import (
     about_demo,
@@ -21,11 +20,12 @@ from edgemistral.cli.options import (
     threads_option,
 )
 from edgemistral.errors import BadRequest
+from edgemistral.files import strict_json
 from edgemistral.terminal import StatusLine, compile_notice, printable
 
 if TYPE_CHECKING:
     from edgemistral.model import Model
-    from edgemistral.plan import Threads
+    from edgemistral.runtime.plan import Threads
 
 answer_options = options(
     click.option("--max-new-tokens", type=int, metavar="N", help="End an answer here.  [default: the context's end]"),
@@ -93,7 +93,7 @@ def run(
         elif text is not None:
             _answer(loaded, text, raw, system, max_new_tokens, sampling)
         else:
-            from edgemistral.repl import chat
+            from edgemistral.cli.repl import chat
 
             chat(loaded, system=system, max_new_tokens=max_new_tokens, **sampling)
 

@@ -19,7 +19,7 @@ from edgemistral.cli.options import (
 from edgemistral.terminal import compile_notice
 
 if TYPE_CHECKING:
-    from edgemistral.plan import Threads
+    from edgemistral.runtime.plan import Threads
 
 
 @click.command(cls=Command)
@@ -53,9 +53,9 @@ def serve(
       edgemistral serve mistral-q4.safetensors
       edgemistral serve mistral-q4.safetensors --host 0.0.0.0 --api-key "$(openssl rand -hex 16)"
     """
-    from edgemistral.blob import Blob
+    from edgemistral.files.blob import Blob
     from edgemistral.model import load
-    from edgemistral.plan import plan
+    from edgemistral.runtime.plan import plan
     from edgemistral.server.runner import serve as run
 
     def listening(url: str) -> None:

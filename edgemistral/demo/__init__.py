@@ -1,4 +1,4 @@
-"""The model that runs when none is named: a very small one, trained by models/train_demo.py and shipped as a checkpoint.
+"""The model that runs when none is named: a very small one, trained by training/train_demo.py and shipped as a checkpoint.
 
 It is quantized on first use, as any checkpoint is, and the blob is kept in the cache folder.
 """
@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 import edgemistral
-from edgemistral.blob import Blob
 from edgemistral.errors import BadBlob, BadInput
+from edgemistral.files.blob import Blob
 from edgemistral.paths import cache_dir
 
 REVISION = 2     # counts changes of the quantizer between releases, so that no older file in a cache is taken for its work

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemistral.files.layout import BLOCK, GROUP, GROUPS
 from edgemistral.kernels.jit import inlined
 from edgemistral.kernels.simd import (
     LOWERING,
@@ -44,7 +45,6 @@ from edgemistral.kernels.simd import (
     where_negative,
     zero_f32,
 )
-from edgemistral.layout import BLOCK, GROUP, GROUPS
 
 SHORT = 8                # tokens of the largest short batch, which is one tile
 LONG = LOWERING.tile     # tokens of a tile of a longer one

@@ -66,7 +66,7 @@ def digest_of(*parts: object) -> str:
 def _environment() -> str:
     """Whatever can change the code that is made from the same function."""
     here = Path(__file__).parent
-    sources = [path.read_bytes() for path in (*sorted(here.glob("*.py")), here.parent / "layout.py")]
+    sources = [path.read_bytes() for path in (*sorted(here.glob("*.py")), here.parent / "files" / "layout.py")]
     versions = sys.implementation.cache_tag, numba.__version__, llvmlite.__version__, llvmlite.binding.llvm_version_info
     return digest_of(*sources, *versions, type(choose()).__name__, *prefetch_ahead())
 

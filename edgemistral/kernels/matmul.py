@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemistral.files.layout import BLOCK_BYTES, CODE_ZERO, GROUPS, LEVEL_ZERO, PANEL, SCALE_BYTES
 from edgemistral.kernels.activations import LONG, SHORT
 from edgemistral.kernels.jit import inlined, inner
 from edgemistral.kernels.lowering import prefetch_ahead
@@ -46,7 +47,6 @@ from edgemistral.kernels.simd import (
     zero_i32,
 )
 from edgemistral.kernels.unroll import registers, static, unroll, unrolled
-from edgemistral.layout import BLOCK_BYTES, CODE_ZERO, GROUPS, LEVEL_ZERO, PANEL, SCALE_BYTES
 
 PAIR = 2 * PANEL         # rows of two panels, the unit of work
 FEW = 4                  # most tokens that wait for memory rather than for products

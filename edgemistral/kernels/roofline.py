@@ -16,7 +16,7 @@ from edgemistral.kernels.simd import (
     to_f32,
     zero_i32,
 )
-from edgemistral.kernels.team import barrier, take
+from edgemistral.kernels.sync import barrier, take
 from edgemistral.kernels.unroll import registers, unroll, unrolled
 
 PIECE = 1 << 16      # bytes that a thread reads between two looks at what is left

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from edgemistral.engine import Usage
+from edgemistral.generate.engine import Usage
 from edgemistral.server.service import Token
-from edgemistral.tokenizer import Tokenizer
+from edgemistral.text.tokenizer import Tokenizer
 
 LOWEST = -9999.0   # what the OpenAI interface says for a probability of 0: JSON has no infinity
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from edgemistral.sampler import MAX_TOP_LOGPROBS
+from edgemistral.generate.sampler import MAX_TOP_LOGPROBS
 
 MAX_TEXT = 2_000_000       # characters of one text: 32768 tokens of English are about 150 thousand
 MAX_MESSAGES = 10_000

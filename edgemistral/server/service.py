@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from edgemistral.engine import Usage
 from edgemistral.errors import BadRequest, Cancelled, EdgeMistralError
-from edgemistral.grammar import GrammarCompiler
+from edgemistral.generate.engine import Usage
+from edgemistral.generate.grammar import GrammarCompiler
+from edgemistral.generate.sampler import Logprobs
 from edgemistral.model import Model, Reply
-from edgemistral.sampler import Logprobs
 from edgemistral.server.metrics import Metrics
 from edgemistral.server.scheduler import Job, Progress, Scheduler, Unavailable
 

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemistral import layout, strict_json
 from edgemistral.config import ModelConfig
-from edgemistral.container import Entry, read_header
 from edgemistral.errors import BadCheckpoint, BadConfig, BadInput
-from edgemistral.tokenizer import Tokenizer
+from edgemistral.files import layout, strict_json
+from edgemistral.files.safetensors import Entry, read_header
+from edgemistral.text.tokenizer import Tokenizer
 
 Strip = NDArray[Any]   # rows of a tensor in the checkpoint's dtype; numpy has no bfloat16: its bits as uint16
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from edgemistral.blob import BlobWriter
 from edgemistral.errors import BadInput
-from edgemistral.layout import BLOCK_BYTES, PANEL, Matrix, Recipe, TensorSpec, matrices, matrix_tensors
+from edgemistral.files.blob import BlobWriter
+from edgemistral.files.layout import BLOCK_BYTES, PANEL, Matrix, Recipe, TensorSpec, matrices, matrix_tensors
 from edgemistral_quantize.checkpoint import Checkpoint, Strip
 from edgemistral_quantize.groups import default_levels, quantize_rows
 

@@ -1,4 +1,4 @@
-"""Group quantization: float32 rows to the packed panels of `edgemistral.layout`.
+"""Group quantization: float32 rows to the packed panels of `edgemistral.files.layout`.
 
 A weight becomes  row_scale * group_scale * value : a float32 for the row, a signed byte for each group of 32 columns,
 and a value that is one of 16 levels (4 bits) or a code in -127..127 (8 bits). The squared error, weighted by the
@@ -22,7 +22,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemistral.layout import BLOCK, BLOCK_BYTES, LEVEL_ZERO, PANEL, round_up
+from edgemistral.files.layout import BLOCK, BLOCK_BYTES, LEVEL_ZERO, PANEL, round_up
 from edgemistral_quantize.scale_search import find_peaks, quantize_panels_4, quantize_panels_8
 
 F32 = NDArray[np.float32]

@@ -12,9 +12,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemistral.files.layout import BLOCK, CODE_ZERO, GROUP, GROUPS, PANEL, SCALE_BYTES
 from edgemistral.kernels.jit import entry, inner
 from edgemistral.kernels.unroll import registers, unroll, unrolled
-from edgemistral.layout import BLOCK, CODE_ZERO, GROUP, GROUPS, PANEL, SCALE_BYTES
 
 STRETCH = np.linspace(0.8, 1.15, 8, dtype=np.float32)   # places of the largest weight, as shares of the levels' ends
 NEIGHBOURS_4 = np.array([0, -1, 1, -2, 2], np.int32)    # whole scales tried around the best real one,

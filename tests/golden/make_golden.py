@@ -8,7 +8,6 @@ Needed only when `models.py` changes; the tests read the committed files and nee
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,8 @@ import sentencepiece
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from checkpoints import hf_fields, hf_name
-from golden.models import MODELS, TOKENIZER, GoldenModel
+from tests.checkpoints import hf_fields, hf_name
+from tests.golden.models import MODELS, TOKENIZER, GoldenModel
 
 
 def golden_logits(model: GoldenModel) -> np.ndarray:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checkpoints import Weights
 from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
+from tests.checkpoints import Weights
 
 HERE = Path(__file__).parent
 TOKENIZER = HERE / "tokenizer.model"   # 400 pieces, fewer than any vocabulary below

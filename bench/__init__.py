@@ -1,0 +1,1 @@
+"""Benchmarks: each module prints a table, writes JSON, and some a plot."""

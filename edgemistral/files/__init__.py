@@ -1,0 +1,1 @@
+"""Bytes on disk: strict JSON, safetensors, the order of the bytes, the blob."""

@@ -1,0 +1,404 @@
+"""The blob: one model (config, tokenizer, packed weights) in one file that is mapped and never copied.
+
+A blob is a valid safetensors file (container.py shows the bytes). What it adds to that:
+
+* Its tensors are exactly those of `layout.tensors`, in that order, one after another; layout.py tells what their bytes
+  mean.
+* The data starts at a multiple of 64 bytes, and so does every tensor in it.
+* Its metadata holds
+      format             "edgemistral"
+      format_version     "1"
+      config             the JSON of `ModelConfig.to_dict`
+      recipe             the JSON of `Recipe`: {"bits": 4, "output_bits": 8}
+      sha256:NAME        of the stored bytes of tensor NAME, 64 hexadecimal digits
+      source_sha256:NAME of the values that NAME was made of: the rows of the checkpoint's tensors in the order in which
+                         NAME stores them, without padding, in the checkpoint's own dtype; rotary pairs as
+                         (i, i + head_dim / 2), so that it does not depend on the layout of the checkpoint
+      header_sha256      of the whole header (padding included) with these 64 digits replaced by zeros
+* Unknown metadata is ignored.
+
+While a blob is being written it is called NAME.partial and its checksums are zeros; those of a tensor are filled in
+when the tensor is complete. So the header is the journal from which an interrupted run goes on, and a file whose
+`header_sha256` is still zero is not a blob yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import mmap
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemistral.config import ModelConfig
+from edgemistral.errors import BadBlob, BadConfig, BadInput, DamagedBlob
+from edgemistral.files import layout, strict_json
+from edgemistral.files.layout import ALIGNMENT, Recipe, TensorSpec
+from edgemistral.files.safetensors import MAX_HEADER, METADATA, Header, make_header, read_header
+
+FORMAT = "edgemistral"
+FORMAT_VERSION = "1"
+SEAL = "header_sha256"
+NO_DIGEST = "0" * 64
+HASH_PIECE = 1 << 22   # bytes read at a time
+
+DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("u1"), "F32": np.dtype("<f4"), "BF16": np.dtype("<u2")}
+
+
+class Blob:
+    """An open blob: its description, and its bytes as a read-only mapping. Made by `Blob.open`; a context manager."""
+
+    path: Path
+    config: ModelConfig
+    recipe: Recipe
+    metadata: dict[str, str]
+    tensors: dict[str, TensorSpec]   # in file order
+    offsets: dict[str, int]          # of each tensor, in bytes from the start of the file
+    data: NDArray[np.uint8]          # (file size,), read-only: the mapping of the whole file
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        """Check and map an open file; `Blob.open` is the way in."""
+        header = read_header(file, path, BadBlob)
+        self.path, self.metadata = path, header.metadata
+        _check_format(header, path)
+        self.config, self.recipe = _read_config(header, path), _read_recipe(header, path)
+        self.tensors, self.offsets = _check_tensors(header, self.config, self.recipe, path)
+        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.data = np.frombuffer(self._map, dtype=np.uint8)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Blob:
+        """Map a blob in milliseconds, after checking everything about it but the bytes of its tensors.
+
+        Raises BadBlob, naming the file and the tensor or field, when the file cannot be read, is not a blob of this
+        format version, or its tensors are not exactly those that its config asks for.
+        """
+        path = Path(path)
+        if path.is_dir():
+            raise BadBlob(f"{path}: a directory, not a blob; `edgemistral quantize` makes one of a checkpoint")
+        try:
+            with path.open("rb") as file:
+                return cls(path, file)
+        except OSError as problem:
+            raise BadBlob(f"{path}: cannot be read: {problem.strerror or problem}") from None
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A read-only view of one tensor in its shape and type: uint8, float32, or the bits of bfloat16 as uint16."""
+        spec, offset = self.tensors[name], self.offsets[name]
+        return self.data[offset : offset + spec.n_bytes].view(DTYPES[spec.dtype]).reshape(spec.shape)
+
+    def verify(self, progress: Callable[[int], object] | None = None) -> None:
+        """Recompute every checksum; raises DamagedBlob for the first tensor that fails.
+
+        `progress` is called with the number of bytes that were read since the last call.
+        """
+        for name, spec in self.tensors.items():
+            try:   # through the file, not the mapping: a disk error is then an exception and not the end of the process
+                with self.path.open("rb") as file:
+                    digest = _sha256(file, self.offsets[name], spec.n_bytes, progress)
+            except OSError as problem:
+                raise DamagedBlob(f"{self.path}: tensor {name} cannot be read: {problem.strerror}", name) from None
+            if digest != self.metadata["sha256:" + name]:
+                raise DamagedBlob(f"{self.path}: tensor {name} is damaged: its checksum does not match", name)
+
+    def close(self) -> None:
+        """Let go of the mapping; it goes when the last array made from it goes."""
+        del self.data
+        with contextlib.suppress(BufferError):   # arrays of it are still in use
+            self._map.close()
+
+    def __enter__(self) -> Blob:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _check_format(header: Header, path: Path) -> None:
+    if header.metadata.get("format") != FORMAT:
+        raise BadBlob(f"{path}: a safetensors file but not a blob; `edgemistral quantize` makes one of a checkpoint")
+    version = header.metadata.get("format_version", "")
+    if version != FORMAT_VERSION:
+        raise BadBlob(f"{path}: has format version {version[:20]!r}; this edgemistral reads version {FORMAT_VERSION}")
+    seal = header.metadata.get(SEAL, "")
+    if seal == NO_DIGEST:
+        raise BadBlob(f"{path}: unfinished; `edgemistral quantize --resume` goes on with it under its .partial name")
+    if not _is_digest(seal) or seal != _seal_of(header.text, seal):
+        raise BadBlob(f"{path}: its header is damaged: {SEAL} does not match")
+
+
+def _read_config(header: Header, path: Path) -> ModelConfig:
+    try:
+        return ModelConfig.from_dict(strict_json.parse(header.metadata.get("config", ""), "config", BadConfig))
+    except BadConfig as problem:
+        raise BadBlob(f"{path}: {problem}") from None
+
+
+def _read_recipe(header: Header, path: Path) -> Recipe:
+    fields = strict_json.parse(header.metadata.get("recipe", ""), f"{path}: recipe", BadBlob)
+    if (
+        not isinstance(fields, dict)
+        or set(fields) != {"bits", "output_bits"}
+        or not all(type(bits) is int and bits in layout.BLOCK_BYTES for bits in fields.values())
+    ):
+        raise BadBlob(f"{path}: recipe is {str(fields)[:80]}, not bits and output_bits of 4 or 8")
+    return Recipe(**fields)
+
+
+def _check_tensors(
+    header: Header, config: ModelConfig, recipe: Recipe, path: Path
+) -> tuple[dict[str, TensorSpec], dict[str, int]]:
+    """The tensors and their offsets, after checking that they are exactly those of the config and lie in its order."""
+    if header.data_start % ALIGNMENT:
+        raise BadBlob(f"{path}: its data starts at {header.data_start}, not at a multiple of {ALIGNMENT}")
+    tokenizer = header.tensors.get("tokenizer")
+    specs: dict[str, TensorSpec] = {}
+    offsets: dict[str, int] = {}
+    end = header.data_start
+    # The layout is a generator and the first missing tensor ends the loop: no config can make it run for long.
+    for spec in layout.tensors(config, recipe, tokenizer.n_bytes if tokenizer else 0):
+        entry = header.tensors.get(spec.name)
+        if entry is None:
+            raise BadBlob(f"{path}: tensor {spec.name} is missing")
+        if (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
+            found, wanted = f"{entry.dtype} {list(entry.shape)}", f"{spec.dtype} {list(spec.shape)}"
+            raise BadBlob(f"{path}: tensor {spec.name} is {found}, its config asks for {wanted}")
+        if entry.offset != end:
+            raise BadBlob(f"{path}: tensor {spec.name} lies at {entry.offset}, not at {end}")
+        for key in ("sha256:" + spec.name, "source_sha256:" + spec.name):
+            if not _is_digest(header.metadata.get(key, "")):
+                raise BadBlob(f"{path}: {key} is not 64 hexadecimal digits")
+        specs[spec.name], offsets[spec.name] = spec, end
+        end += entry.n_bytes
+    if unknown := sorted(set(header.tensors) - set(specs)):
+        raise BadBlob(f"{path}: tensor {unknown[0][:80]!r} does not belong to its config")
+    if not specs["tokenizer"].n_bytes:
+        raise BadBlob(f"{path}: tensor tokenizer is empty")
+    return specs, offsets
+
+
+class BlobWriter:
+    """Writes a blob tensor by tensor under the name DST.partial and gives it its name when it is whole.
+
+    A context manager. Killed at any moment it leaves no DST (or the old one) and a DST.partial from which `resume` goes
+    on. Raises BadInput when DST exists (unless `force`), when a DST.partial exists (unless `resume` or `force`) or was
+    begun with another config, recipe or size of tokenizer, when the disk is too small and whenever the system refuses.
+    """
+
+    def __init__(
+        self,
+        dst: str | os.PathLike[str],
+        config: ModelConfig,
+        recipe: Recipe,
+        tokenizer_bytes: int,
+        *,
+        resume: bool = False,
+        force: bool = False,
+    ) -> None:
+        self.dst = Path(dst)
+        self.partial = self.dst.with_name(self.dst.name + ".partial")
+        self.tensors = {spec.name: spec for spec in layout.tensors(config, recipe, tokenizer_bytes)}
+        self._header = _blank_header(config, recipe, self.tensors.values())
+        self.offsets: dict[str, int] = {}
+        self.size = len(self._header)   # bytes of the whole file
+        for spec in self.tensors.values():
+            self.offsets[spec.name] = self.size
+            self.size += spec.n_bytes
+        self._complete: set[str] = set()
+
+        if self.dst.is_dir():
+            raise BadInput(f"{self.dst}: a directory; name the file to write")
+        if self.dst.exists() and not force:
+            raise BadInput(f"{self.dst}: exists already; pass force to replace it")
+        resume = resume and self.partial.exists()
+        if self.partial.exists() and not (resume or force):
+            raise BadInput(f"{self.partial}: an unfinished run; pass resume to go on with it or force to start again")
+        with self._system_errors():
+            already = self.partial.stat().st_size if resume else 0
+            if self.size - already > (free := shutil.disk_usage(self.dst.parent).free):
+                raise BadInput(f"{self.dst}: needs {self.size - already} bytes of disk, {free} are free")
+            self._file = self.partial.open("r+b" if resume else "w+b" if force else "x+b", buffering=0)
+        try:
+            with self._system_errors():
+                if resume:
+                    self._read_journal()
+                else:
+                    self._write_at(0, self._header)
+        except BaseException:
+            self._file.close()
+            if not resume:
+                self.partial.unlink(missing_ok=True)
+            raise
+
+    def _read_journal(self) -> None:
+        """Take over the checksums of an unfinished file whose header is otherwise the one that we would write."""
+        found = bytearray(self._file.read(len(self._header)))
+        if self._header.startswith(found):   # nothing yet, or killed before the header was whole
+            self._write_at(0, self._header)
+            return
+        blank = bytearray(found)
+        for at in _digest_positions(self._header):
+            blank[at : at + len(NO_DIGEST)] = NO_DIGEST.encode()
+        if blank != self._header:
+            difference = _difference(self._file, self._header)
+            raise BadInput(f"{self.partial}: begun with {difference}; pass force to start again")
+        self._header = found
+
+    def done(self, name: str) -> bool:
+        """Whether the tensor was written, by an earlier run too, and its bytes in the file match their checksum."""
+        digest = self._digest("sha256:" + name)
+        if name not in self._complete and digest != NO_DIGEST:
+            with self._system_errors():
+                if _sha256(self._file, self.offsets[name], self.tensors[name].n_bytes) == digest:
+                    self._complete.add(name)
+        return name in self._complete
+
+    def source_sha256(self, name: str) -> str:
+        """The checksum of the source that a tensor which is done was made of."""
+        return self._digest("source_sha256:" + name)
+
+    def write(self, name: str, pieces: Iterable[Any], source_sha256: Callable[[], str]) -> None:
+        """Write one tensor from C-contiguous buffers that together have exactly its size.
+
+        `source_sha256` is called after the last piece (the source is read while the pieces are made).
+        """
+        spec, digest, n_bytes = self.tensors[name], hashlib.sha256(), 0
+        for piece in pieces:
+            view = memoryview(piece).cast("B")
+            if n_bytes + view.nbytes > spec.n_bytes:
+                raise ValueError(f"tensor {name} is larger than its {spec.n_bytes} bytes")
+            digest.update(view)
+            with self._system_errors():
+                self._write_at(self.offsets[name] + n_bytes, view)
+            n_bytes += view.nbytes
+        if n_bytes != spec.n_bytes:
+            raise ValueError(f"tensor {name} has {n_bytes} bytes instead of {spec.n_bytes}")
+        # No fsync here: whoever resumes recomputes the checksum, so a tensor that did not reach the disk is not done.
+        self._fill_in("source_sha256:" + name, source_sha256())
+        self._fill_in("sha256:" + name, digest.hexdigest())
+        self._complete.add(name)
+
+    def finish(self) -> Path:
+        """Seal the header, push everything to the disk and give the file its name; returns it."""
+        if missing := [name for name in self.tensors if name not in self._complete]:
+            raise ValueError(f"tensor {missing[0]} was not written")
+        with self._system_errors():
+            os.fsync(self._file.fileno())   # all data first: a sealed header promises whole tensors
+            self._fill_in(SEAL, NO_DIGEST)   # of a run that was killed after its seal
+            self._fill_in(SEAL, _seal_of(bytes(self._header[8:]), NO_DIGEST))
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self.partial.replace(self.dst)
+            _sync_directory(self.dst.parent)
+        return self.dst
+
+    def _digest(self, key: str) -> str:
+        at = _digest_position(self._header, key)
+        return self._header[at : at + len(NO_DIGEST)].decode("ascii", "replace")
+
+    def _fill_in(self, key: str, digest: str) -> None:
+        at = _digest_position(self._header, key)
+        self._header[at : at + len(NO_DIGEST)] = digest.encode()
+        with self._system_errors():
+            self._write_at(at, digest.encode())
+
+    def _write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        self._file.seek(offset)
+        rest = memoryview(data)
+        while rest:   # the file has no buffer, and the system may take less than all at once
+            rest = rest[self._file.write(rest) :]
+
+    @contextlib.contextmanager
+    def _system_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as problem:
+            raise BadInput(f"{self.partial}: cannot be written: {problem.strerror or problem}") from None
+
+    def __enter__(self) -> BlobWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if all(self._digest("sha256:" + name) == NO_DIGEST for name in self.tensors):
+            self.partial.unlink(missing_ok=True)   # nothing in it to resume from
+
+
+def _blank_header(config: ModelConfig, recipe: Recipe, specs: Iterable[TensorSpec]) -> bytearray:
+    """The first bytes of a file, up to its data, with zeros for all checksums."""
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": json.dumps(config.to_dict()),
+        "recipe": json.dumps(asdict(recipe)),
+        SEAL: NO_DIGEST,
+    }
+    tensors = [(spec.name, spec.dtype, spec.shape) for spec in specs]
+    for name, _, _ in tensors:
+        metadata["sha256:" + name] = metadata["source_sha256:" + name] = NO_DIGEST
+    return bytearray(make_header(tensors, metadata, ALIGNMENT))
+
+
+def _digest_position(header: bytearray, key: str) -> int:
+    opening = f'"{key}":"'.encode()
+    return header.index(opening) + len(opening)
+
+
+def _digest_positions(header: bytearray) -> Iterator[int]:
+    for match in re.finditer(rb'sha256[^"]*":"', header):
+        yield match.end()
+
+
+def _difference(file: io.FileIO, header: bytearray) -> str:
+    """What distinguishes an unfinished file from the one that would begin with `header`, for a message."""
+    file.seek(0)
+    length = min(int.from_bytes(file.read(8), "little"), MAX_HEADER)
+    try:
+        theirs, ours = (json.loads(text)[METADATA] for text in (file.read(length), bytes(header[8:])))
+        changed = [key for key in ("format_version", "config", "recipe") if theirs[key] != ours[key]]
+    except (ValueError, KeyError, TypeError):
+        return "something else than a blob"
+    return f"another {' and '.join(changed)}" if changed else "a tokenizer of another size"
+
+
+def _is_digest(text: str) -> bool:
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+def _seal_of(text: bytes, seal: str) -> str:
+    """The checksum of a header's text, taken with zeros in place of the checksum itself."""
+    return hashlib.sha256(text.replace(seal.encode(), NO_DIGEST.encode(), 1)).hexdigest()
+
+
+def _sha256(
+    file: BinaryIO | io.FileIO, offset: int, n_bytes: int, progress: Callable[[int], object] | None = None
+) -> str:
+    """Of a stretch of a file, or of as much of it as there is."""
+    digest = hashlib.sha256()
+    file.seek(offset)
+    while n_bytes and (piece := file.read(min(n_bytes, HASH_PIECE))):
+        digest.update(piece)
+        n_bytes -= len(piece)
+        if progress:
+            progress(len(piece))
+    return digest.hexdigest()
+
+
+def _sync_directory(path: Path) -> None:
+    """Make a rename in it last; Windows has no such call and needs none."""
+    if os.name != "nt":
+        directory = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)

@@ -1,0 +1,124 @@
+"""Constrained decoding: texts of a JSON schema or a grammar, by llguidance (https://github.com/guidance-ai/llguidance).
+
+A grammar is compiled once and gives every generation a state of its own, which tells before each token which ones may
+come. llguidance parses bytes, so characters that span several byte-fallback tokens come out whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemistral.errors import BadRequest
+from edgemistral.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+# One space after each comma and colon and nowhere else: with free whitespace a model can write spaces for ever.
+JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_BOUNDARY = "\x02"   # a control character, so part of no learnt piece
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer.
+
+    `continues`: the text goes on after one that stands there already (a raw completion, an assistant message to go on
+    with). Otherwise it is a text of its own, which SentencePiece begins with a space that decoding drops: the compiled
+    grammar has that space in front, so that a constrained answer begins with the tokens that an encoded text has.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        self._tokenizer = LLTokenizer(TokenizerWrapper(_Pieces(tokenizer)), n_vocab=tokenizer.vocab_size)
+        self._vocab_size = tokenizer.vocab_size
+
+    def json_schema(self, schema: Mapping[str, Any], continues: bool = False) -> CompiledGrammar:
+        """JSON texts that fit a schema, on one line; {"type": "object"} is any object. Raises BadRequest."""
+        return self._compile({"json_schema": {**schema, "x-guidance": JSON_LAYOUT}}, continues)
+
+    def text(self, grammar: str, continues: bool = False) -> CompiledGrammar:
+        """Texts of a grammar in llguidance's variant of Lark, or in GBNF (which has ::=). Raises BadRequest."""
+        from llguidance.gbnf_to_lark import any_to_lark
+
+        if "::=" in grammar:
+            try:
+                grammar = any_to_lark(grammar)
+            except Exception as error:   # the converter raises all sorts
+                raise BadRequest(f"grammar is no GBNF: {_one_line(error)}", "grammar") from None
+        return self._compile({"lark_grammar": grammar}, continues)
+
+    def _compile(self, inner: dict[str, Any], continues: bool) -> CompiledGrammar:
+        from llguidance import LLMatcher
+
+        grammars = [inner] if continues else [{"lark_grammar": 'start: " " @inner'}, {"name": "inner", **inner}]
+        try:
+            text = json.dumps({"grammars": grammars})
+        except RecursionError:
+            raise BadRequest("grammar: nested too deeply", "grammar") from None
+        matcher = LLMatcher(self._tokenizer, text, log_level=0)
+        if matcher.is_error():
+            raise BadRequest(f"grammar: {_one_line(matcher.get_error())}", "grammar")
+        return CompiledGrammar(matcher, self._vocab_size)
+
+
+class CompiledGrammar:
+    """A grammar, ready for any number of generations (`SamplingParams.grammar`)."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+
+    def start(self) -> _State:
+        return _State(self._matcher.deep_copy(), self._vocab_size)
+
+
+class _State:
+    """Where one generation is in its grammar."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+
+    def allowed(self) -> NDArray[np.bool_]:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+
+    def accept(self, token: int) -> None:
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():   # its limits on work, for one
+            raise BadRequest(f"grammar: {_one_line(self._matcher.get_error())}", "grammar")
+
+
+class _Pieces:
+    """The bytes of every token, as llguidance's TokenizerWrapper asks for them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
+        self.tokens: list[bytes] = []
+        self.special_token_ids: list[int] = []
+        self._tokenizer = tokenizer
+        for token_id in range(tokenizer.vocab_size):
+            byte, text = tokenizer.byte(token_id), tokenizer.surface(token_id)
+            # A space as a byte is never written by a tokenizer, and decoding would not drop it at the beginning.
+            if byte == ord(" ") or (byte is None and not text):
+                self.special_token_ids.append(token_id)
+                self.tokens.append((tokenizer.piece(token_id) or f"<padding {token_id}>").encode())
+            else:
+                self.tokens.append(text.encode() if byte is None else bytes([byte]))
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids of a text in the middle of another one, without the space that `encode` puts in front."""
+        before = self._tokenizer.encode(_BOUNDARY)
+        return self._tokenizer.encode(_BOUNDARY + text)[len(before):]
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:300]

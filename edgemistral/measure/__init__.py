@@ -1,0 +1,1 @@
+"""How exact and how fast: the float reference, perplexity and KL divergence, speed."""

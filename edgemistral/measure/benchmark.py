@@ -1,0 +1,156 @@
+"""How fast a model runs here, as shares of what this machine can do, measured in turns within one run.
+
+Decoding one token reads every weight once, so its ceiling is the bandwidth of memory; reading a prompt multiplies every
+weight with every token, so its ceiling is the rate of int8 products. Machines drift: each round measures both ceilings
+and the model next to each other, and medians over the rounds are given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemistral.config import ModelConfig
+from edgemistral.files.layout import Recipe, matrices, round_up
+from edgemistral.kernels import roofline
+from edgemistral.kernels.attention import POSITIONS
+from edgemistral.runtime.kv_cache import block_bytes
+from edgemistral.runtime.team import Team, compile_for
+from edgemistral.runtime.transformer import Transformer
+
+PEAK_ROUNDS = 10_000_000     # of the int8 peak: some 20 ms
+READ_BYTES = 1 << 32        # of the bandwidth: a whole 4-bit 7B, for a tenth of a second may be a bad moment
+DECODED = 16                # tokens a round
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the table: medians over the rounds, and the extremes of the rate."""
+
+    task: str               # "decode" or "prefill"
+    tokens: int             # of the prompt, or decoded one by one
+    depth: int              # positions that the KV cache held before
+    tokens_per_second: float
+    lowest: float           # tokens per second of the slowest round
+    highest: float
+    rate: float             # bytes read a second (decode), multiplications a second (prefill)
+    ceiling: float          # of the same kind, measured in the same rounds
+    share: float            # median over the rounds of rate / ceiling
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Roofline:
+    """The ceilings of this machine for a number of threads."""
+
+    def __init__(self, threads: int, data: NDArray[np.uint8]) -> None:
+        """data: what to read, at best the model's own mapping, so that both read the same kind of pages."""
+        self._team, self._data = Team(threads), data[-READ_BYTES:]
+        self._results = [np.zeros(64, np.float32) for _ in range(threads)]
+        compile_for(roofline.read, (0, 1, np.zeros(1, np.int64), self._data, self._results[0]))
+        compile_for(roofline.multiply, (0, 1, np.zeros(1, np.int64), self._data, PEAK_ROUNDS, self._results[0]))
+
+    def bandwidth(self) -> float:
+        """Bytes read a second."""
+        return self._data.nbytes / seconds(lambda: self._team.run(roofline.read, 1, (self._data,), self._results))
+
+    def int8_peak(self) -> float:
+        """Multiplications of bytes a second."""
+        took = seconds(lambda: self._team.run(roofline.multiply, 1, (self._data, PEAK_ROUNDS), self._results))
+        return PEAK_ROUNDS * roofline.PRODUCTS * self._team.threads / took
+
+    def close(self) -> None:
+        self._team.close()
+
+
+def measure(
+    transformer: Transformer,
+    prompts: Sequence[int] = (512,),
+    depths: Sequence[int] = (0,),
+    rounds: int = 5,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> list[Measurement]:
+    """Prefill of every size in `prompts` (tokens), then decoding, at each of `depths`; `progress(done, total)` counts steps."""
+    blob, config = transformer.blob, transformer.config
+    ceilings = Roofline(transformer.threads, blob.data)
+    rng = np.random.default_rng(0)
+    step, steps = 0, len(depths) * (1 + rounds * (len(prompts) + 1))
+    result = []
+    try:
+        for depth in depths:
+            transformer.truncate(0)
+            _append(transformer, rng.integers(0, config.vocab_size, depth, dtype=np.int32))
+            progress(step := step + 1, steps)
+            for tokens in (*prompts, 0):
+                samples = []
+                for _ in range(rounds):
+                    samples.append(_sample(transformer, ceilings, rng, tokens, depth))
+                    progress(step := step + 1, steps)
+                result.append(_summary("prefill" if tokens else "decode", tokens or DECODED, depth, samples))
+    finally:
+        transformer.truncate(0)
+        ceilings.close()
+    return result
+
+
+def _sample(
+    transformer: Transformer, ceilings: Roofline, rng: np.random.Generator, tokens: int, depth: int
+) -> tuple[float, float, float]:
+    """(tokens, rate, ceiling) a second of one round: a prompt of so many tokens, or for 0 some tokens one by one."""
+    config = transformer.config
+    ids = rng.integers(0, config.vocab_size, tokens or DECODED, dtype=np.int32)
+    if tokens:
+        ceiling = ceilings.int8_peak()
+        took = seconds(lambda: _append(transformer, ids))
+        work = products(config, tokens, depth)
+    else:
+        ceiling = ceilings.bandwidth()
+        took = seconds(lambda: [transformer.forward(ids[i : i + 1], 1) for i in range(DECODED)])
+        work = DECODED * bytes_of_a_token(transformer, depth)
+    transformer.truncate(depth)
+    return len(ids) / took, work / took, ceiling
+
+
+def _append(transformer: Transformer, ids: NDArray[np.int32]) -> None:
+    """A prompt, in chunks, with the logits of its last token."""
+    for first in range(0, len(ids), transformer.chunk):
+        chunk = ids[first : first + transformer.chunk]
+        transformer.forward(chunk, 1 if first + len(chunk) == len(ids) else 0)
+
+
+def _summary(task: str, tokens: int, depth: int, samples: list[tuple[float, float, float]]) -> Measurement:
+    speeds, rates, ceilings = zip(*samples, strict=True)
+    shares = [rate / ceiling for rate, ceiling in zip(rates, ceilings, strict=True)]
+    return Measurement(
+        task, tokens, depth, median(speeds), min(speeds), max(speeds), median(rates), median(ceilings), median(shares)
+    )
+
+
+def products(config: ModelConfig, tokens: int, depth: int) -> int:
+    """Multiplications that a prompt of so many tokens takes: all matrices, and attention to what each token may see."""
+    layers = sum(matrix.rows * matrix.cols for matrix in matrices(config, Recipe()) if matrix.name != "output")
+    window = config.sliding_window or config.context
+    seen = sum(min(depth + token + 1, window) for token in range(tokens))
+    return layers * tokens + config.vocab_size * config.dim + 2 * config.n_layers * config.q_dim * seen
+
+
+def bytes_of_a_token(transformer: Transformer, depth: int) -> int:
+    """Bytes that decoding one token must read: all weights but the embeddings, and the keys and values it may see."""
+    tensors, config = transformer.blob.tensors, transformer.config
+    weights = sum(spec.n_bytes for name, spec in tensors.items() if name not in ("tok_embeddings", "tokenizer"))
+    blocks = round_up(min(depth + 1, config.sliding_window or config.context), POSITIONS) // POSITIONS
+    return weights + config.n_layers * config.n_kv_heads * blocks * block_bytes(config.head_dim, transformer.kv_bits)
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start

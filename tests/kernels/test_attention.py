@@ -1,0 +1,230 @@
+"""Rotary embedding, the blocks of the KV cache and attention over them, against their NumPy twins."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from edgemistral.files.layout import round_up
+from edgemistral.kernels.attention import (
+    POSITIONS,
+    ROWS,
+    SPAN,
+    Cache,
+    append_key_value,
+    attend,
+    block_at,
+    rotate,
+    take_query,
+)
+from edgemistral.kernels.jit import entry
+from edgemistral.runtime.kv_cache import KVCache, kv_file_bytes
+from edgemistral.runtime.transformer import _shape, _workspace
+from tests import blobs, naive
+
+F32 = np.float32
+LAYER, N_LAYERS = 1, 2
+
+
+class Chunk(NamedTuple):
+    """One call: `tokens` tokens from `position` on."""
+
+    position: int
+    tokens: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    window: int
+
+
+@entry
+def attend_chunk(chunk, x, cos, sin, cache, kv, queries, scratch, out):
+    """x (tokens * heads * head_dim,): queries, keys and values of every token, rotated in place; out: attention's output."""
+    c, hd, layer, n_layers = chunk, chunk.head_dim, LAYER, N_LAYERS
+    group = c.n_heads // c.n_kv_heads
+    rows_of_head = (c.tokens * group + ROWS - 1) // ROWS * ROWS
+    for token in range(c.tokens):
+        at, angle = token * (c.n_heads + 2 * c.n_kv_heads) * hd, token * hd // 2
+        for h in range(c.n_heads):
+            rotate(x, at + h * hd, hd, cos, sin, angle)
+            row = h // group * rows_of_head + token * group + h % group
+            take_query(x, at + h * hd, hd, kv.bits, queries, row)
+        for head in range(c.n_kv_heads):
+            key = at + (c.n_heads + head) * hd
+            rotate(x, key, hd, cos, sin, angle)
+            block = block_at(kv, layer, n_layers, c.n_kv_heads, head, (c.position + token) // POSITIONS)
+            append_key_value(cache, block, kv.bits, c.position + token, x, key, key + c.n_kv_heads * hd, hd)
+    for head in range(c.n_kv_heads):
+        for first in range(0, c.tokens, SPAN):
+            attend(cache, kv, layer, n_layers, c.n_kv_heads, head, group, hd, c.window, c.position, c.tokens,
+                   first, min(first + SPAN, c.tokens), queries, out, c.n_heads * hd, scratch)
+
+
+class Attention:
+    """One attention layer with a cache of `positions` positions, whose bytes are `garbage` where nothing was written."""
+
+    def __init__(self, bits, head_dim, n_heads, n_kv_heads, window=None, positions=512, garbage=0xFF):
+        self.config = blobs.config(
+            head_dim=head_dim, n_heads=n_heads, n_kv_heads=n_kv_heads, n_layers=N_LAYERS, sliding_window=window
+        )
+        self.kv, self.length = KVCache(self.config, bits).layout, 0
+        self.file = np.full(kv_file_bytes(self.config, positions, bits), garbage, np.uint8)
+        self.cache = Cache(*(self.file.view(dtype) for dtype in (np.uint8, np.uint16, np.int32, F32)))
+
+    def append(self, qkv):
+        """qkv (T, H + 2 K, D), rotated in place -> (T, H, D)."""
+        c, tokens = self.config, len(qkv)
+        positions = np.arange(self.length, self.length + tokens)
+        angles = positions[:, None] * c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
+        state, (own,) = _workspace(_shape(c), tokens, 1)
+        chunk = Chunk(self.length, tokens, c.n_heads, c.n_kv_heads, c.head_dim, c.sliding_window or c.context)
+        out = np.full((tokens, c.n_heads, c.head_dim), np.nan, F32)
+        cos, sin = np.cos(angles).astype(F32).reshape(-1), np.sin(angles).astype(F32).reshape(-1)
+        attend_chunk(
+            chunk, qkv.reshape(-1), cos, sin, self.cache, self.kv, state.queries, own.attention, out.reshape(-1)
+        )
+        self.length += tokens
+        return out
+
+    def block(self, head, number):
+        """The stored bytes of one block."""
+        at = block_at.py_func(self.kv, LAYER, N_LAYERS, self.config.n_kv_heads, head, number)
+        return self.file[at : at + self.kv.block_bytes]
+
+    def held(self):
+        """What the cache holds: keys and values (S, K, D), each with scales (S, K) in 8 bits."""
+        numbers = range(round_up(self.length, POSITIONS) // POSITIONS)
+        heads = [
+            [read_block(self.block(head, number), self.kv.bits, self.config.head_dim) for number in numbers]
+            for head in range(self.config.n_kv_heads)
+        ]
+        parts = [[np.concatenate(part)[: self.length] for part in zip(*blocks, strict=True)] for blocks in heads]
+        return [np.stack(part, axis=1) for part in zip(*parts, strict=True)]
+
+
+def read_block(block, bits, head_dim):
+    """The bytes of a block -> keys and values (64, D) as int8 codes with scales (64,), or as half floats."""
+    if bits == 8:
+        k_scales, v_scales = block[:512].view(F32).reshape(2, 64)
+        codes = block[512:].view(np.int8).reshape(2, -1)
+        k = codes[0].reshape(4, head_dim // 4, 16, 4).transpose(0, 2, 1, 3).reshape(64, head_dim)
+        return k, k_scales, codes[1].reshape(16, head_dim, 4).transpose(0, 2, 1).reshape(64, head_dim), v_scales
+    halves = block.view(np.float16).reshape(2, -1)
+    k = halves[0].reshape(4, head_dim, 16).transpose(0, 2, 1).reshape(64, head_dim)
+    return k, halves[1].reshape(64, head_dim)
+
+
+def random_qkv(rng, tokens, config, spread=2.0):
+    x = rng.standard_normal((tokens, config.n_heads + 2 * config.n_kv_heads, config.head_dim))
+    return (x * spread).astype(F32)
+
+
+SHAPES = [
+    # head_dim, query heads, KV heads, window; lengths of the chunks
+    (32, 1, 1, None, (5,)),
+    (32, 6, 2, None, (300, 1, 7)),          # crosses segments of 256 positions
+    (64, 4, 1, 1, (70, 1)),                 # a token sees only itself
+    (64, 3, 3, 40, (33, 60, 1, 1, 30)),
+    (96, 8, 2, 64, (130, 1, 20)),
+    (128, 8, 1, 65, (64, 64, 1, 70)),
+    (128, 8, 2, None, (63, 1, 1, 90)),
+    (128, 4, 4, 200, (256, 100)),
+    (512, 2, 1, None, (70,)),               # the widest head there is
+]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize(("head_dim", "n_heads", "n_kv_heads", "window", "chunks"), SHAPES)
+def test_attention(bits, head_dim, n_heads, n_kv_heads, window, chunks):
+    rng = np.random.default_rng(head_dim)
+    attention = Attention(bits, head_dim, n_heads, n_kv_heads, window)
+    qkv = random_qkv(rng, sum(chunks), attention.config)
+    rotated, n_kept = qkv.copy(), n_heads + n_kv_heads
+    parts = np.split(rotated, np.cumsum(chunks)[:-1])
+    out = np.concatenate([attention.append(part) for part in parts])
+
+    expected = naive.rope(qkv[:, :n_kept], np.arange(sum(chunks)), attention.config.rope_theta)
+    np.testing.assert_allclose(rotated[:, :n_kept], expected, rtol=0, atol=2e-6)
+    np.testing.assert_array_equal(rotated[:, n_kept:], qkv[:, n_kept:])
+
+    q, k, v = np.split(rotated, [n_heads, n_kept], axis=1)
+    if bits == 8:
+        k_codes, k_scales, v_codes, v_scales = held = attention.held()
+        for got, want in zip(held, (*naive.quantize_int8(k), *naive.quantize_int8(v)), strict=True):
+            np.testing.assert_array_equal(got, want)
+        expected = naive.attention_8bit(q, k_codes, k_scales, v_codes, v_scales, window)
+        assert relative_error(out, expected) < 1e-3      # a rounding to codes that falls the other way is a unit of 1/255
+        assert relative_error(out, naive.attention(q, k, v, window)) < 0.03
+    else:
+        held = attention.held()
+        for got, want in zip(held, (k, v), strict=True):
+            np.testing.assert_array_equal(got, want.astype(np.float16))
+        expected = naive.attention(q, *(half.astype(F32) for half in held), window)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * abs(expected).max())
+
+
+def relative_error(got, expected):
+    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("window", [None, 50])
+def test_chunks_and_garbage_change_no_bit(bits, window):
+    """What was never written must not matter, whatever it is: NaN, zero, or what a longer conversation left behind."""
+    rng = np.random.default_rng(bits)
+    reference = Attention(bits, 64, 6, 2, window)
+    qkv = random_qkv(rng, 300, reference.config)
+    expected = reference.append(qkv.copy())
+    for garbage in (0, 0x7F, 0x80):
+        attention, parts = Attention(bits, 64, 6, 2, window, garbage=garbage), []
+        cuts = np.sort(rng.choice(np.arange(1, 300), rng.integers(1, 60), replace=False))
+        for part in np.split(qkv.copy(), cuts):
+            parts.append(attention.append(part))
+        np.testing.assert_array_equal(np.concatenate(parts), expected)
+    reference.length = 70                                # truncated, with 230 stale positions behind
+    np.testing.assert_array_equal(reference.append(qkv[70:75].copy()), expected[70:75])
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_writing_stays_inside_its_blocks(bits):
+    """Each position's bytes are written once, by no other position, layer or head; the page behind the end stays as it was."""
+    rng, attention = np.random.default_rng(0), Attention(bits, 32, 2, 1, positions=256)
+    attention.append(random_qkv(rng, 256, attention.config))
+    written = attention.file != 0xFF
+    ours = np.zeros_like(written)
+    for number in range(4):
+        at = block_at.py_func(attention.kv, LAYER, N_LAYERS, 1, 0, number)
+        ours[at : at + attention.kv.block_bytes] = True
+    assert not written[~ours].any()
+    assert written[ours].mean() > 0.95       # some bytes are 0xFF by chance
+
+
+def test_a_sink_with_tiny_values_keeps_its_share():
+    """Trained models give the first position most of the attention and a tiny value, which must cost 8 bits nothing."""
+    rng = np.random.default_rng(0)
+    attention = Attention(8, 128, 4, 1)
+    qkv = random_qkv(rng, 256, attention.config, spread=1.0)
+    direction = rng.standard_normal(128)
+    qkv[:, :4] += direction
+    qkv[:, 4] *= 0.3
+    qkv[0, 4], qkv[0, 5] = direction * (2 / 3), qkv[0, 5] / 1000       # half of the attention
+    attention.config = blobs.config(head_dim=128, n_heads=4, n_kv_heads=1, n_layers=N_LAYERS, rope_theta=1e30)   # hardly turns
+    out = attention.append(qkv)
+    exact = naive.attention(qkv[:, :4], qkv[:, 4:5], qkv[:, 5:6])
+    assert relative_error(out, exact) < 0.01
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_zeros_and_large_numbers(bits):
+    rng, attention = np.random.default_rng(0), Attention(bits, 64, 4, 2)
+    qkv = random_qkv(rng, 130, attention.config)
+    qkv[:64] = 0                         # a whole block of nothing: no key, no value, no query
+    qkv[70, :4], qkv[100, 6:] = 0, 0
+    qkv[90, :] *= 100                    # scores in the thousands: one position takes all the attention
+    out = attention.append(qkv)
+    q, k, v = np.split(qkv, [4, 6], axis=1)
+    assert np.isfinite(out).all()
+    assert not out[:64].any()
+    assert relative_error(out, naive.attention(q, k, v)) < 0.02

@@ -1,0 +1,1 @@
+"""What makes the demo model: its texts, its training, its exam."""
