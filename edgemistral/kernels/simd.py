@@ -1,8 +1,8 @@
 """A vocabulary of vector values for jitted code: 64 bytes, 16 x int32 and 16 x float32, whatever the machine's own width.
 
 Every operation is one explicit sequence, so results are the same bits on every instruction set; only the operations of
-`lowering` differ. Loads and stores take a one-dimensional array and an index in its own elements (so bytes in an array of
-bytes, whatever is loaded), and check nothing.
+`lowering` differ. Loads and stores check nothing. They take a one-dimensional array and an index in its own elements (so bytes
+in an array of bytes, whatever is loaded), or an address (int64) and an offset in bytes: the KV cache lies in many mappings.
 """
 
 from __future__ import annotations
@@ -37,9 +37,18 @@ class _VectorModel(models.PrimitiveModel):
 i8x64, i32x16, f32x16 = Vector("i8x64", vector(I8, 64)), Vector("i32x16", vector(I32, 16)), Vector("f32x16", vector(F32, 16))
 
 
-def _address(context, builder, array_type, array, index, llvm):
-    data = context.make_array(array_type)(context, builder, array).data
+def _address(context, builder, base_type, base, index, llvm):
+    """A pointer to element `index` of an array, or to byte `index` behind an address."""
+    if isinstance(base_type, types.Integer):
+        data = builder.inttoptr(base, I8.as_pointer())
+    else:
+        data = context.make_array(base_type)(context, builder, base).data
     return builder.bitcast(builder.gep(data, [index]), llvm.as_pointer())
+
+
+def _base(base):
+    """The type in a signature of what is loaded from or stored to: an array, or an address."""
+    return types.int64 if isinstance(base, types.Integer) else base
 
 
 def _splat(builder, scalar, llvm):
@@ -61,7 +70,7 @@ def _load(memory, result, convert=lambda builder, value: value):
     def load(typingctx, array, index):
         def emit(context, builder, sig, args):
             return convert(builder, builder.load(_address(context, builder, sig.args[0], *args, memory), align=1))
-        return result(array, types.intp), emit
+        return result(_base(array), types.intp), emit
     return load
 
 
@@ -72,7 +81,7 @@ def _store(memory, value_type, convert=lambda builder, value: value):
             pointer = _address(context, builder, sig.args[0], args[0], args[1], memory)
             builder.store(convert(builder, args[2]), pointer, align=1)
             return context.get_dummy_value()
-        return types.void(array, types.intp, value_type), emit
+        return types.void(_base(array), types.intp, value_type), emit
     return store
 
 
@@ -116,13 +125,14 @@ load_f16_as_f32 = _load(vector(ir.IntType(16), 16), f32x16, _f16_to_f32)
 broadcast4 = _load(I32, i8x64, lambda b, v: b.bitcast(_splat(b, v, i32x16.llvm), i8x64.llvm))    # 4 bytes to every lane
 
 store_bytes = _store(i8x64.llvm, i8x64)
+store_scalar_f32 = _store(F32, types.float32)
 store_f32 = _store(f32x16.llvm, f32x16)
 store_low_bytes = _store(vector(I8, 16), i32x16, lambda b, v: b.trunc(v, vector(I8, 16)))
 store_f32_as_f16 = _store(vector(ir.IntType(16), 16), f32x16, _f32_to_f16)
 
 
 def _spread(element, count, value_type, convert):
-    """A store of a vector, converted and cut into `count` elements, to array[index + stride * n]."""
+    """A store of a vector, converted and cut into `count` elements, to array[index + stride * n]; strides as indices are."""
     @intrinsic
     def store(typingctx, array, index, stride, value):
         def emit(context, builder, sig, args):
@@ -133,7 +143,7 @@ def _spread(element, count, value_type, convert):
                 builder.store(piece, _address(context, builder, sig.args[0], args[0], at, element), align=1)
                 at = builder.add(at, args[2])
             return context.get_dummy_value()
-        return types.void(array, types.intp, types.intp, value_type), emit
+        return types.void(_base(array), types.intp, types.intp, value_type), emit
     return store
 
 
@@ -154,7 +164,7 @@ def prefetch(typingctx, array, index):
         pointer = _address(context, builder, sig.args[0], *args, I8)
         read, keep_in_l1, data = (ir.Constant(I32, n) for n in (0, 3, 1))
         return call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, keep_in_l1, data)
-    return types.void(array, types.intp), emit
+    return types.void(_base(array), types.intp), emit
 
 
 # ---- lane by lane --------------------------------------------------------------------------------------------------
