@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
 from edgemistral.files.blob import Blob
-from edgemistral.generate.engine import Cancel, Engine, Generation, Ids, Progress, Usage
+from edgemistral.generate.engine import Engine, Ids
 from edgemistral.generate.sampler import Logprobs, SamplingParams
+from edgemistral.generate.tasks import Cancel, Generation, Progress, Usage
 from edgemistral.runtime.plan import Threads, plan
 from edgemistral.text.stream import StopStrings, StreamDecoder
 from edgemistral.text.tokenizer import Tokenizer
@@ -28,12 +29,14 @@ def load(
     threads: Threads = None,
     max_ram: int | None = None,
     kv_budget: int | None = None,
+    lookup: bool = True,
 ) -> Model:
     """Map a blob and make ready to run it; a context manager.
 
     context: positions to make room for; None means the model's own maximum (the KV file is sparse).
     kv_bits: 8, or 16 for reference. threads: None means the performance cores that this
     process may use, "auto" the best number measured with this model (once, then remembered). max_ram: bytes.
+    lookup: guess tokens that were said before and verify several at once: the same answers, sooner where they quote.
     kv_budget: bytes for conversations that are kept; None means a quarter of the memory (see `runtime.plan.plan`).
     Raises BadBlob, BadRequest (its `field` names the argument) or OutOfMemoryBudget before anything is allocated.
     """
@@ -50,7 +53,7 @@ def load(
     except BaseException:
         blob.close()
         raise
-    return Model(Engine(transformer), tokenizer, blob.path)   # the transformer closes the blob
+    return Model(Engine(transformer, lookup), tokenizer, blob.path)   # the transformer closes the blob
 
 
 class Model:

@@ -14,6 +14,7 @@ from edgemistral.cli.options import (
     kv_budget_option,
     max_ram_option,
     model_path,
+    no_lookup_option,
     size,
     threads_option,
 )
@@ -41,11 +42,12 @@ if TYPE_CHECKING:
 @context_option
 @kv_bits_option
 @kv_budget_option
+@no_lookup_option
 @threads_option
 @max_ram_option
 def serve(
     model: str | None, host: str, port: int, context: int | None, kv_bits: str, threads: Threads,
-    max_ram: int | None, kv_budget: int | None, **settings: Any,
+    max_ram: int | None, kv_budget: int | None, no_lookup: bool, **settings: Any,
 ) -> None:
     """Serve MODEL over HTTP on this computer: a chat page, the OpenAI interface, and the model card's sample JSON.
 
@@ -72,6 +74,9 @@ def serve(
             planned = plan(blob, context, int(kv_bits), threads, kv_budget, max_ram)
         planned.check(max_ram)
         run(
-            lambda: load(path, planned.context, planned.kv_bits, planned.threads, kv_budget=planned.kv_budget), host, port,
+            lambda: load(
+                path, planned.context, planned.kv_bits, planned.threads, kv_budget=planned.kv_budget, lookup=not no_lookup
+            ),
+            host, port,
             listening=listening, **settings,
         )

@@ -10,26 +10,24 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
-from edgemistral.errors import BadRequest, Cancelled, ContextOverflow, EdgeMistralError
+from edgemistral.errors import BadRequest, ContextOverflow, EdgeMistralError
 from edgemistral.generate.pace import Pace
-from edgemistral.generate.sampler import Logprobs, Sampler, SamplingParams
+from edgemistral.generate.sampler import Sampler, SamplingParams
 from edgemistral.generate.sequences import KeptSequences, common_prefix
+from edgemistral.generate.tasks import AllLogits, Cancel, Generation, LastLogits, Progress, Task
 from edgemistral.runtime import segments
 from edgemistral.runtime.segments import Row, SegmentPool, segments_of
 
 Ids = Sequence[int] | NDArray[np.integer]
-Progress = Callable[[int, int], None]   # (done, total) prompt tokens of those that had to be computed
-Cancel = Callable[[], bool]             # asked before every chunk and every token: True stops
 WORTH_WAITING = 16                      # tokens of a prefix that another task is about to compute
+MOST_DECODED = 8                        # tokens of a step that only decodes: more would wait for products, not for memory
 GATHERING = 0.002                       # seconds to wait for other threads' tasks before a step
 
 
@@ -50,36 +48,16 @@ class Transformer(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass
-class Usage:
-    """What a generation took so far: counts of tokens, and seconds."""
-
-    prompt_tokens: int
-    cached_tokens: int = 0         # of the prompt, already in the KV cache
-    new_tokens: int = 0            # given to the caller; </s> is not
-    prefill_seconds: float = 0.0   # from the start to the first token
-    decode_seconds: float = 0.0    # all tokens after the first
-
-    @property
-    def prefill_rate(self) -> float:
-        """Prompt tokens computed per second."""
-        return (self.prompt_tokens - self.cached_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_rate(self) -> float:
-        """Tokens per second after the first."""
-        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
-
-
 class Engine:
     """One transformer and the sequences that are kept. Threads may share it: their tasks share the steps."""
 
-    def __init__(self, transformer: Transformer) -> None:
+    def __init__(self, transformer: Transformer, lookup: bool = True) -> None:
+        """lookup: guess tokens from what was said before and verify several in one step; the answers are the same."""
         self.config, self.context = transformer.config, transformer.context
         self._transformer: Transformer | None = transformer
         self.end_ids = frozenset({self.config.eos_id})
         self._kept = KeptSequences(transformer.pool)
-        self._pace = Pace()
+        self._pace, self._lookup = Pace(), lookup
         self._turns = 0
         self._lock = threading.Lock()                # held for a step, and for whatever touches a sequence
         self._demanded = threading.Condition()
@@ -105,14 +83,14 @@ class Engine:
 
         Raises BadRequest, ContextOverflow (before anything is computed) or Cancelled (what was computed stays).
         """
-        task = _LastLogits(self, self._checked(ids), progress, cancel)
+        task = LastLogits(self, self._checked(ids), progress, cancel)
         while task.logits is None:
             self.advance(task)
         return task.logits
 
     def logits(self, ids: Ids) -> NDArray[np.float32]:
         """Logits (len(ids), vocab_size) at every position. Computes all of them anew: a cached position has none."""
-        task = _AllLogits(self, self._checked(ids))
+        task = AllLogits(self, self._checked(ids))
         while not task.done:
             self.advance(task)
         return task.logits
@@ -207,8 +185,8 @@ class Engine:
                 task.error = error
             return
         seconds, first = time.perf_counter() - started, 0
-        alone = sum(len(row.ids) == 1 for _, row in rows)
-        self._pace.note(alone, sum(len(row.ids) for _, row in rows) - alone, seconds)
+        decoded = sum(len(row.ids) for _, row in rows if row.n_logits == len(row.ids))
+        self._pace.note(decoded, sum(len(row.ids) for _, row in rows) - decoded, seconds)
         for task, row in rows:
             task.take(logits[first : first + row.n_logits], seconds)
             first += row.n_logits
@@ -230,21 +208,24 @@ class Engine:
         decoding = [task for task in tasks if task.pending == 1]
         prompts = sorted((task for task in tasks if task.pending != 1), key=lambda task: task.turn)
         rows: list[tuple[Task, Row]] = []
-        left = transformer.chunk
+        left, guesses = transformer.chunk, 0 if prompts or not self._lookup else MOST_DECODED - len(decoding)
         for task in (*decoding, *prompts):
+            task.guessed = ()
             if task.sequence is None and not self._attach(task, tasks, in_use):
                 continue
             assert task.sequence is not None
             if task.pending > 1 and decoding:
                 left = min(left, self._pace.prompt_tokens)
+            if task.pending == 1 and guesses > 0:
+                guesses -= task.guess(guesses, self._pace)
             n = min(task.pending, left)
-            if n == 0 or not self._has_room(task.sequence, n, [row.sequence for _, row in rows]):
+            if n == 0 or not self._has_room(task.sequence, n + len(task.guessed), [row.sequence for _, row in rows]):
                 continue
             self._turns += 1
             task.turn = self._turns
             self._kept.touch(task.sequence)
             rows.append((task, task.row(n)))
-            left -= n
+            left -= len(rows[-1][1].ids)
         return rows
 
     def _attach(self, task: Task, tasks: Sequence[Task], in_use: set[segments.Sequence]) -> bool:
@@ -268,178 +249,6 @@ class Engine:
         """Whether a sequence can grow by n positions. Alone it always may: one full context was promised."""
         needed = segments_of(sequence.length + n) - len(sequence.addresses)
         return needed <= 0 or self._kept.make_room(needed, [sequence, *in_step]) or not in_step
-
-
-class Task:
-    """Ids to compute, and what becomes of the logits behind them. `length` ids of `history` are known.
-
-    sequence: what is in the KV cache of them; None when nothing is (yet, or not any more). news: grows whenever the task got
-    nearer to its end. error: what stopped it.
-    """
-
-    keeps_nothing = False    # compute every position, whatever is kept
-    pending_logits = 1       # of the last ids of a row that reaches `length`
-
-    def __init__(self, engine: Engine, ids: NDArray[np.int32], progress: Progress | None, cancel: Cancel | None) -> None:
-        self.engine, self.history, self.length = engine, ids, len(ids)
-        self.sequence: segments.Sequence | None = None
-        self.error: BaseException | None = None
-        self.news = self.turn = 0
-        self.done = False
-        self.cached_tokens: int | None = None
-        self._progress, self._cancel, self._prompt = progress, cancel, len(ids)
-
-    @property
-    def pending(self) -> int:
-        """Ids that are still to be computed, at least; 0 before anything is known of it."""
-        return self.length - self.sequence.length if self.sequence is not None else 0
-
-    def attached(self) -> None:
-        """The sequence is there, for the first time or again."""
-        assert self.sequence is not None
-        if self.cached_tokens is None:
-            self.cached_tokens = self.sequence.length
-
-    def stopped(self) -> bool:
-        """Whether the caller has asked to stop."""
-        try:
-            if self.error is None and self._cancel is not None and self._cancel():
-                self.error = Cancelled("stopped as asked")
-        except BaseException as error:
-            self.error = error
-        return self.error is not None
-
-    def row(self, n: int) -> Row:
-        """The next n ids."""
-        assert self.sequence is not None
-        start = self.sequence.length
-        return Row(self.sequence, self.history[start : start + n], int(start + n == self.length))
-
-    def take(self, logits: NDArray[np.float32], seconds: float) -> None:
-        """The row was computed; logits (n_logits, vocab_size) are valid during the call."""
-        self.news += 1
-        try:
-            self._report()
-            self._receive(logits, seconds)
-        except BaseException as error:
-            self.error = error
-
-    def _report(self) -> None:
-        if self._progress is None or self.sequence is None or self.cached_tokens is None:
-            return
-        if self.cached_tokens < self.sequence.length <= self._prompt:
-            self._progress(self.sequence.length - self.cached_tokens, self._prompt - self.cached_tokens)
-
-    def _receive(self, logits: NDArray[np.float32], seconds: float) -> None:
-        raise NotImplementedError
-
-
-class _LastLogits(Task):
-    """For `Engine.prefill`."""
-
-    logits: NDArray[np.float32] | None = None
-
-    def _receive(self, logits: NDArray[np.float32], seconds: float) -> None:
-        if len(logits):
-            self.logits, self.done = logits[0].copy(), True
-
-
-class _AllLogits(Task):
-    """For `Engine.logits`."""
-
-    keeps_nothing = True
-
-    def __init__(self, engine: Engine, ids: NDArray[np.int32]) -> None:
-        super().__init__(engine, ids, None, None)
-        self.logits = np.empty((len(ids), engine.config.vocab_size), np.float32)
-
-    def row(self, n: int) -> Row:
-        return super().row(n)._replace(n_logits=n)
-
-    def _receive(self, logits: NDArray[np.float32], seconds: float) -> None:
-        assert self.sequence is not None
-        end = self.sequence.length
-        self.logits[end - len(logits) : end] = logits
-        self.done = end == self.length
-
-
-class Generation(Task, Iterator[int]):
-    """The new tokens of one `Engine.generate`, one at each `next`.
-
-    usage: counts and times so far. finish_reason: None until the end, then "stop" (the model ended its turn), "length"
-    (max_new_tokens) or "context" (it is full). logprobs: one for each token, if `SamplingParams.top_logprobs` is set.
-    It may be dropped, or go on after other calls, at any point: it holds no lock between two tokens.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        ids: NDArray[np.int32],
-        sampler: Sampler,
-        max_new_tokens: int | None,
-        progress: Progress | None,
-        cancel: Cancel | None,
-    ) -> None:
-        history = np.empty(engine.context + 1, np.int32)     # the last token needs no place in the KV cache
-        history[: len(ids)] = ids
-        super().__init__(engine, history, progress, cancel)
-        self.length = self._prompt = len(ids)
-        self.usage = Usage(prompt_tokens=len(ids))
-        self.logprobs: list[Logprobs] = []
-        self._sampler, self._max_new_tokens = sampler, max_new_tokens
-        self._ready: deque[int] = deque()
-        self._end: str | None = None
-        self._finished = False
-        self._check_length()
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self._end if self._finished else None
-
-    @property
-    def ready(self) -> bool:
-        """Whether `next` has an answer without computing: a token, the end, or an error."""
-        return bool(self._ready) or self.done or self.error is not None
-
-    def __next__(self) -> int:
-        while not self._ready:
-            if self.error is not None:
-                raise self.error
-            if self.done:
-                self._finished = True
-                raise StopIteration
-            self.engine.advance(self)
-        self.usage.new_tokens += 1
-        return self._ready.popleft()
-
-    def attached(self) -> None:
-        super().attached()
-        self.usage.cached_tokens = self.cached_tokens or 0
-
-    def _receive(self, logits: NDArray[np.float32], seconds: float) -> None:
-        first = self.length == self.usage.prompt_tokens
-        if first:
-            self.usage.prefill_seconds += seconds
-        if not len(logits):
-            return
-        token = self._sampler(logits[0], self.history[: self.length])
-        if token in self.engine.end_ids:
-            self._end, self.done = "stop", True
-            return
-        if not first:
-            self.usage.decode_seconds += seconds
-        if self._sampler.logprobs is not None:
-            self.logprobs.append(self._sampler.logprobs)
-        self.history[self.length] = token
-        self.length += 1
-        self._ready.append(token)
-        self._check_length()
-
-    def _check_length(self) -> None:
-        if self.length - self.usage.prompt_tokens == self._max_new_tokens:
-            self._end, self.done = "length", True
-        elif self.length > self.engine.context:
-            self._end, self.done = "context", True
 
 
 def check_ids(ids: Ids, vocab_size: int) -> NDArray[np.int32]:

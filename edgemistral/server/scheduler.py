@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from edgemistral.errors import Cancelled, EdgeMistralError
-from edgemistral.generate.engine import Generation
+from edgemistral.generate.tasks import Generation
 
 HAND_OVER = 0.003   # seconds; a reader takes half a millisecond
 

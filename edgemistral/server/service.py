@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from edgemistral.errors import BadRequest, Cancelled, EdgeMistralError
-from edgemistral.generate.engine import Generation, Usage
 from edgemistral.generate.grammar import GrammarCompiler
 from edgemistral.generate.sampler import Logprobs
+from edgemistral.generate.tasks import Generation, Usage
 from edgemistral.model import Model, Reply
 from edgemistral.server.metrics import Metrics
 from edgemistral.server.scheduler import Job, Progress, Scheduler, Unavailable
