@@ -14,7 +14,8 @@ from edgemistral.generate.pace import Pace
 
 N = 3                  # tokens that must have stood there before
 MOST = 7               # tokens of a guess: with the one before them they fill a step of 8
-CREDIT, INTEREST = 0.3, 0.01     # steps that guessing may cost at first, and more with every step
+GAIN = 1.05            # times as many tokens a second that a guess must promise
+INTEREST = 0.01        # steps that a trial may cost, with every step, where guesses promise nothing
 MEMORY = 0.8           # of the share of right guesses
 
 
@@ -26,8 +27,7 @@ class Lookup:
         self._followed: dict[tuple[int, ...], int] = {}      # n-gram -> where it was followed last
         self._seen = N - 1
         self._right = 0.5                                    # share of guessed tokens, lately
-        self._credit = CREDIT
-        self._spent = 0.0
+        self._credit = 0.0
         self._index(history, length)
 
     def guess(self, history: NDArray[np.int32], most: int, pace: Pace) -> tuple[int, ...]:
@@ -43,23 +43,26 @@ class Lookup:
 
     def learn(self, guessed: int, accepted: int) -> None:
         """So many guessed ids were right."""
-        self._credit = min(CREDIT, self._credit + accepted - self._spent)
         for n in range(min(accepted + 1, guessed)):
             self._right = MEMORY * self._right + (1 - MEMORY) * (n < accepted)
 
     def _worth(self, most: int, pace: Pace) -> int:
-        """The length that brings the most tokens a second; a short one now and then where nothing seems to pay."""
-        best, speed = 0, 1.0
+        """The length that brings the most tokens a second; a short trial now and then where none seems to pay."""
+        best, speed = 0, GAIN
         expected, power = 1.0, 1.0
         for n in range(1, most + 1):
             power *= self._right
             expected += power
             if expected / pace.cost(1 + n) > speed:
                 best, speed = n, expected / pace.cost(1 + n)
-        if not best and most:
-            best = min(most, 3)
-        self._spent = pace.cost(1 + best) - 1
-        return best if self._credit > self._spent else 0
+        if best or not most:
+            return best
+        trial = min(most, 3)
+        price = pace.cost(1 + trial) - 1
+        if self._credit < price:
+            return 0
+        self._credit -= price
+        return trial
 
     def _index(self, history: NDArray[np.int32], length: int) -> None:
         """Note every n-gram that something follows."""

@@ -95,7 +95,7 @@ def test_wrong_guesses_cost_next_to_nothing():
         if guess:
             extra += pace.cost(1 + len(guess)) - 1
             lookup.learn(len(guess), 0)
-    assert 0 < extra < 0.3 + 0.01 * 280 + 0.1
+    assert 0 < extra < 0.02 * 280
     assert fake.steps == []
 
 
