@@ -26,7 +26,7 @@ class Copying(FakeTransformer):
         logits = super().expected_logits(ids)
         logits[2] = -100                                  # no end
         for at in range(len(ids) - 2, 1, -1):
-            if ids[at - 2 : at] == ids[-2:] and logits[0] < 4 * self.share - 2:
+            if ids[at - 2 : at] == ids[-2:] and (self.share == 1 or logits[0] < 4 * self.share - 2):
                 logits[ids[at]] = 50
                 break
         return logits
