@@ -26,6 +26,7 @@ from edgemistral.config import ModelConfig
 from edgemistral.errors import BadRequest
 from edgemistral.files.layout import round_up
 from edgemistral.kernels.attention import KV_FORMATS, POSITIONS, SEGMENT, SEGMENT_BLOCKS, KVLayout, block_bytes
+from edgemistral.kernels.simd import address_of
 from edgemistral.paths import cache_dir
 from edgemistral.runtime.memory import physical_memory
 
@@ -62,7 +63,7 @@ class Segment:
 
     def __init__(self, mapping: mmap.mmap) -> None:
         self.data: NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
-        self.address: int = self.data.ctypes.data
+        self.address = address_of(self.data)
         self.users = 1
 
 
