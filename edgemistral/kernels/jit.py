@@ -33,7 +33,7 @@ import numpy as np
 from numba.core import caching
 from numba.core.compiler import CompileResult
 
-from edgemistral.kernels.lowering import INTERPRET, choose, prefetch_ahead
+from edgemistral.kernels.lowering import choose, interpreted, prefetch_ahead
 from edgemistral.paths import cache_dir
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
@@ -46,8 +46,8 @@ on_compiled: Callable[[], None] | None = None
 
 def entry(function: Callable[..., Any]) -> Any:
     """Jit a function that Python calls; cached on disk."""
-    if INTERPRET:
-        return _interpreted(function)
+    if interpreted(function):
+        return _checking(function)
     dispatcher: Any = numba.njit(**_OPTIONS)(function)
     dispatcher._cache = _DiskCache(function)
     return dispatcher
@@ -55,19 +55,25 @@ def entry(function: Callable[..., Any]) -> Any:
 
 def inner(function: Callable[..., Any]) -> Any:
     """Jit a function that only jitted functions call."""
-    if INTERPRET:
-        return function
+    if interpreted(function):
+        return _plain(function)
     return numba.njit(**_OPTIONS, no_cpython_wrapper=True)(function)  # type: ignore[call-overload]
 
 
 def inlined(function: Callable[..., Any]) -> Any:
     """`inner` whose code becomes part of its caller's: passing named tuples of arrays takes hundreds of stores a call."""
-    if INTERPRET:
-        return function
+    if interpreted(function):
+        return _plain(function)
     return numba.njit(**_OPTIONS, no_cpython_wrapper=True, forceinline=True)(function)  # type: ignore[call-overload]
 
 
-def _interpreted(function: Callable[..., Any]) -> Callable[..., Any]:
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself, with the attribute that jitted ones have."""
+    function.py_func = function  # type: ignore[attr-defined]
+    return function
+
+
+def _checking(function: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel that runs as Python: its arrays refuse negative indices, and floats overflow in silence, as in compiled code."""
 
     @functools.wraps(function)
@@ -75,10 +81,10 @@ def _interpreted(function: Callable[..., Any]) -> Callable[..., Any]:
         with np.errstate(all="ignore"):
             return function(*map(_checked, arguments))
 
-    return call
+    return _plain(call)
 
 
-class _CheckedArray(np.ndarray):  # type: ignore[type-arg]
+class _CheckedArray(np.ndarray):
     """An array without indices from the end: compiled code would read what lies before the array."""
 
     def __getitem__(self, index: Any) -> Any:

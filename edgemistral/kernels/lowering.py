@@ -35,6 +35,11 @@ INTERPRET = os.environ.get("EDGEMISTRAL_SIMD") == "interpret"
 """Whether kernels run as ordinary Python over `simd_numpy`: a thousand times slower, with bounds checked, for debuggers."""
 
 
+def interpreted(function: Any) -> bool:
+    """Whether this jitted function is one of those. The quantizer's use no vectors, and a model would take them days."""
+    return INTERPRET and not function.__module__.startswith("edgemistral_quantize.")
+
+
 def vector(element: ir.Type, lanes: int) -> ir.VectorType:
     return ir.VectorType(element, lanes)
 

@@ -5,9 +5,11 @@ its twin `simd_numpy`, which runs as ordinary Python and checks the bounds of ev
 and give the same bits.
 """
 
+from typing import TYPE_CHECKING
+
 from edgemistral.kernels.lowering import INTERPRET
 
-if INTERPRET:
-    from edgemistral.kernels.simd_numpy import *  # noqa: F403
-else:
+if TYPE_CHECKING or not INTERPRET:
     from edgemistral.kernels.simd_llvm import *  # noqa: F403
+else:
+    from edgemistral.kernels.simd_numpy import *  # noqa: F403

@@ -70,7 +70,7 @@ def _bytes(base: Any, index: int, size: int) -> NDArray[np.uint8]:
         first = start + int(index)
     if first < 0 or first + size > array.nbytes:
         raise IndexError(f"{size} bytes at byte {first} of an array of {array.nbytes} bytes (index {index})")
-    return np.frombuffer(array, np.uint8, size, first)      # type: ignore[call-overload, no-any-return]
+    return np.frombuffer(array, np.uint8, size, first)
 
 
 def load_bytes(base, index):
@@ -145,7 +145,8 @@ def _typed(value: Vector, dtype: Any) -> Vector:
 
 
 def _low_bytes(value: Vector) -> Vector:
-    return _typed(value, I32).astype(np.uint8)
+    low: Vector = _typed(value, I32).astype(np.uint8)
+    return low
 
 
 def _f32_to_f16(value: Vector) -> Vector:

@@ -25,15 +25,15 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from edgemistral.kernels.lowering import INTERPRET
+from edgemistral.kernels.lowering import INTERPRET, interpreted
 
 
 def unrolled(**constants: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: rewrite the function for these constants. Needs the source file beside the code (as numba's tracebacks do)."""
-    if INTERPRET:
-        return lambda function: _with_constants(function, constants)
 
     def rewrite(function: Callable[..., Any]) -> Callable[..., Any]:
+        if interpreted(function):
+            return _with_constants(function, constants)
         definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
         assert isinstance(definition, ast.FunctionDef)
         suffix = "".join(f"_{name}{value}" for name, value in constants.items())
