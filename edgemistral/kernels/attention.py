@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.kernels.jit import inlined, inner
+from edgemistral.kernels.kv_layout import POSITIONS, SEGMENT_BLOCKS
 from edgemistral.kernels.simd import (
     absolute,
     add,
@@ -62,30 +63,9 @@ from edgemistral.kernels.simd import (
 )
 from edgemistral.kernels.unroll import registers, static, unroll, unrolled
 
-POSITIONS = 64            # of one block
-SEGMENT_BLOCKS = 4        # blocks of one head in a segment, one after another
-SEGMENT = SEGMENT_BLOCKS * POSITIONS    # positions
 ROWS = 4                  # query rows (token x query head of one KV head) that meet a block in registers
 SPAN = 32                 # tokens whose rows one thread takes through the cache together, so that a block is read once for all
 LOWEST = np.float32(-1e30)
-
-
-KV_FORMATS = {8: (8, 8), 16: (16, 0)}    # bits -> bits of a code, bytes of the scales of one position's key and value
-
-
-def block_bytes(head_dim: int, bits: int) -> int:
-    """Bytes of one block: keys and values of 64 positions of one head."""
-    code_bits, scale_bytes = KV_FORMATS[bits]
-    return POSITIONS * (2 * head_dim * code_bits // 8 + scale_bytes)
-
-
-class KVLayout(NamedTuple):
-    """Where the block of (layer, KV head, number) lies in a segment of 256 positions."""
-
-    bits: int
-    block_bytes: int
-    n_layers: int
-    n_kv_heads: int
 
 
 class Rows(NamedTuple):

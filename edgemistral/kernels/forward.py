@@ -26,9 +26,7 @@ from edgemistral.kernels.activations import (
     swiglu,
 )
 from edgemistral.kernels.attention import (
-    POSITIONS,
     AttentionScratch,
-    KVLayout,
     Queries,
     Rows,
     append_key_value,
@@ -38,6 +36,7 @@ from edgemistral.kernels.attention import (
     rotate,
 )
 from edgemistral.kernels.jit import entry, inner
+from edgemistral.kernels.kv_layout import POSITIONS, KVLayout
 from edgemistral.kernels.matmul import PAIR, STREAM, MatrixScratch, matrix_at, multiply_pairs, streams_of
 from edgemistral.kernels.simd import add, load_bf16_as_f32, load_f32, store_f32
 from edgemistral.kernels.sync import Member, barrier, take

@@ -20,12 +20,12 @@ F32 = ir.FloatType()
 LOWERING = choose()
 
 __all__ = [
-    "LOWERING", "absolute", "add", "add_i32", "address_of", "atomic_add", "atomic_load", "broadcast4", "div", "dot4",
-    "dot4_7bit", "exp", "flip_top_bits", "fma", "high_nibbles", "highest", "lane_numbers", "load_bf16_as_f32", "load_bytes",
-    "load_f16_as_f32", "load_f32", "load_i8_as_f32", "look_up", "low_nibbles", "maximum", "mul", "pause", "prefetch",
-    "round_to_i32", "splat_f32", "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes",
-    "store_f32", "store_f32_as_f16", "store_low_bytes", "store_scalar_f32", "sub", "to_f32", "total", "total_i32",
-    "where_between", "where_negative", "yield_thread", "zero_f32", "zero_i32",
+    "LOWERING", "absolute", "add", "add_i32", "atomic_add", "atomic_load", "broadcast4", "div", "dot4", "dot4_7bit", "exp",
+    "flip_top_bits", "fma", "high_nibbles", "highest", "lane_numbers", "load_bf16_as_f32", "load_bytes", "load_f16_as_f32",
+    "load_f32", "load_i8_as_f32", "look_up", "low_nibbles", "maximum", "mul", "pause", "prefetch", "round_to_i32",
+    "splat_f32", "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes", "store_f32",
+    "store_f32_as_f16", "store_low_bytes", "store_scalar_f32", "sub", "to_f32", "total", "total_i32", "where_between",
+    "where_negative", "yield_thread", "zero_f32", "zero_i32",
 ]
 
 
@@ -73,11 +73,6 @@ def _constant(llvm, value):
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
-
-def address_of(array):
-    """The address of an array's first byte (an ordinary function, for Python). The array must live as long as it is used."""
-    return int(array.ctypes.data)
-
 
 def _load(memory, result, convert=lambda builder, value: value):
     @intrinsic

@@ -11,14 +11,13 @@ EDGEMISTRAL_SIMD=interpret makes the kernels use it. A vector is a NumPy array t
 from __future__ import annotations
 
 import time
-import weakref
-from bisect import bisect_right, insort
 from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemistral.kernels.addresses import memory_at
 from edgemistral.kernels.lowering import Plain
 
 Vector = NDArray[Any]
@@ -28,45 +27,23 @@ F32, I32 = np.float32, np.int32
 LANES = np.arange(16, dtype=I32)
 
 __all__ = [
-    "LOWERING", "absolute", "add", "add_i32", "address_of", "atomic_add", "atomic_load", "broadcast4", "div", "dot4",
-    "dot4_7bit", "exp", "flip_top_bits", "fma", "high_nibbles", "highest", "lane_numbers", "load_bf16_as_f32", "load_bytes",
-    "load_f16_as_f32", "load_f32", "load_i8_as_f32", "look_up", "low_nibbles", "maximum", "mul", "pause", "prefetch",
-    "round_to_i32", "splat_f32", "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes",
-    "store_f32", "store_f32_as_f16", "store_low_bytes", "store_scalar_f32", "sub", "to_f32", "total", "total_i32",
-    "where_between", "where_negative", "yield_thread", "zero_f32", "zero_i32",
+    "LOWERING", "absolute", "add", "add_i32", "atomic_add", "atomic_load", "broadcast4", "div", "dot4", "dot4_7bit", "exp",
+    "flip_top_bits", "fma", "high_nibbles", "highest", "lane_numbers", "load_bf16_as_f32", "load_bytes", "load_f16_as_f32",
+    "load_f32", "load_i8_as_f32", "look_up", "low_nibbles", "maximum", "mul", "pause", "prefetch", "round_to_i32",
+    "splat_f32", "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes", "store_f32",
+    "store_f32_as_f16", "store_low_bytes", "store_scalar_f32", "sub", "to_f32", "total", "total_i32", "where_between",
+    "where_negative", "yield_thread", "zero_f32", "zero_i32",
 ]
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
-
-_starts: list[int] = []                                       # sorted
-_buffers: dict[int, weakref.ref[NDArray[Any]]] = {}           # by start; the arrays that `address_of` was asked for
-
-
-def address_of(array: NDArray[Any]) -> int:
-    """The address of an array's first byte. Loads and stores by address are checked against the arrays that were given here."""
-    start = int(array.ctypes.data)
-    if start not in _buffers:
-        insort(_starts, start)
-    _buffers[start] = weakref.ref(array)
-    return start
-
-
-def _behind(address: int) -> tuple[NDArray[Any], int]:
-    """The array that an address lies in, and where in it, in bytes."""
-    at = bisect_right(_starts, address) - 1
-    array = _buffers[_starts[at]]() if at >= 0 else None
-    if array is None or address >= _starts[at] + array.nbytes:
-        raise IndexError(f"address {address:#x} lies in no memory that `address_of` knows")
-    return array, address - _starts[at]
-
 
 def _bytes(base: Any, index: int, size: int) -> NDArray[np.uint8]:
     """`size` bytes at base[index], an array's element, or at `index` bytes behind the address `base`; a view."""
     if isinstance(base, np.ndarray):
         array, first = base, int(index) * base.itemsize
     else:
-        array, start = _behind(int(base))
+        array, start = memory_at(int(base))
         first = start + int(index)
     if first < 0 or first + size > array.nbytes:
         raise IndexError(f"{size} bytes at byte {first} of an array of {array.nbytes} bytes (index {index})")
@@ -157,7 +134,8 @@ def _f32_to_f16(value: Vector) -> Vector:
     scaled = magnitude.view(np.uint32) - np.uint32(112 << 23)
     normal = scaled + np.uint32(0xFFF) + (scaled >> 13 & 1) >> 13
     subnormal = (magnitude + F32(0.5)).view(np.uint32) - F32(0.5).view(np.uint32)
-    return (np.where(magnitude < F32(2.0**-14), subnormal, normal) | bits >> 16 & 0x8000).astype(np.uint16)
+    half: Vector = (np.where(magnitude < F32(2.0**-14), subnormal, normal) | bits >> 16 & 0x8000).astype(np.uint16)
+    return half
 
 
 def prefetch(base, index):

@@ -16,8 +16,9 @@ import mmap
 import os
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +26,8 @@ from numpy.typing import NDArray
 from edgemistral.config import ModelConfig
 from edgemistral.errors import BadRequest
 from edgemistral.files.layout import round_up
-from edgemistral.kernels.attention import KV_FORMATS, POSITIONS, SEGMENT, SEGMENT_BLOCKS, KVLayout, block_bytes
-from edgemistral.kernels.simd import address_of
+from edgemistral.kernels.addresses import address_of
+from edgemistral.kernels.kv_layout import KV_FORMATS, POSITIONS, SEGMENT, SEGMENT_BLOCKS, KVLayout, block_bytes
 from edgemistral.paths import cache_dir
 from edgemistral.runtime.memory import physical_memory
 
@@ -133,6 +134,7 @@ class SegmentPool:
         if self._file is None:
             _folder().mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=_folder())  # noqa: SIM115
+            weakref.finalize(self, self._file.close)
         file, had = self._file.fileno(), self.file_bytes
         os.truncate(file, had + self.segment_bytes)
         if hasattr(os, "posix_fallocate"):    # a full disk: an error here, not a SIGBUS in a kernel
@@ -145,6 +147,17 @@ class SegmentPool:
         mapping = mmap.mmap(file, self.segment_bytes, offset=had)
         self._made += 1
         return mapping
+
+
+class Row(NamedTuple):
+    """One sequence's part of a step: the ids that follow it, and how many of them, at the end, need logits.
+
+    A prompt's chunk is a row of many ids, decoding a row of one, a draft to verify a row of 1 + k ids with 1 + k logits.
+    """
+
+    sequence: Sequence
+    ids: NDArray[np.integer]
+    n_logits: int
 
 
 class Sequence:

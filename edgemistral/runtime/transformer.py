@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +13,11 @@ from edgemistral.errors import BadRequest, ContextOverflow
 from edgemistral.files.blob import Blob
 from edgemistral.files.layout import ALIGNMENT, BLOCK, GROUP, GROUPS, round_up
 from edgemistral.kernels.activations import LONG, SHORT, Activations
-from edgemistral.kernels.attention import POSITIONS, ROWS, SPAN, AttentionScratch, Queries, Rows
+from edgemistral.kernels.attention import ROWS, SPAN, AttentionScratch, Queries, Rows
 from edgemistral.kernels.forward import Own, Shape, State, forward
+from edgemistral.kernels.kv_layout import POSITIONS
 from edgemistral.kernels.matmul import PAIR, STREAMS, MatrixScratch
-from edgemistral.runtime import segments
-from edgemistral.runtime.segments import SegmentPool
+from edgemistral.runtime.segments import Row, SegmentPool
 from edgemistral.runtime.team import Team, compile_for
 from edgemistral.runtime.weights import map_weights
 
@@ -26,17 +26,6 @@ MAX_ROWS = 64     # of one step
 MAX_LOGITS = 64   # tokens whose logits the workspace has room for; for more, a step makes room of its own
 
 Allocate = Callable[[int, Any], NDArray[Any]]
-
-
-class Row(NamedTuple):
-    """One sequence's part of a step: the ids that follow it, and how many of them, at the end, need logits.
-
-    A prompt's chunk is a row of many ids, decoding a row of one, a draft to verify a row of 1 + k ids with 1 + k logits.
-    """
-
-    sequence: segments.Sequence
-    ids: NDArray[np.integer]
-    n_logits: int
 
 
 class Transformer:
@@ -124,7 +113,8 @@ def _lay_out(rows: Sequence[Row], group: int) -> Rows:
     firsts = np.cumsum([0, *n])                                       # token of each row
     query_firsts = np.cumsum([0, *(round_up(k * group, ROWS) for k in n)])
     within = np.concatenate([np.arange(k) for k in n])
-    spans, wanted = [], []
+    spans: list[tuple[int, int, int]] = []
+    wanted: list[int] = []
     for row, first, end, start in zip(rows, firsts[:-1].tolist(), firsts[1:].tolist(), starts, strict=True):
         for at in range(first, end, SPAN):
             until = min(at + SPAN, end)
