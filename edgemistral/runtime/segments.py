@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from edgemistral.config import ModelConfig
 from edgemistral.errors import BadRequest
 from edgemistral.files.layout import round_up
+from edgemistral.kernels.addresses import address_of
 from edgemistral.kernels.kv_layout import KV_FORMATS, POSITIONS, SEGMENT, SEGMENT_BLOCKS, KVLayout, block_bytes
 from edgemistral.paths import cache_dir
 from edgemistral.runtime.memory import physical_memory
@@ -63,7 +64,7 @@ class Segment:
 
     def __init__(self, mapping: mmap.mmap) -> None:
         self.data: NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
-        self.address: int = self.data.ctypes.data
+        self.address = address_of(self.data)
         self.users = 1
 
 

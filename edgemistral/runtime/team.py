@@ -18,6 +18,7 @@ from typing import Any
 import llvmlite.binding
 import numpy as np
 
+from edgemistral.kernels.lowering import INTERPRET
 from edgemistral.kernels.sync import SYNC_SIZE, Member
 
 
@@ -107,6 +108,8 @@ def _work(inbox: SimpleQueue[_Call | None]) -> None:
 
 def compile_for(function: Any, common: Sequence[Any], own: Any) -> None:
     """Load from the cache, or compile, the code that `Team.run` needs for these arguments, without running it."""
+    if INTERPRET:
+        return
     from numba import typeof
 
     arguments = (Member(0, 1, np.zeros(SYNC_SIZE, np.int64), np.zeros(1, np.int64)), *common, own)
