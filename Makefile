@@ -41,12 +41,6 @@ $(VENV)/.installed-test: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
 	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e '.[test]'
 	touch $@
 
-$(VENV)/.installed-coverage: $(VENV)/.installed-test  ## which lines and branches the fast tests reach; also as htmlcov/index.html
-	$(BIN)/python -m pytest -q --cov --cov-report=term --cov-report=html
-
-help: $(VENV)/.installed-test  ## docs/help.md
-	$(BIN)/python -m docs.make_help
-
-bench: $(VENV)/bin/python pyproject.toml
+$(VENV)/.installed-bench: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install -q -e '.[bench]'
 	touch $@

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,7 +22,7 @@ from edgemistral.cli.options import (
 )
 from edgemistral.errors import BadRequest
 from edgemistral.files import strict_json
-from edgemistral.terminal import StatusLine, compile_notice, printable
+from edgemistral.terminal import StatusLine, compile_notice, print_answer
 
 if TYPE_CHECKING:
     from edgemistral.model import Model
@@ -132,10 +131,9 @@ def _answer(
         else:
             messages = [{"role": "system", "content": system}] if system else []
             reply = model.chat([*messages, {"role": "user", "content": prompt}], max_new_tokens, **arguments)
-        shown = printable if sys.stdout.isatty() else str
-        for piece in reply:
-            print(shown(piece), end="", flush=True)
-        print()
+        print_answer(reply, status)
+        if not reply.text:
+            print()
     if reply.finish_reason == "context":
         click.echo(f"(the context of {model.context} tokens is full)", err=True)
 
