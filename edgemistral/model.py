@@ -46,7 +46,7 @@ def load(
     try:
         planned = plan(blob, context, kv_bits, threads, kv_budget, max_ram)
         planned.check(max_ram)
-        tokenizer = Tokenizer(blob.array("tokenizer").tobytes(), blob.config.vocab_size, f"{path}: its tokenizer")
+        tokenizer = tokenizer_of(blob)
         transformer = Transformer(
             blob, context=planned.context, kv_bits=kv_bits, threads=planned.threads, kv_budget=planned.kv_budget
         )
@@ -54,6 +54,12 @@ def load(
         blob.close()
         raise
     return Model(Engine(transformer, lookup), tokenizer, blob.path)   # the transformer closes the blob
+
+
+def tokenizer_of(blob: Blob) -> Tokenizer:
+    """The tokenizer in a blob. Raises BadInput for bytes that are none."""
+    config, name = blob.config, f"{blob.path}: its tokenizer"
+    return blob.text.tokenizer(blob.array("tokenizer").tobytes(), config.vocab_size, name, config.eos_id)
 
 
 class Model:
@@ -68,6 +74,7 @@ class Model:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, path: Path | None = None) -> None:
         """Use `load`; this is for an engine made elsewhere, which the model closes. path: the blob's file."""
         self.engine, self.tokenizer, self.path = engine, tokenizer, path
+        engine.end_ids |= tokenizer.end_ids
 
     @property
     def config(self) -> ModelConfig:
@@ -97,7 +104,8 @@ class Model:
         **sampling: Any,
     ) -> Generation:
         """Token ids that continue `ids`, until </s> (which is not given), `max_new_tokens` or a full context."""
-        return self.engine.generate(ids, SamplingParams(**sampling), max_new_tokens, progress, cancel)
+        params = SamplingParams(**{**self.tokenizer.defaults, **sampling})
+        return self.engine.generate(ids, params, max_new_tokens, progress, cancel)
 
     def chat(
         self,
@@ -111,7 +119,7 @@ class Model:
     ) -> Reply:
         """The answer to a conversation, in pieces of text. A last message of the assistant's is continued."""
         ids = self.tokenizer.encode_chat(messages)
-        stops, continued = StopStrings(stop), messages[-1]["role"] == "assistant"
+        stops, continued = StopStrings(stop), messages[-1]["role"] == "assistant" and bool(messages[-1].get("content"))
         generation = self.generate(ids, max_new_tokens, progress=progress, cancel=cancel, **sampling)
         return Reply(generation, self._decoder(ids if continued else []), stops)
 
@@ -126,7 +134,7 @@ class Model:
         **sampling: Any,
     ) -> Reply:
         """The continuation of a raw text (<s> is put before it) or of ids, without the chat template."""
-        ids = [self.config.bos_id, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+        ids = [*self._bos(), *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
         stops = StopStrings(stop)
         generation = self.generate(ids, max_new_tokens, progress=progress, cancel=cancel, **sampling)
         return Reply(generation, self._decoder(ids), stops)
@@ -140,6 +148,10 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _bos(self) -> list[int]:
+        """What a text without a template begins with."""
+        return [self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []
 
     def _decoder(self, before: Ids) -> StreamDecoder:
         """A decoder for what follows these ids: only at the start of a text does the first piece lose its space."""

@@ -34,6 +34,7 @@ def quantize(
     resume: bool = False,
     force: bool = False,
     progress: bool = True,
+    chat_template: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Make a blob of a checkpoint directory in Hugging Face or Mistral layout; returns its path.
 
@@ -44,13 +45,15 @@ def quantize(
     `resume=True` goes on behind the tensors that are already in DST.partial, once their checksums and those of their
     sources are found to match; `force=True` starts again and replaces an existing DST.
 
+    chat_template: a file with the Jinja template to use instead of the checkpoint's own.
+
     Raises BadConfig and BadCheckpoint when the checkpoint cannot be used (before anything is written, but for a NaN, an
     infinity or an unreadable file in the middle), BadInput for everything about DST and the arguments, a full disk too.
     """
     for name, value in (("bits", bits), ("output_bits", output_bits)):
         if value not in BLOCK_BYTES:
             raise BadInput(f"{name} is {value}; supported are {' and '.join(map(str, BLOCK_BYTES))}")
-    checkpoint, dst = Checkpoint(Path(src)), Path(dst)
+    checkpoint, dst = Checkpoint(Path(src), None if chat_template is None else Path(chat_template)), Path(dst)
     if dst.exists() and any(dst.samefile(file) for file in checkpoint.files):
         raise BadInput(f"{dst}: a part of the checkpoint itself")
     if max_ram < (needed := STRIPS_IN_WORK * checkpoint.min_strip_bytes):
@@ -62,7 +65,7 @@ def quantize(
     in_matrices = {tensor.name for matrix in by_name.values() for tensor in matrix_tensors(matrix)}
     with (
         BlobWriter(
-            dst, checkpoint.config, recipe, len(checkpoint.tokenizer), resume=resume, force=force
+            dst, checkpoint.config, recipe, len(checkpoint.tokenizer), text=checkpoint.text, resume=resume, force=force
         ) as writer,
         tqdm(
             total=checkpoint.n_bytes, desc=dst.name, unit="B", unit_scale=True, unit_divisor=1024,
