@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 
 import edgemistral
 from edgemistral.config import ModelConfig
+from edgemistral.files.bf16 import widen
 from edgemistral.generate.engine import Ids
 from edgemistral.measure.evaluate import Evaluation, evaluate
-from edgemistral.measure.reference import Reference, ReferenceModel, widen
+from edgemistral.measure.reference import Reference, ReferenceModel
 from tests.checkpoints import write_hf
 from tests.golden.models import GoldenModel
 from tests.naive import q4_0
