@@ -38,7 +38,7 @@ TABLES_HEAD = """# All tables
 
 Written by `python -m bench.run_all --report`. [RESULTS.md](../RESULTS.md) has the summary.
 """
-ESSENTIAL = ("real_model", "quality")     # sections that RESULTS.md repeats
+ESSENTIAL = ("parallel", "real_model", "quality")     # sections that RESULTS.md repeats once they are measured
 Results = dict[str, Any]
 
 
@@ -51,7 +51,7 @@ def write() -> None:
 
 def texts() -> dict[Path, str]:
     """What `write` writes."""
-    essential = [section for section in SECTIONS if section[1] in ESSENTIAL]
+    essential = [section for section in SECTIONS if section[1] in ESSENTIAL and any(RESULTS.rglob(f"{section[1]}.json"))]
     parts = [HEAD, *summary.summary(), PEERS, *summary.peers(), PLOTS, *(_section(*section) for section in essential)]
     tables = [TABLES_HEAD, *(_section(*section, at=TABLES) for section in SECTIONS)]
     return {REPORT: "\n".join([*parts, LIMITS.read_text("utf-8")]), TABLES: "\n".join(tables)}
@@ -177,6 +177,22 @@ def _batches(r: Results) -> list[str]:
         (str(row["tokens"]), f"{1000 * row['seconds']:.1f}", f"{row['ratio']:.2f}", f"{row['min']:.2f}", f"{row['max']:.2f}")
         for row in r["rows"]
     ))
+
+
+def _parallel(r: Results) -> list[str]:
+    reader, fork = r["reader"], r["fork"]
+    return [
+        f"{r['n_layers']} layers of 7B shapes, {r['threads']} threads; a step computes one token of each sequence.",
+        "",
+        *_table(("sequences", "ours, tokens/s in all", "llama.cpp", "ratio", "our step, times one sequence's"), (
+            (str(row["sequences"]), f"{row['ours']:.1f}", f"{row['theirs']:.1f}", f"{row['ratio']:.2f}", f"{row['cost']:.2f}")
+            for row in r["rows"]
+        )),
+        "",
+        f"While another client's prompt of {reader['prompt']:,} tokens is read, a generating client keeps {reader['keeps']:.0%} "
+        f"of its tokens/s. The prompt takes {reader['prompt_slower']:.2f} times its time alone. A fork of a 7B conversation of "
+        f"{fork['positions']:,} tokens takes {1000 * fork['seconds']:.1f} ms at most.",
+    ]
 
 
 def _long_context(r: Results) -> list[str]:
@@ -317,6 +333,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ("Speed by size, depth, threads and bits", "speed", "python bench/speed.py WORK", _speed),
     ("7B, short batches, 4 bits", "batches_q4", "python bench/batches.py WORK", _batches),
     ("7B, short batches, 8 bits", "batches_q8", "python bench/batches.py WORK --bits 8", _batches),
+    ("Several sequences at once", "parallel", "python bench/parallel.py WORK --n-layers 4", _parallel),
     ("30,000 tokens through two layers of a 7B, 4-bit weights", "long_context-4bit",
      "python bench/long_context.py WORK --bits 4", _long_context),
     ("30,000 tokens through two layers of a 7B, 8-bit weights", "long_context-8bit",

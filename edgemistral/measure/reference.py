@@ -127,40 +127,14 @@ class Reference:
         qkv = np.empty((len(x), c.q_dim + 2 * c.kv_dim), np.float32)
 
         def project(rows: Rows) -> None:
-            qkv[rows] = times(rms_norm(x[rows], w["attention_norm"], c.norm_eps), w["wqkv"])
-            rotated = _rotate(qkv[rows, : c.q_dim + c.kv_dim].reshape(len(rows), -1, c.head_dim), rows, c.rope_theta)
-            qkv[rows, : c.q_dim + c.kv_dim] = rotated.reshape(len(rows), -1)
+            qkv[rows] = rotated(c, times(rms_norm(x[rows], w["attention_norm"], c.norm_eps), w["wqkv"]), rows)
 
         def finish(rows: Rows) -> None:
-            y = x[rows] + times(self._attend(qkv, rows), w["wo"])
-            x[rows] = y + times(_swiglu(times(rms_norm(y, w["ffn_norm"], c.norm_eps), w["w13"])), w["w2"])
+            y = x[rows] + times(attend(c, qkv, rows), w["wo"])
+            x[rows] = y + times(swiglu(times(rms_norm(y, w["ffn_norm"], c.norm_eps), w["w13"])), w["w2"])
 
         for step, positions in ((project, np.arange(len(x))), (finish, at)):
             list(pool.map(step, [positions[i : i + BLOCK_ROWS] for i in range(0, len(positions), BLOCK_ROWS)]))
-
-    def _attend(self, qkv: F32, at: Rows) -> F32:
-        """Causal grouped-query attention at the positions `at`; queries, keys, values (n, q_dim + 2 kv_dim) -> (k, q_dim)."""
-        c, out = self.config, np.empty((len(at), self.config.q_dim), np.float32)
-        queries, keys, values = np.split(qkv, [c.q_dim, c.q_dim + c.kv_dim], axis=1)
-        width = c.group * c.head_dim      # of the query heads of one KV head
-        for first in range(0, len(at), QUERIES):
-            rows = at[first : first + QUERIES]
-            high = int(rows[-1]) + 1
-            low = 0 if c.sliding_window is None else max(0, int(rows[0]) - c.sliding_window + 1)
-            behind = rows[:, None] - np.arange(low, high)        # the key's distance behind the query
-            hidden = (behind < 0) if c.sliding_window is None else (behind < 0) | (behind >= c.sliding_window)
-            unseen = np.where(hidden, np.float32(-np.inf), np.float32(0))[:, None]
-            for head in range(c.n_kv_heads):
-                of_head = slice(head * c.head_dim, (head + 1) * c.head_dim)
-                q = queries[rows, head * width : (head + 1) * width].reshape(-1, c.head_dim)
-                scores = (q @ keys[low:high, of_head].T).reshape(len(rows), c.group, -1)
-                scores *= np.float32(c.head_dim**-0.5)
-                scores += unseen
-                scores -= scores.max(axis=-1, keepdims=True)
-                p = np.exp(scores, out=scores).reshape(len(q), -1)
-                mixed = p @ values[low:high, of_head] / p.sum(axis=-1, keepdims=True)
-                out[first : first + QUERIES, head * width : (head + 1) * width] = mixed.reshape(len(rows), -1)
-        return out
 
 
 class ReferenceModel:
@@ -185,16 +159,43 @@ def times(x: F32, matrix: Strips) -> F32:
     return np.concatenate([x @ widen(strip).T for strip in matrix], axis=1)
 
 
-def _rotate(x: F32, positions: Rows, theta: float) -> F32:
-    """Rotary positions on x (n, heads, head_dim), pairs (i, i + head_dim / 2)."""
-    half = x.shape[2] // 2
-    angles = positions[:, None, None] * theta ** (-np.arange(half) / half)
+def rotated(config: ModelConfig, qkv: F32, positions: Rows) -> F32:
+    """Queries, keys and values (n, q_dim + 2 kv_dim), queries and keys rotated; pairs are (i, i + head_dim / 2)."""
+    end, half = config.q_dim + config.kv_dim, config.head_dim // 2
+    angles = positions[:, None, None] * config.rope_theta ** (-np.arange(half) / half)
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    a, b = x[..., :half], x[..., half:]
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    heads = qkv[:, :end].reshape(len(qkv), -1, config.head_dim)
+    a, b = heads[..., :half], heads[..., half:]
+    turned = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(len(qkv), end)
+    return np.concatenate([turned, qkv[:, end:]], axis=1)
 
 
-def _swiglu(gate_up: F32) -> F32:
+def attend(config: ModelConfig, qkv: F32, at: Rows) -> F32:
+    """Causal grouped-query attention at the positions `at`, over what `rotated` gives: (n, q_dim + 2 kv_dim) -> (k, q_dim)."""
+    c, out = config, np.empty((len(at), config.q_dim), np.float32)
+    queries, keys, values = np.split(qkv, [c.q_dim, c.q_dim + c.kv_dim], axis=1)
+    width = c.group * c.head_dim      # of the query heads of one KV head
+    for first in range(0, len(at), QUERIES):
+        rows = at[first : first + QUERIES]
+        high = int(rows[-1]) + 1
+        low = 0 if c.sliding_window is None else max(0, int(rows[0]) - c.sliding_window + 1)
+        behind = rows[:, None] - np.arange(low, high)        # the key's distance behind the query
+        hidden = (behind < 0) if c.sliding_window is None else (behind < 0) | (behind >= c.sliding_window)
+        unseen = np.where(hidden, np.float32(-np.inf), np.float32(0))[:, None]
+        for head in range(c.n_kv_heads):
+            of_head = slice(head * c.head_dim, (head + 1) * c.head_dim)
+            q = queries[rows, head * width : (head + 1) * width].reshape(-1, c.head_dim)
+            scores = (q @ keys[low:high, of_head].T).reshape(len(rows), c.group, -1)
+            scores *= np.float32(c.head_dim**-0.5)
+            scores += unseen
+            scores -= scores.max(axis=-1, keepdims=True)
+            p = np.exp(scores, out=scores).reshape(len(q), -1)
+            mixed = p @ values[low:high, of_head] / p.sum(axis=-1, keepdims=True)
+            out[first : first + QUERIES, head * width : (head + 1) * width] = mixed.reshape(len(rows), -1)
+    return out
+
+
+def swiglu(gate_up: F32) -> F32:
     """(n, 2 * hidden_dim), 16 columns of gate and 16 of up in turn, -> silu(gate) * up."""
     n = len(gate_up)
     pairs = gate_up.reshape(n, -1, 2, layout.PANEL)
