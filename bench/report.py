@@ -189,9 +189,9 @@ def _parallel(r: Results) -> list[str]:
             for row in r["rows"]
         )),
         "",
-        f"While another client's prompt of {reader['prompt']:,} tokens is read, a generating client keeps {reader['keeps']:.0%} "
-        f"of its tokens/s. The prompt takes {reader['prompt_slower']:.2f} times its time alone. A fork of a 7B conversation of "
-        f"{fork['positions']:,} tokens takes {1000 * fork['seconds']:.1f} ms at most.",
+        f"While another client's prompt of {reader['prompt']:,} tokens is read, a generating client keeps "
+        f"{reader['keeps']:.0%} of its tokens/s. The prompt takes {reader['prompt_slower']:.2f} times its time alone. "
+        f"A fork of a 7B conversation of {fork['positions']:,} tokens takes {1000 * fork['seconds']:.1f} ms at most.",
     ]
 
 
