@@ -17,8 +17,8 @@ from edgemistral_quantize.checkpoint import Checkpoint
 from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
+from edgemistral.files.bf16 import widen
 from edgemistral.files.layout import PANEL
-from edgemistral.measure.reference import widen
 
 NAMES = {   # theirs by ours
     "attention_norm": "attn_norm", "wo": "attn_output", "ffn_norm": "ffn_norm", "w2": "ffn_down",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from edgemistral.errors import BadInput
+from edgemistral.files.bf16 import to_bf16, widen
 from edgemistral.files.blob import BlobWriter
 from edgemistral.files.layout import BLOCK_BYTES, PANEL, Matrix, Recipe, TensorSpec, matrices, matrix_tensors
 from edgemistral_quantize.checkpoint import Checkpoint, Strip
@@ -101,7 +102,7 @@ class _Conversion:
 
         def panels() -> Iterator[NDArray[np.uint8]]:
             n_panels = 0
-            for rows in _one_ahead(_widen(strip) for strip in self._read(matrix.name, digest)):
+            for rows in _one_ahead(widen(strip) for strip in self._read(matrix.name, digest)):
                 packed, scales = quantize_rows(rows, matrix.bits, levels)
                 n_panels += len(packed)
                 row_scales.append(scales)
@@ -121,7 +122,7 @@ class _Conversion:
         """A tensor that is not quantized: float32 or bfloat16."""
         if not self._is_done(spec.name):
             digest = hashlib.sha256()
-            convert = _round_to_bf16 if spec.dtype == "BF16" else _widen
+            convert = to_bf16 if spec.dtype == "BF16" else widen
             self.writer.write(spec.name, map(convert, self._read(spec.name, digest)), digest.hexdigest)
 
     def write_tokenizer(self) -> None:
@@ -155,20 +156,3 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
         while (item := coming.result()) is not end:
             coming = pool.submit(next, items, end)
             yield item   # type: ignore[misc]   # not the sentinel
-
-
-def _widen(strip: Strip) -> NDArray[np.float32]:
-    """Any source dtype -> float32, exactly."""
-    if strip.dtype == np.uint16:   # the bits of bfloat16, the upper half of a float32
-        bits = strip.astype(np.uint32)
-        bits <<= 16
-        return bits.view(np.float32)
-    return strip.astype(np.float32, copy=False)
-
-
-def _round_to_bf16(strip: Strip) -> NDArray[np.uint16]:
-    """Any source dtype -> bits of the nearest bfloat16, ties to even."""
-    if strip.dtype == np.uint16:
-        return strip
-    bits = _widen(strip).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)

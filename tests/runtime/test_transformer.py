@@ -85,7 +85,7 @@ def at_once(blob_paths):
 def test_logits_are_close_to_float32(blob_paths, at_once, name, kv_bits):
     ids, logits = at_once(name, kv_bits)
     blob = Blob.open(blob_paths[name])
-    expected = naive.forward(naive.blob_weights(blob), blob.config, ids)
+    expected = naive.forward_of_blob(blob, ids)
     assert logits.shape == (len(ids), blob.config.vocab_size) and logits.dtype == F32
     assert naive.mean_kl(expected, logits) < 1e-4
     assert naive.top1_agreement(expected, logits) >= 0.98
