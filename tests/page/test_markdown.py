@@ -107,7 +107,7 @@ MATH = """(texts) => import('/page/markdown.js').then(({ Markdown }) => texts.ma
     (r"a $$x$$ b \[y\] c", [["div", "drawn"]] * 2, "a · b · c"),
     ("```math\nx^2\n```", [["div", "drawn"]], "·"),
     ("| a |\n|---|\n| $x$ |", [["span", "drawn"]], "a·"),
-    ("It costs $5, or $10; 5$ to 10$, US$ 3 and $ 4 $.", [], "It costs $5, or $10; 5$ to 10$, US$ 3 and $ 4 $."),
+    ("It costs $5, or $10; from 5$ to 10$, US$ 3 and $ 4 $.", [], "It costs $5, or $10; from 5$ to 10$, US$ 3 and $ 4 $."),
     ("`$x$` and\n```\n\\(y\\) $z$\n```", [], "$x$ andtext\\(y\\) $z$"),
     (r"$\frobnicate{x}$", [["span", r"\frobnicate{x}"]], "·"),                    # unknown: as it was written
     ("\\[\na_1 * b_1 * c", [["div", "\\[\na_1 * b_1 * c"]], "·"),                 # its end has not come

@@ -5,7 +5,7 @@ import temml from "./vendor/temml.js";
 
 const MAX_LENGTH = 4000;   // characters of a formula that is drawn
 const ENVIRONMENT = /^\\begin\{((?:equation|align|gather|multline|eqnarray|split|aligned|cases|[bpvV]?matrix)\*?)\}/;
-const MONEY = /^[\d.,]+\s+\p{L}{2}/u;   // "$5 and 10$": a price, not a formula
+const MONEY = /^[\d.,;:)]+\s+\p{L}{2}/u;   // "$5 and 10$": a price, not a formula
 
 /** A formula as a node. open: its end has not come yet. */
 export function mathNode(tex, display, open = false) {
