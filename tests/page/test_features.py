@@ -164,6 +164,7 @@ def test_a_message_over_the_limit_is_not_sent(page, actor):
     draft.fill("long " + "word " * 800)
     expect(page.locator("#notice")).to_be_hidden()
     page.keyboard.press("Enter")
+    expect(answer(page)).to_contain_text("word199")
     expect(answer(page).locator("footer")).to_contain_text("tokens/s")
     draft.fill("enough words " * 500)   # alone it fits
     page.keyboard.press("Enter")
