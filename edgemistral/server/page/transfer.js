@@ -44,8 +44,10 @@ function chatOf(data, where) {
   const fresh = newChat();
   try {
     if (isChat(data)) {   // one of ours: under its own id, so that importing twice makes no second copy
-      const id = /^\w{1,40}$/.test(data.id ?? "") ? data.id : fresh.id;
-      return { ...fresh, ...data, id: isOther(id, data) ? fresh.id : id };
+      const there = chats.get(data.id), isSame = there && JSON.stringify(there.messages) === JSON.stringify(data.messages);
+      if (isSame) return there;
+      const isFree = !there && /^\w{1,40}$/.test(data.id ?? "");   // else a new one: no chat is written over
+      return { ...fresh, ...data, id: isFree ? data.id : fresh.id };
     }
   } catch {
     // a message that is no object
@@ -57,12 +59,6 @@ function chatOf(data, where) {
   if (!kept.length) throw new Error(`${where} has no messages in it.`);
   const updated = new Date(data.updated ?? Date.now()).getTime() || Date.now();
   return { ...fresh, title: typeof data.title === "string" ? data.title : "", system, updated, messages: kept };
-}
-
-/** Whether a chat with other messages has this id: none is written over. */
-function isOther(id, data) {
-  const there = chats.get(id);
-  return there !== undefined && JSON.stringify(there.messages) !== JSON.stringify(data.messages);
 }
 
 function messageOf(message, where) {
