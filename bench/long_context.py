@@ -36,7 +36,7 @@ from edgemistral.files.blob import Blob
 from edgemistral.generate.engine import Engine
 from edgemistral.generate.sampler import SamplingParams
 from edgemistral.measure.benchmark import Roofline, bytes_of_a_token, products, seconds
-from edgemistral.runtime.kv_cache import kv_file_bytes
+from edgemistral.runtime.segments import segment_bytes, segments_of
 from edgemistral.runtime.threads import performance_cores
 from edgemistral.runtime.transformer import Transformer
 
@@ -82,7 +82,7 @@ class LongRun:
         return speeds, np.stack(logits)
 
     def decode(self, depths: Sequence[int]) -> list[Speed]:
-        """Medians over some rounds at each depth, deepest first; the cache forgets what lies behind."""
+        """Medians over some rounds at each depth, each a fork of the prompt."""
         return [self._decode(depth) for depth in tqdm(depths, desc="decode", leave=False, disable=None)]
 
     def _decode(self, depth: int) -> Speed:
@@ -134,7 +134,7 @@ def measure(blob: Path, tokens: int = TOKENS, piece: int = PIECE) -> tuple[dict[
         "prefill_seconds": sum(speed.tokens / speed.tokens_per_second for speed in prefill),
         "prefill": [asdict(speed) for speed in prefill],
         "decode": [asdict(speed) for speed in decode],
-        "kv_file_bytes": kv_file_bytes(run.config, tokens, run.transformer.kv_bits),
+        "kv_file_bytes": segments_of(tokens) * segment_bytes(run.config, run.transformer.kv_bits),
         "peak_anonymous_bytes": memory.bytes,
         "overflow": overflow,
     }, logits

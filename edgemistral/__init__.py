@@ -30,8 +30,8 @@ from edgemistral.errors import (
 if TYPE_CHECKING:
     from edgemistral.config import ModelConfig
     from edgemistral.demo import demo_model
-    from edgemistral.generate.engine import Generation, Usage
     from edgemistral.generate.sampler import SamplingParams
+    from edgemistral.generate.tasks import Generation, Usage
     from edgemistral.model import Model, Reply, load
 
 __version__ = "0.1.0"
@@ -60,12 +60,12 @@ __all__ = [
 
 # What is imported on first use (PEP 562): name -> module.
 _LAZY = {
-    "Generation": "generate.engine",
+    "Generation": "generate.tasks",
     "Model": "model",
     "ModelConfig": "config",
     "Reply": "model",
     "SamplingParams": "generate.sampler",
-    "Usage": "generate.engine",
+    "Usage": "generate.tasks",
     "demo_model": "demo",
     "load": "model",
 }

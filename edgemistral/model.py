@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
 from edgemistral.files.blob import Blob
-from edgemistral.generate.engine import Cancel, Engine, Generation, Ids, Progress, Usage
+from edgemistral.generate.engine import Engine, Ids
 from edgemistral.generate.sampler import Logprobs, SamplingParams
+from edgemistral.generate.tasks import Cancel, Generation, Progress, Usage
 from edgemistral.runtime.plan import Threads, plan
 from edgemistral.text.stream import StopStrings, StreamDecoder
 from edgemistral.text.tokenizer import Tokenizer
@@ -27,26 +28,32 @@ def load(
     kv_bits: int = 8,
     threads: Threads = None,
     max_ram: int | None = None,
+    kv_budget: int | None = None,
+    lookup: bool = True,
 ) -> Model:
     """Map a blob and make ready to run it; a context manager.
 
     context: positions to make room for; None means the model's own maximum (the KV file is sparse).
     kv_bits: 8, or 16 for reference. threads: None means the performance cores that this
     process may use, "auto" the best number measured with this model (once, then remembered). max_ram: bytes.
+    lookup: guess tokens that were said before and verify several at once: the same answers, sooner where they quote.
+    kv_budget: bytes for conversations that are kept; None means a quarter of the memory (see `runtime.plan.plan`).
     Raises BadBlob, BadRequest (its `field` names the argument) or OutOfMemoryBudget before anything is allocated.
     """
     from edgemistral.runtime.transformer import Transformer  # imports numba
 
     blob = Blob.open(path)
     try:
-        planned = plan(blob, context, kv_bits, threads)
+        planned = plan(blob, context, kv_bits, threads, kv_budget, max_ram)
         planned.check(max_ram)
         tokenizer = Tokenizer(blob.array("tokenizer").tobytes(), blob.config.vocab_size, f"{path}: its tokenizer")
-        transformer = Transformer(blob, context=planned.context, kv_bits=kv_bits, threads=planned.threads)
+        transformer = Transformer(
+            blob, context=planned.context, kv_bits=kv_bits, threads=planned.threads, kv_budget=planned.kv_budget
+        )
     except BaseException:
         blob.close()
         raise
-    return Model(Engine(transformer), tokenizer, blob.path)   # the transformer closes the blob
+    return Model(Engine(transformer, lookup), tokenizer, blob.path)   # the transformer closes the blob
 
 
 class Model:
@@ -160,8 +167,18 @@ class Reply(Iterator[str]):
         self._ended = False
 
     @property
+    def generation(self) -> Generation:
+        """The tokens that the text comes from."""
+        return self._generation
+
+    @property
     def usage(self) -> Usage:
         return self._generation.usage
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more text comes."""
+        return self._ended
 
     @property
     def logprobs(self) -> list[Logprobs]:
@@ -174,17 +191,28 @@ class Reply(Iterator[str]):
 
     def __next__(self) -> str:
         while not self._ended:
-            token_id = next(self._generation, None)
-            if token_id is None:
-                piece = self._stops.push(self._decoder.flush()) + self._stops.flush()
-            else:
-                self.token_ids.append(token_id)
-                self.starts.append(self._decoded)
-                decoded = self._decoder.push(token_id)
-                self._decoded += len(decoded)
-                piece = self._stops.push(decoded)
-            self._ended = token_id is None or self._stops.stopped
-            if piece:
-                self.text += piece
+            if piece := self._next_piece():
                 return piece
         raise StopIteration
+
+    def ready_text(self) -> str:
+        """The text of the tokens that are there already, without computing any."""
+        text = ""
+        while not self._ended and self._generation.ready:
+            text += self._next_piece()
+        return text
+
+    def _next_piece(self) -> str:
+        """What the next token brings, which may be nothing."""
+        token_id = next(self._generation, None)
+        if token_id is None:
+            piece = self._stops.push(self._decoder.flush()) + self._stops.flush()
+        else:
+            self.token_ids.append(token_id)
+            self.starts.append(self._decoded)
+            decoded = self._decoder.push(token_id)
+            self._decoded += len(decoded)
+            piece = self._stops.push(decoded)
+        self._ended = token_id is None or self._stops.stopped
+        self.text += piece
+        return piece

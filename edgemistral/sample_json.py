@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgemistral.errors import BadRequest
-from edgemistral.generate.engine import Cancel, Progress
 from edgemistral.generate.sampler import SamplingParams
+from edgemistral.generate.tasks import Cancel, Progress
 from edgemistral.model import Messages, Model, Reply
 from edgemistral.text.guardrail import with_guardrail
 from edgemistral.text.tokenizer import ROLES, chat_turns, check_text

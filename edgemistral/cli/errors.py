@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from edgemistral.errors import BadInput, EdgeMistralError
+from edgemistral.extras import missing
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -57,6 +58,8 @@ def describe(error: Exception) -> tuple[str, int]:
             message = f"{message.rstrip('.')} ({error.ctx.command_path} --help shows the usage)"
     elif isinstance(error, EdgeMistralError):
         message, code = str(error), BAD_INPUT if isinstance(error, BadInput) else FAILED
+    elif isinstance(error, ModuleNotFoundError) and (hint := missing(error)):
+        message, code = hint, FAILED
     elif isinstance(error, MemoryError):
         message, code = "out of memory (edgemistral plan shows what a model needs)", FAILED
     elif isinstance(error, OSError):

@@ -15,6 +15,7 @@ from edgemistral.cli.options import (
     context_option,
     json_flag,
     kv_bits_option,
+    kv_budget_option,
     max_ram_option,
     model_argument,
     open_blob,
@@ -80,10 +81,11 @@ def verify(model: str) -> None:
 @context_option
 @kv_bits_option
 @threads_option
+@kv_budget_option
 @max_ram_option
 @json_flag
 def plan(
-    model: str, context: int | None, kv_bits: str, threads: Threads, max_ram: int | None, as_json: bool
+    model: str, context: int | None, kv_bits: str, threads: Threads, kv_budget: int | None, max_ram: int | None, as_json: bool
 ) -> None:
     """Show the exact memory that MODEL takes, before any of it is taken.
 
@@ -94,7 +96,7 @@ def plan(
     from edgemistral.runtime.plan import plan as make_plan
 
     with open_blob(model) as blob:
-        planned = make_plan(blob, context, int(kv_bits), threads)
+        planned = make_plan(blob, context, int(kv_bits), threads, kv_budget, max_ram)
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(planned), "total_bytes": planned.total_bytes}, indent=2))
     else:
@@ -103,6 +105,7 @@ def plan(
             ("keys and values", planned.kv_bytes, f"{planned.context} tokens in {planned.kv_bits} bits, as they come"),
             ("work space", planned.work_bytes, f"{planned.threads} threads"),
             ("in all", planned.total_bytes, ""),
+            ("kept at most", planned.kv_budget, "keys and values of other conversations, too"),
         ):
             click.echo(f"{label:16}{size:>16,} bytes{human_bytes(size):>12}   {remark}".rstrip())
     planned.check(max_ram)

@@ -62,6 +62,13 @@ threads_option = click.option(
 max_ram_option = click.option(
     "--max-ram", type=size, metavar="SIZE", help="Refuse to start when the plan is over this size."
 )
+no_lookup_option = click.option(
+    "--no-lookup", is_flag=True, help="Guess no tokens from what was said before (the answers are the same)."
+)
+kv_budget_option = click.option(
+    "--kv-budget", type=size, metavar="SIZE",
+    help="Memory for conversations that are kept.  [default: a quarter of the memory, at most half of the free disk]",
+)
 
 
 def model_path(name: str | None) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 
 from edgemistral.cli.errors import describe
 from edgemistral.errors import BadInput, BadRequest, Cancelled, ContextOverflow
+from edgemistral.extras import missing
 from edgemistral.files import strict_json
 from edgemistral.generate.sampler import SamplingParams
 from edgemistral.model import Model, Reply
@@ -38,14 +39,18 @@ def chat(model: Model, system: str | None = None, max_new_tokens: int | None = N
     Answers and what commands print go to standard output, everything else to standard error.
     """
     conversation = Chat(model, system, max_new_tokens, **sampling)
+    read: Callable[[], str] = _plain_line
     if sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-        from edgemistral.cli.line_editor import line_editor
-
-        read: Callable[[], str] = line_editor(conversation.commands())
+        try:
+            from edgemistral.cli.line_editor import line_editor
+        except ModuleNotFoundError as error:
+            if not (hint := missing(error)):
+                raise
+            _say(f"no line editing and no history: {hint}")
+        else:
+            read = line_editor(conversation.commands())
         name = model.path.stem if model.path else "chat"
         _say(f"{name}, context {model.context} tokens. /help lists the commands, Ctrl-D leaves.")
-    else:
-        read = _plain_line
     while not conversation.over:
         try:
             text = read()

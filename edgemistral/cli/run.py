@@ -12,8 +12,10 @@ from edgemistral.cli.options import (
     about_demo,
     context_option,
     kv_bits_option,
+    kv_budget_option,
     max_ram_option,
     model_path,
+    no_lookup_option,
     options,
     read_text,
     threads_option,
@@ -47,6 +49,8 @@ answer_options = options(
 @answer_options
 @context_option
 @kv_bits_option
+@kv_budget_option
+@no_lookup_option
 @threads_option
 @max_ram_option
 def run(
@@ -61,6 +65,8 @@ def run(
     kv_bits: str,
     threads: Threads,
     max_ram: int | None,
+    kv_budget: int | None,
+    no_lookup: bool,
     **sampling: Any,
 ) -> None:
     """Chat with MODEL, or answer PROMPT and exit.
@@ -85,7 +91,9 @@ def run(
     request = None if json_source is None else strict_json.parse(read_text(json_source), json_source, BadRequest)
     from edgemistral.model import load
 
-    with compile_notice(), load(path, context, int(kv_bits), threads, max_ram) as loaded:
+    with compile_notice(), load(
+        path, context, int(kv_bits), threads, max_ram, kv_budget=kv_budget, lookup=not no_lookup
+    ) as loaded:
         about_demo(model)
         if json_source is not None:
             _answer_json(loaded, request)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemistral.errors import BadRequest
+from edgemistral.errors import BadRequest, EdgeMistralError
+from edgemistral.extras import missing
 from edgemistral.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        from llguidance import LLTokenizer, TokenizerWrapper
+        try:
+            from llguidance import LLTokenizer, TokenizerWrapper
+        except ModuleNotFoundError as error:
+            raise EdgeMistralError(missing(error) or str(error)) from None
 
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Pieces(tokenizer)), n_vocab=tokenizer.vocab_size)
         self._vocab_size = tokenizer.vocab_size

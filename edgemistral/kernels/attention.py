@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.kernels.jit import inlined, inner
+from edgemistral.kernels.kv_layout import POSITIONS, SEGMENT_BLOCKS
 from edgemistral.kernels.simd import (
     absolute,
     add,
@@ -51,6 +52,7 @@ from edgemistral.kernels.simd import (
     store_f32,
     store_f32_as_f16,
     store_low_bytes,
+    store_scalar_f32,
     sub,
     to_f32,
     total,
@@ -61,29 +63,26 @@ from edgemistral.kernels.simd import (
 )
 from edgemistral.kernels.unroll import registers, static, unroll, unrolled
 
-POSITIONS = 64            # of one block
 ROWS = 4                  # query rows (token x query head of one KV head) that meet a block in registers
 SPAN = 32                 # tokens whose rows one thread takes through the cache together, so that a block is read once for all
 LOWEST = np.float32(-1e30)
 
 
-class KVLayout(NamedTuple):
-    """Where the block of (layer, KV head, number) lies in the file; see `kv_cache`. Sizes in bytes."""
+class Rows(NamedTuple):
+    """What one step computes: rows of consecutive tokens, each row of another sequence.
 
-    bits: int
-    first: int              # offset of the first segment
-    segment_blocks: int     # blocks of one head in a segment
-    block_bytes: int
-    segment_bytes: int
+    A token's keys and values lie in the segment `segments[first_segment[token] + positions[token] // 256]`. Queries of one row
+    and KV head lie side by side in whole tiles of ROWS, so each row begins a tile. A span is up to SPAN tokens of one row.
+    """
 
-
-class Cache(NamedTuple):
-    """The mapped KV file as the kernels see it: one run of bytes under four types."""
-
-    bytes: NDArray[np.uint8]
-    halves: NDArray[np.uint16]
-    words: NDArray[np.int32]
-    floats: NDArray[np.float32]
+    ids: NDArray[np.int64]             # (tokens,)
+    positions: NDArray[np.int64]       # (tokens,)
+    first_segment: NDArray[np.int64]   # (tokens,) where the table of the token's sequence begins in `segments`
+    query_rows: NDArray[np.int64]      # (tokens,) the row of the token's first query in `Queries`, within one KV head
+    spans: NDArray[np.int64]           # (2 * spans,) first token and last token + 1 of each, the longest work first
+    with_logits: NDArray[np.int64]     # (n_logits,) the tokens whose logits are wanted
+    segments: NDArray[np.int64]        # addresses
+    rows_of_head: int                  # query rows of one KV head, over all tokens
 
 
 class AttentionScratch(NamedTuple):
@@ -99,7 +98,7 @@ class AttentionScratch(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Rotated queries of a chunk: [KV head][tile of ROWS rows]; a row is token * group + query head within the group."""
+    """Rotated queries of a step: [KV head][tile of ROWS rows]; a row is `Rows.query_rows` of its token + head in the group."""
 
     codes: NDArray[np.int8]        # [head][tile][head_dim / 4][ROWS][4]
     words: NDArray[np.int32]       # the same bytes
@@ -109,10 +108,10 @@ class Queries(NamedTuple):
 
 
 @inlined
-def block_at(kv, layer, n_layers, n_kv_heads, head, block):
-    """Byte offset of a block in the file."""
-    segment, within = block // kv.segment_blocks, block % kv.segment_blocks
-    return kv.first + segment * kv.segment_bytes + ((layer * n_kv_heads + head) * kv.segment_blocks + within) * kv.block_bytes
+def block_at(kv, rows, token, layer, head, block):
+    """The address of block number `block` of the token's sequence."""
+    segment = rows.segments[rows.first_segment[token] + block // SEGMENT_BLOCKS]
+    return segment + ((layer * kv.n_kv_heads + head) * SEGMENT_BLOCKS + block % SEGMENT_BLOCKS) * kv.block_bytes
 
 
 # ---- on the way in ---------------------------------------------------------------------------------------------------
@@ -138,30 +137,30 @@ def _peak(x, at, head_dim):
 
 
 @inlined
-def append_key_value(cache, at, bits, position, x, key_at, value_at, head_dim):
-    """Write one position's rotated key and its value into the block at byte `at`."""
+def append_key_value(at, bits, position, x, key_at, value_at, head_dim):
+    """Write one position's rotated key and its value into the block at address `at`."""
     within = position % POSITIONS
     panel, lane = within // 16, within % 16
     if bits == 8:
         key_peak, value_peak = _peak(x, key_at, head_dim), _peak(x, value_at, head_dim)
-        cache.floats[at // 4 + within] = key_peak / np.float32(127)
-        cache.floats[at // 4 + POSITIONS + within] = value_peak / np.float32(127)
+        store_scalar_f32(at, 4 * within, key_peak / np.float32(127))
+        store_scalar_f32(at, 4 * (POSITIONS + within), value_peak / np.float32(127))
         key_factor, value_factor = splat_f32(np.float32(127) / key_peak), splat_f32(np.float32(127) / value_peak)
-        keys = (at + 8 * POSITIONS) // 4 + panel * head_dim * 4 + lane
-        values = at + (8 + head_dim) * POSITIONS + within // 4 * head_dim * 4 + within % 4
+        keys = 8 * POSITIONS + panel * head_dim * 16 + 4 * lane
+        values = (8 + head_dim) * POSITIONS + within // 4 * head_dim * 4 + within % 4
         for i in range(0, head_dim, 16):
-            spread_words(cache.words, keys + 4 * i, 16, round_to_i32(mul(load_f32(x, key_at + i), key_factor)))
-            spread_bytes(cache.bytes, values + 4 * i, 4, round_to_i32(mul(load_f32(x, value_at + i), value_factor)))
+            spread_words(at, keys + 16 * i, 64, round_to_i32(mul(load_f32(x, key_at + i), key_factor)))
+            spread_bytes(at, values + 4 * i, 4, round_to_i32(mul(load_f32(x, value_at + i), value_factor)))
     else:
-        keys = at // 2 + panel * head_dim * 16 + lane
-        values = at // 2 + POSITIONS * head_dim + within * head_dim
+        keys = 2 * (panel * head_dim * 16 + lane)
+        values = 2 * (POSITIONS * head_dim + within * head_dim)
         for i in range(0, head_dim, 16):
-            spread_f32_as_f16(cache.halves, keys + 16 * i, 16, load_f32(x, key_at + i))
-            store_f32_as_f16(cache.halves, values + i, load_f32(x, value_at + i))
+            spread_f32_as_f16(at, keys + 32 * i, 32, load_f32(x, key_at + i))
+            store_f32_as_f16(at, values + 2 * i, load_f32(x, value_at + i))
 
 
 @inlined
-def take_query(x, at, head_dim, bits, queries, row_at):
+def quantize_query(x, at, head_dim, bits, queries, row_at):
     """The rotated query at x[at] -> row `row_at` of the packed queries (counted over all heads and tiles)."""
     scale = np.float32(1) / np.sqrt(np.float32(head_dim))
     if bits == 8:
@@ -184,7 +183,7 @@ def take_query(x, at, head_dim, bits, queries, row_at):
 def _make_softmax(BITS):
     @inlined
     @unrolled(BITS=BITS)
-    def soften(s0, s1, s2, s3, first, last, masked, cache, at, row, head_dim, scratch):
+    def softmax(s0, s1, s2, s3, first, last, masked, at, row, head_dim, scratch):
         """One step of the online softmax: the scores of a row with the 64 positions of a block -> weights of their values.
 
         Row `row` of the scratch may see the positions first ... last of the block; `masked` says whether that leaves some
@@ -217,7 +216,7 @@ def _make_softmax(BITS):
                 store_f32(scratch.probabilities, 64 * r + 16 * p, s[p])
             return np.float32(1)
         for p in unroll(4):
-            s[p] = mul(s[p], load_f32(cache.bytes, at + 256 + 64 * p))
+            s[p] = mul(s[p], load_f32(at, 256 + 64 * p))
         if masked:                                   # scales that were never written may not be numbers
             for p in unroll(4):
                 s[p] = _where_seen(p, first, last, s[p], zero_f32())
@@ -229,7 +228,7 @@ def _make_softmax(BITS):
         codes = total_i32(add_i32(add_i32(n[0], n[1]), add_i32(n[2], n[3])))
         weight = total(add(add(s[0], s[1]), add(s[2], s[3])))
         return weight / np.float32(max(codes, np.int32(1)))
-    return soften
+    return softmax
 
 
 @inlined
@@ -238,17 +237,17 @@ def _where_seen(panel, first, last, a, b):
     return where_between(lane_numbers(), np.int32(first - 16 * panel), np.int32(last - 16 * panel), a, b)
 
 
-_soften_8bit, _soften_16bit = _make_softmax(8), _make_softmax(16)
+_softmax_8bit, _softmax_16bit = _make_softmax(8), _make_softmax(16)
 
 
 def _make_tile(BITS, R):
     @inlined
     @unrolled(BITS=BITS, R=R)
-    def tile(cache, at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch):
-        """Attend with rows `row` ... `row + R - 1` of the scratch (tile `tile_at` of the queries) to the block at byte `at`.
+    def tile(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch):
+        """Attend with rows `row` ... `row + R - 1` of the scratch (tile `tile_at` of the queries) to the block at address `at`.
 
         first_seen, last_seen: for each of the R rows the positions that it may see, counted from the block's first;
-        `masked` says whether that matters in this block. `ahead`: the byte offset of the block to prefetch.
+        `masked` says whether that matters in this block. `ahead`: the address of the block to prefetch.
         """
         i = registers()
         s = registers()
@@ -256,26 +255,26 @@ def _make_tile(BITS, R):
         unit = registers()
         # Scores: 16 positions side by side, four panels, R rows.
         if static(BITS == 8):
-            keys, values = at + 8 * 64, at + (8 + head_dim) * 64
+            keys, values = 8 * 64, (8 + head_dim) * 64
             for r in unroll(R):
                 for p in unroll(4):
                     i[r, p] = splat_i32(queries.sums[tile_at * R + r])
             for c in range(head_dim // 4):
                 for p in unroll(4):
-                    k[p] = flip_top_bits(load_bytes(cache.bytes, keys + 16 * head_dim * p + 64 * c))
-                    prefetch(cache.bytes, ahead + 16 * head_dim * p + 64 * c)
+                    k[p] = flip_top_bits(load_bytes(at, keys + 16 * head_dim * p + 64 * c))
+                    prefetch(ahead, 16 * head_dim * p + 64 * c)
                 for r in unroll(R):
                     q = broadcast4(queries.codes, (tile_at * (head_dim // 4) + c) * 4 * R + 4 * r)
                     for p in unroll(4):
                         i[r, p] = dot4(i[r, p], k[p], q)
         else:
-            keys, values = at // 2, at // 2 + 64 * head_dim
+            values = 128 * head_dim
             for r in unroll(R):
                 for p in unroll(4):
                     s[r, p] = zero_f32()
             for c in range(head_dim):
                 for p in unroll(4):
-                    k[p] = load_f16_as_f32(cache.halves, keys + 16 * head_dim * p + 16 * c)
+                    k[p] = load_f16_as_f32(at, 32 * head_dim * p + 32 * c)
                 for r in unroll(R):
                     q = splat_f32(queries.floats[(tile_at * R + r) * head_dim + c])
                     for p in unroll(4):
@@ -284,12 +283,12 @@ def _make_tile(BITS, R):
             if static(BITS == 8):
                 scale = splat_f32(queries.scales[tile_at * R + r])
                 for p in unroll(4):
-                    s[r, p] = mul(to_f32(i[r, p]), mul(load_f32(cache.bytes, at + 64 * p), scale))
-                unit[r] = _soften_8bit(s[r, 0], s[r, 1], s[r, 2], s[r, 3], first_seen[r], last_seen[r], masked, cache, at,
-                                       row + r, head_dim, scratch)
+                    s[r, p] = mul(to_f32(i[r, p]), mul(load_f32(at, 64 * p), scale))
+                unit[r] = _softmax_8bit(s[r, 0], s[r, 1], s[r, 2], s[r, 3], first_seen[r], last_seen[r], masked, at,
+                                        row + r, head_dim, scratch)
             else:
-                _soften_16bit(s[r, 0], s[r, 1], s[r, 2], s[r, 3], first_seen[r], last_seen[r], masked, cache, at,
-                              row + r, head_dim, scratch)
+                _softmax_16bit(s[r, 0], s[r, 1], s[r, 2], s[r, 3], first_seen[r], last_seen[r], masked, at,
+                               row + r, head_dim, scratch)
         # Values: 64 dims at a time.
         for d in range(0, head_dim, 64):
             if static(BITS == 8):
@@ -298,8 +297,8 @@ def _make_tile(BITS, R):
                         i[r, p] = zero_i32()
                 for c in range(16):
                     for p in unroll(4):
-                        k[p] = load_bytes(cache.bytes, values + 4 * head_dim * c + 4 * d + 64 * p)
-                        prefetch(cache.bytes, ahead + 64 * head_dim + 4 * head_dim * c + 4 * d + 64 * p)
+                        k[p] = load_bytes(at, values + 4 * head_dim * c + 4 * d + 64 * p)
+                        prefetch(ahead, 64 * head_dim + 4 * head_dim * c + 4 * d + 64 * p)
                     for r in unroll(R):
                         q = broadcast4(scratch.codes, 64 * r + 4 * c)
                         for p in unroll(4):
@@ -315,7 +314,7 @@ def _make_tile(BITS, R):
                         s[r, p] = zero_f32()
                 for c in range(64):
                     for p in unroll(4):
-                        k[p] = load_f16_as_f32(cache.halves, values + head_dim * c + d + 16 * p)
+                        k[p] = load_f16_as_f32(at, values + 2 * (head_dim * c + d + 16 * p))
                     for r in unroll(R):
                         q = splat_f32(scratch.probabilities[64 * r + c])
                         for p in unroll(4):
@@ -332,40 +331,38 @@ _tile_8bit, _tile_16bit = _make_tile(8, ROWS), _make_tile(16, ROWS)
 
 
 @inner
-def attend(cache, kv, layer, n_layers, n_kv_heads, head, group, head_dim, window, position, tokens, first, last, queries, out,
-           stride, scratch):
-    """Query heads of KV head `head` for tokens first ... last - 1 of a chunk that starts at `position`, over all they may see.
+def attend(kv, rows, layer, head, first, last, group, head_dim, window, queries, out, stride, scratch):
+    """Query heads of KV head `head` for the tokens first ... last - 1 of one row, over all that they may see.
 
-    tokens: of the whole chunk, all of which the cache already holds. window: positions a query sees, itself included.
+    The cache already holds these tokens. window: positions a query sees, itself included.
     out[token * stride + query head * head_dim + i] receives the result, float32.
     """
-    rows_of_head = (tokens * group + ROWS - 1) // ROWS * ROWS
-    rows = (last - first) * group
-    for r in range((rows + ROWS - 1) // ROWS * ROWS):
+    n, position = (last - first) * group, rows.positions[first]
+    for r in range((n + ROWS - 1) // ROWS * ROWS):
         scratch.peaks[r] = LOWEST
         store_f32(scratch.sums, 16 * r, zero_f32())
-    for i in range(0, (rows + ROWS - 1) // ROWS * ROWS * head_dim, 16):
+    for i in range(0, (n + ROWS - 1) // ROWS * ROWS * head_dim, 16):
         store_f32(scratch.values, i, zero_f32())
     first_seen, last_seen = scratch.first_seen, scratch.last_seen
-    end = (position + last - 1) // POSITIONS
-    for block in range(max(0, position + first - window + 1) // POSITIONS, end + 1):
-        at = block_at(kv, layer, n_layers, n_kv_heads, head, block)
-        ahead = block_at(kv, layer, n_layers, n_kv_heads, head, min(block + 1, end))
-        for row in range(0, rows, ROWS):
+    end = rows.positions[last - 1] // POSITIONS
+    for block in range(max(0, position - window + 1) // POSITIONS, end + 1):
+        at = block_at(kv, rows, first, layer, head, block)
+        ahead = block_at(kv, rows, first, layer, head, min(block + 1, end))
+        for row in range(0, n, ROWS):
             masked, seeing = 0, 0    # rows; not flags, which start as a literal: numba compiles a tile for that and for others
             for r in range(ROWS):
-                seen = position + first + min(row + r, rows - 1) // group - POSITIONS * block
+                seen = position + min(row + r, n - 1) // group - POSITIONS * block
                 first_seen[r], last_seen[r] = max(seen - window + 1, -1), min(seen, POSITIONS)
                 masked += seen < POSITIONS - 1 or seen - window + 1 > 0
                 seeing += seen >= 0 and seen - window + 1 < POSITIONS
             if seeing == 0:
                 continue
-            tile_at = (head * rows_of_head + first * group + row) // ROWS
+            tile_at = (head * rows.rows_of_head + rows.query_rows[first] + row) // ROWS
             if kv.bits == 8:
-                _tile_8bit(cache, at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked > 0, scratch)
+                _tile_8bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked > 0, scratch)
             else:
-                _tile_16bit(cache, at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked > 0, scratch)
-    for r in range(rows):
+                _tile_16bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked > 0, scratch)
+    for r in range(n):
         to = (first + r // group) * stride + (head * group + r % group) * head_dim
         factor = splat_f32(np.float32(1) / total(load_f32(scratch.sums, 16 * r)))
         for i in range(0, head_dim, 16):

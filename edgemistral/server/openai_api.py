@@ -11,8 +11,8 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 from starlette.responses import JSONResponse, Response
 
 from edgemistral.errors import BadRequest
-from edgemistral.generate.engine import Usage
 from edgemistral.generate.sampler import Grammar
+from edgemistral.generate.tasks import Usage
 from edgemistral.model import Reply
 from edgemistral.server import schemas, streaming
 from edgemistral.server.answers import chat_logprobs, completion_logprobs, timings_body, usage_body

@@ -227,14 +227,14 @@ def test_a_bad_file_is_not_loaded(make_chat, tmp_path, capsys, content):
 
 
 class InterruptingTransformer(FakeTransformer):
-    """Sends this process Ctrl-C in the middle of one forward call."""
+    """Sends this process Ctrl-C in the middle of one step."""
 
     interrupt_at = None
 
-    def forward(self, ids, n_logits):
+    def step(self, rows):
         if len(self.calls) == self.interrupt_at:
             os.kill(os.getpid(), signal.SIGINT)
-        return super().forward(ids, n_logits)
+        return super().step(rows)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="os.kill cannot send Ctrl-C there")

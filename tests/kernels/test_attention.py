@@ -9,19 +9,17 @@ import pytest
 
 from edgemistral.files.layout import round_up
 from edgemistral.kernels.attention import (
-    POSITIONS,
-    ROWS,
     SPAN,
-    Cache,
     append_key_value,
     attend,
     block_at,
+    quantize_query,
     rotate,
-    take_query,
 )
 from edgemistral.kernels.jit import entry
-from edgemistral.runtime.kv_cache import KVCache, kv_file_bytes
-from edgemistral.runtime.transformer import _shape, _workspace
+from edgemistral.kernels.kv_layout import POSITIONS, SEGMENT, KVLayout, block_bytes
+from edgemistral.runtime.segments import Row, segment_bytes
+from edgemistral.runtime.transformer import _lay_out, _shape, _workspace
 from tests import blobs, naive
 
 F32 = np.float32
@@ -40,26 +38,32 @@ class Chunk(NamedTuple):
 
 
 @entry
-def attend_chunk(chunk, x, cos, sin, cache, kv, queries, scratch, out):
+def attend_chunk(chunk, x, cos, sin, rows, kv, queries, scratch, out):
     """x (tokens * heads * head_dim,): queries, keys and values of every token, rotated in place; out: attention's output."""
-    c, hd, layer, n_layers = chunk, chunk.head_dim, LAYER, N_LAYERS
+    c, hd, layer = chunk, chunk.head_dim, LAYER
     group = c.n_heads // c.n_kv_heads
-    rows_of_head = (c.tokens * group + ROWS - 1) // ROWS * ROWS
     for token in range(c.tokens):
         at, angle = token * (c.n_heads + 2 * c.n_kv_heads) * hd, token * hd // 2
         for h in range(c.n_heads):
             rotate(x, at + h * hd, hd, cos, sin, angle)
-            row = h // group * rows_of_head + token * group + h % group
-            take_query(x, at + h * hd, hd, kv.bits, queries, row)
+            row = h // group * rows.rows_of_head + rows.query_rows[token] + h % group
+            quantize_query(x, at + h * hd, hd, kv.bits, queries, row)
         for head in range(c.n_kv_heads):
             key = at + (c.n_heads + head) * hd
             rotate(x, key, hd, cos, sin, angle)
-            block = block_at(kv, layer, n_layers, c.n_kv_heads, head, (c.position + token) // POSITIONS)
-            append_key_value(cache, block, kv.bits, c.position + token, x, key, key + c.n_kv_heads * hd, hd)
+            block = block_at(kv, rows, token, layer, head, (c.position + token) // POSITIONS)
+            append_key_value(block, kv.bits, c.position + token, x, key, key + c.n_kv_heads * hd, hd)
     for head in range(c.n_kv_heads):
         for first in range(0, c.tokens, SPAN):
-            attend(cache, kv, layer, n_layers, c.n_kv_heads, head, group, hd, c.window, c.position, c.tokens,
-                   first, min(first + SPAN, c.tokens), queries, out, c.n_heads * hd, scratch)
+            attend(kv, rows, layer, head, first, min(first + SPAN, c.tokens), group, hd, c.window, queries, out,
+                   c.n_heads * hd, scratch)
+
+
+class Held:
+    """What `_lay_out` needs of a sequence: its length, and the addresses of its segments."""
+
+    def __init__(self, length, addresses):
+        self.length, self.addresses = length, addresses
 
 
 class Attention:
@@ -69,29 +73,37 @@ class Attention:
         self.config = blobs.config(
             head_dim=head_dim, n_heads=n_heads, n_kv_heads=n_kv_heads, n_layers=N_LAYERS, sliding_window=window
         )
-        self.kv, self.length = KVCache(self.config, bits).layout, 0
-        self.file = np.full(kv_file_bytes(self.config, positions, bits), garbage, np.uint8)
-        self.cache = Cache(*(self.file.view(dtype) for dtype in (np.uint8, np.uint16, np.int32, F32)))
+        self.kv, self.length = KVLayout(bits, block_bytes(head_dim, bits), N_LAYERS, n_kv_heads), 0
+        # The segments lie in the opposite order, which must not matter.
+        count, size = round_up(positions, SEGMENT) // SEGMENT, segment_bytes(self.config, bits)
+        self.file = np.full(count * size, garbage, np.uint8)
+        self.segments = self.file.ctypes.data + size * np.arange(count)[::-1].astype(np.int64)
 
     def append(self, qkv):
         """qkv (T, H + 2 K, D), rotated in place -> (T, H, D)."""
         c, tokens = self.config, len(qkv)
         positions = np.arange(self.length, self.length + tokens)
         angles = positions[:, None] * c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
-        state, (own,) = _workspace(_shape(c), tokens, 1)
+        state, (own,) = _workspace(_shape(c), 1)
+        rows = _lay_out([Row(Held(self.length, self.segments), np.zeros(tokens, np.int32), 0)], c.group)
         chunk = Chunk(self.length, tokens, c.n_heads, c.n_kv_heads, c.head_dim, c.sliding_window or c.context)
         out = np.full((tokens, c.n_heads, c.head_dim), np.nan, F32)
         cos, sin = np.cos(angles).astype(F32).reshape(-1), np.sin(angles).astype(F32).reshape(-1)
         attend_chunk(
-            chunk, qkv.reshape(-1), cos, sin, self.cache, self.kv, state.queries, own.attention, out.reshape(-1)
+            chunk, qkv.reshape(-1), cos, sin, rows, self.kv, state.queries, own.attention, out.reshape(-1)
         )
         self.length += tokens
         return out
 
     def block(self, head, number):
         """The stored bytes of one block."""
-        at = block_at.py_func(self.kv, LAYER, N_LAYERS, self.config.n_kv_heads, head, number)
+        at = self.block_offset(head, number)
         return self.file[at : at + self.kv.block_bytes]
+
+    def block_offset(self, head, number):
+        """Where in the file it is."""
+        rows = _lay_out([Row(Held(0, self.segments), np.zeros(1, np.int32), 0)], self.config.group)
+        return int(block_at.py_func(self.kv, rows, 0, LAYER, head, number)) - self.file.ctypes.data
 
     def held(self):
         """What the cache holds: keys and values (S, K, D), each with scales (S, K) in 8 bits."""
@@ -195,7 +207,7 @@ def test_writing_stays_inside_its_blocks(bits):
     written = attention.file != 0xFF
     ours = np.zeros_like(written)
     for number in range(4):
-        at = block_at.py_func(attention.kv, LAYER, N_LAYERS, 1, 0, number)
+        at = attention.block_offset(0, number)
         ours[at : at + attention.kv.block_bytes] = True
     assert not written[~ours].any()
     assert written[ours].mean() > 0.95       # some bytes are 0xFF by chance
