@@ -106,9 +106,9 @@ export class Answers {
 /** Take over what a piece of the stream adds to the tool calls. */
 function addCalls(message, parts) {
   message.tool_calls ??= [];
-  for (const { index = 0, id, function: called } of parts) {
-    if (index > message.tool_calls.length) continue;   // none is left out by our server
-    const call = message.tool_calls[index] ??= { id: "", type: "function", function: { name: "", arguments: "" } };
+  for (const { index, id, function: called } of parts) {
+    const at = Math.min(index ?? 0, message.tool_calls.length);
+    const call = message.tool_calls[at] ??= { id: "", type: "function", function: { name: "", arguments: "" } };
     call.id ||= id ?? "";
     call.function.name += called?.name ?? "";
     call.function.arguments += called?.arguments ?? "";

@@ -83,10 +83,10 @@ const actions = {
     change(current, () => { message.content = text; });
   },
   remove(message) {
-    const chat = current, before = [...chat.messages];
-    change(chat, () => chat.messages.splice(chat.messages.indexOf(message), countOfTurn(chat, message)));
-    const count = before.length - chat.messages.length;
-    toast(count === 1 ? "Deleted the message." : "Deleted the message and its answer.", "Undo", () => {
+    const chat = current, before = [...chat.messages], count = countOfTurn(chat, message);
+    change(chat, () => chat.messages.splice(chat.messages.indexOf(message), count));
+    const withAnswer = message.role === "user" && count > 1;
+    toast(withAnswer ? "Deleted the message and its answer." : "Deleted the message.", "Undo", () => {
       change(chat, () => { chat.messages = before; });
     });
   },
@@ -167,7 +167,8 @@ function count(messages, signal) {
 function countOfTurn({ messages }, message) {
   const at = messages.indexOf(message);
   if (message.role === "tool") return 1;
-  const next = messages.findIndex(({ role }, i) => i > at && (role === "user" || (message.role === "assistant" && role !== "tool")));
+  const ends = message.role === "user" ? ["user"] : ["user", "assistant"];
+  const next = messages.findIndex(({ role }, i) => i > at && ends.includes(role));
   return (next < 0 ? messages.length : next) - at;
 }
 
@@ -274,13 +275,12 @@ function draw() {
   const job = answers.job(current), { messages } = current;
   const lastUser = lastUserOf(current), results = resultsOf(current);
   const called = new Set(messages.flatMap(({ tool_calls: calls }) => calls ?? []).map(({ id }) => id));
-  const shown = messages.filter(({ role, tool_call_id: id }) => role !== "tool" || !called.has(id));   // the others are on a card
+  const shown = messages.filter(({ role, tool_call_id: id }) => role !== "tool" || !called.has(id));   // others: on a card
   for (const message of shown) {
     if (!views.has(message)) views.set(message, new MessageView(message, actions));
     const lastOfAll = message === shown.at(-1);
-    views.get(message).update({
-      job: job?.message === message ? job : null, idle: !job && lastOfAll, last: lastOfAll || message === lastUser, lastOfAll, results,
-    });
+    const own = job?.message === message ? job : null, last = lastOfAll || message === lastUser;
+    views.get(message).update({ job: own, idle: !job && lastOfAll, last, lastOfAll, results });
   }
   const roots = shown.map((message) => views.get(message).root);
   if (roots.length !== log.children.length || roots.some((root, i) => root !== log.children[i])) log.replaceChildren(...roots);

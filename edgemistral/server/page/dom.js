@@ -91,8 +91,9 @@ export function hasTouchKeyboard() {
 
 /** A moment as a short text, with the whole date as its tooltip. */
 export function timeNode(milliseconds) {
-  const moment = new Date(milliseconds), isToday = moment.toDateString() === new Date().toDateString();
-  const date = isToday ? {} : { day: "numeric", month: "short", ...(moment.getFullYear() !== new Date().getFullYear() && { year: "numeric" }) };
+  const moment = new Date(milliseconds), now = new Date();
+  const year = moment.getFullYear() === now.getFullYear() ? {} : { year: "numeric" };
+  const date = moment.toDateString() === now.toDateString() ? {} : { day: "numeric", month: "short", ...year };
   return element("time", { dateTime: moment.toISOString(), title: moment.toLocaleString() },
     moment.toLocaleString([], { ...date, hour: "numeric", minute: "2-digit" }));
 }

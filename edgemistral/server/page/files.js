@@ -8,7 +8,8 @@ export async function readTextFile(file) {
   const bytes = new Uint8Array(await file.arrayBuffer());
   const text = decoded(bytes);
   // Control characters other than tab, line ends, form feed and escape: pictures, PDF, Word and the like.
-  if (text === null || /[\0-\x08\x0e-\x1a]/.test(text) || text.startsWith("%PDF")) throw new Error(`${file.name} is no text file.`);
+  const isText = text !== null && !/[\0-\x08\x0e-\x1a]/.test(text) && !text.startsWith("%PDF");
+  if (!isText) throw new Error(`${file.name} is no text file.`);
   return { name: file.name, text: text.replace(/\r\n?/g, "\n").replace(/\n$/, "") };
 }
 

@@ -78,8 +78,7 @@ function split(tokens) {
 
 /** The same for blocks that look the same. */
 function keyOf(tokens) {
-  return tokens.map(({ type, tag, info, content, attrs, hidden, meta, children }) =>
-    [type, tag, info, content, attrs, hidden, JSON.stringify(meta), children ? keyOf(children) : ""].join("\u0001")).join("\u0002");
+  return JSON.stringify(tokens, ["type", "tag", "info", "content", "attrs", "hidden", "meta", "display", "open", "children"]);
 }
 
 class Builder {

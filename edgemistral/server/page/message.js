@@ -62,7 +62,8 @@ export class MessageView {
   /** Put a text field in place of the message. */
   edit() {
     const own = this.#message.role === "user";
-    const field = element("textarea", { value: this.#message.content, "aria-label": own ? "Your message" : "The model's answer" });
+    const label = own ? "Your message" : "The model's answer";
+    const field = element("textarea", { value: this.#message.content, "aria-label": label });
     const close = () => {
       form.replaceWith(this.#body);
       this.#footer.hidden = false;

@@ -45,13 +45,15 @@ export class Sidebar {
       }
     }
     if (found.length) this.actions.imported(found);
-    toast([...problems, found.length ? `Imported ${found.length === 1 ? "a chat" : `${found.length} chats`}.` : ""].join(" ").trim());
+    const done = found.length === 1 ? "Imported a chat." : `Imported ${found.length} chats.`;
+    toast([...problems, ...(found.length ? [done] : [])].join(" "));
   }
 
   /** current: the chat on the page; busy(chat): whether an answer to it is under way. */
   update(current, busy) {
     const chats = sortedChats(this.#find.value);
-    const shown = JSON.stringify([this.#find.value, current.id, chats.map((chat) => [chat.id, titleOf(chat), dayOf(chat), busy(chat)])]);
+    const parts = chats.map((chat) => [chat.id, titleOf(chat), dayOf(chat), busy(chat)]);
+    const shown = JSON.stringify([this.#find.value, current.id, parts]);
     if (shown === this.#shown) return;
     this.#shown = shown;
     const focused = this.#list.contains(document.activeElement) ? document.activeElement.dataset.id : null;
