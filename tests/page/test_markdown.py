@@ -159,6 +159,23 @@ def test_code_is_coloured_and_stays_the_same_text(page, language, text, words):
     assert words or found == {}
 
 
+def test_a_long_code_that_grows_is_coloured_at_its_end(page):
+    plain, coloured, again = page.evaluate("""async () => {
+        const { Markdown } = await import('/page/markdown.js');
+        const root = document.createElement('div'), markdown = new Markdown(root);
+        const text = '```python\\n' + 'x = 1\\n'.repeat(2000), words = () => root.querySelectorAll('.h-number').length;
+        const found = [];
+        markdown.update(text, true);
+        found.push(words());
+        markdown.update(text + '```\\nmore', true);
+        found.push(words());
+        const kept = root.firstChild;
+        markdown.update(text + '```\\nmore and more', false);
+        return [...found, kept === root.firstChild];
+    }""")
+    assert (plain, coloured, again) == (0, 2000, True)
+
+
 @pytest.mark.parametrize("text", [
     "<img src=x onerror=alert(1)>",
     "<script>alert(1)</script>",
