@@ -162,6 +162,16 @@ class WordWrap:
         return column
 
 
+def wrapped(text: str, stream: TextIO, indent: int = 0) -> str:
+    """A text for a stream: safe, and wrapped at words where that is a terminal; later lines begin with `indent` blanks."""
+    if not stream.isatty():
+        return text
+    width = columns(stream)
+    wrap = WordWrap(lambda: width - indent)
+    lines = (wrap.push(printable(text)) + wrap.flush()).split("\n")
+    return f"\n{' ' * indent}".join(lines)
+
+
 def print_answer(pieces: Iterator[str], status: StatusLine) -> None:
     """Print an answer as it comes, safe and wrapped where standard output is a terminal; the line ends whatever happens.
 

@@ -20,7 +20,7 @@ from edgemistral.extras import missing
 from edgemistral.files import strict_json
 from edgemistral.generate.sampler import SamplingParams
 from edgemistral.model import Model, Reply
-from edgemistral.terminal import StatusLine, print_answer, printable, stoppable
+from edgemistral.terminal import StatusLine, print_answer, printable, stoppable, wrapped
 
 Message = dict[str, str]
 
@@ -118,8 +118,8 @@ class Chat:
     def do_help(self, _: str) -> None:
         """/help                     this list"""
         for name in self.commands():
-            print(getattr(self, f"do_{name[1:]}").__doc__)
-        print("A line that ends in a backslash, or Alt-Enter, goes on in the next. Ctrl-C stops an answer.")
+            _show(getattr(self, f"do_{name[1:]}").__doc__, indent=4)
+        _show("A line that ends in a backslash, or Alt-Enter, goes on in the next. Ctrl-C stops an answer.")
 
     def do_clear(self, _: str) -> None:
         """/clear                    forget the conversation; system text and settings stay"""
@@ -129,7 +129,7 @@ class Chat:
     def do_system(self, text: str) -> None:
         """/system [TEXT]            show or set the system text; /system - removes it"""
         if not text:
-            print(self.system or "(no system text)")
+            _show(self.system or "(no system text)")
             return
         self.system = "" if text == "-" else text
         _say("(from the next answer on)")
@@ -165,12 +165,12 @@ class Chat:
         """/stats                    the last answer's tokens and speed, and how full the context is"""
         if self._last is not None:
             usage = self._last.usage
-            print(
+            _show(
                 f"last answer: {usage.prompt_tokens} tokens of prompt, {usage.cached_tokens} of them known already; "
                 f"{usage.new_tokens} new\n"
                 f"speed: {usage.prefill_rate:.1f} tokens/s of prompt, {usage.decode_rate:.1f} tokens/s of answer"
             )
-        print(f"context: {len(self._model.engine.tokens)} of {self._model.context} tokens")
+        _show(f"context: {len(self._model.engine.tokens)} of {self._model.context} tokens")
 
     def do_save(self, file: str) -> None:
         """/save FILE                write the conversation, system text included, as JSON"""
@@ -243,7 +243,11 @@ def _plain_line() -> str:
 
 
 def _say(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)
+    print(wrapped(printable(text), sys.stderr), file=sys.stderr, flush=True)
+
+
+def _show(text: str, indent: int = 0) -> None:
+    print(wrapped(text, sys.stdout, indent))
 
 
 def _check_settings(settings: dict[str, Any]) -> None:

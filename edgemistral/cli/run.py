@@ -126,6 +126,7 @@ def _answer(
     """Stream one answer to standard output."""
     with StatusLine() as status:
         arguments: dict[str, Any] = {**sampling, "progress": status.prompt_progress}
+        status.show("thinking ...")
         if raw:
             reply = model.complete(prompt, max_new_tokens, **arguments)
         else:

@@ -292,7 +292,7 @@ class Terminal:
     def __init__(self, model, env, size=(30, 100)):
         arguments = ["-m", "edgemistral", "run", model, "--max-new-tokens", "4", "--threads", "1", "--seed", "1"]
         self.child = pexpect.spawn(sys.executable, arguments, env=env, encoding="utf-8", timeout=30, dimensions=size)
-        self.sees("/help lists the commands")
+        self.sees(r"/help\s+lists\s+the\s+commands")
 
     def sees(self, pattern):
         self.child.expect(pattern)
@@ -373,6 +373,25 @@ class TestInATerminal:
             terminal.gets(f"{line}\r")
             terminal.sees(error)
         assert terminal.leaves() == 0
+
+    def test_there_is_a_sign_of_life_before_the_first_word(self, terminal):
+        terminal.gets("Hello\r")
+        terminal.sees(r"thinking \.\.\.\r +\r[^\r\n]*[a-z]")   # and nothing of it stays
+        terminal.gets("word " * 400 + "\r")
+        terminal.sees(r"reading the prompt: \d+ of \d+ tokens")
+        assert terminal.leaves() == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pexpect needs a Unix terminal")
+def test_help_is_wrapped_at_words_in_a_narrow_window(tmp_path, endless):
+    env = {**os.environ, "XDG_DATA_HOME": str(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
+    terminal = Terminal(endless, env, size=(60, 30))
+    terminal.gets("/help\r")
+    terminal.sees(r"/help\r\n    this list\r\n(.*)Ctrl-C")
+    lines = [line.rstrip() for line in terminal.child.match[1].replace("\r\n", "\n").split("\n")]
+    assert len(lines) > 16 and all(len(line) <= 30 for line in lines), lines
+    assert "such as /set temperature 0.3;" in " ".join(" ".join(lines).split())
+    assert terminal.leaves() == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pexpect needs a Unix terminal")
