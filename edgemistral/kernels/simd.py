@@ -117,6 +117,14 @@ def _f32_to_f16(builder, value):
     return builder.trunc(builder.or_(result, builder.and_(builder.lshr(bits, c(16)), c(0x8000))), vector(ir.IntType(16), 16))
 
 
+def _f32_to_bf16(builder, value):
+    """Of one number: round to nearest even."""
+    bits, sixteen = builder.bitcast(value, I32), ir.Constant(I32, 16)
+    even = builder.and_(builder.lshr(bits, sixteen), ir.Constant(I32, 1))
+    rounded = builder.add(builder.add(bits, ir.Constant(I32, 0x7FFF)), even)
+    return builder.trunc(builder.lshr(rounded, sixteen), I16)
+
+
 load_bytes = _load(i8x64.llvm, i8x64)
 load_f32 = _load(f32x16.llvm, f32x16)
 load_i8_as_f32 = _load(vector(I8, 16), f32x16, lambda b, v: b.sitofp(b.sext(v, i32x16.llvm), f32x16.llvm))
@@ -127,6 +135,7 @@ broadcast4 = _load(I32, i8x64, lambda b, v: b.bitcast(_splat(b, v, i32x16.llvm),
 store_bytes = _store(i8x64.llvm, i8x64)
 store_scalar_f32 = _store(F32, types.float32)
 store_f32 = _store(f32x16.llvm, f32x16)
+store_scalar_bf16 = _store(I16, types.float32, _f32_to_bf16)
 store_low_bytes = _store(vector(I8, 16), i32x16, lambda b, v: b.trunc(v, vector(I8, 16)))
 store_f32_as_f16 = _store(vector(ir.IntType(16), 16), f32x16, _f32_to_f16)
 
@@ -249,6 +258,12 @@ def maximum(builder, a, b):
     return _select(builder, ">", a, b)
 
 
+@_operation(f32x16, f32x16, f32x16)
+def minimum(builder, a, b):
+    """a where a < b, else b (also where a is not a number)."""
+    return _select(builder, "<", a, b)
+
+
 @_operation(f32x16, f32x16)
 def absolute(builder, a):
     bits = builder.and_(builder.bitcast(a, i32x16.llvm), _constant(i32x16.llvm, 0x7FFFFFFF))
@@ -296,6 +311,12 @@ def high_nibbles(builder, a):
 
 
 @_operation(i8x64, i8x64)
+def without_low_nibbles(builder, a):
+    """16 times the high nibbles."""
+    return builder.and_(a, _constant(i8x64.llvm, -16))
+
+
+@_operation(i8x64, i8x64)
 def flip_top_bits(builder, a):
     """Signed bytes as unsigned ones that are 128 larger, and back."""
     return builder.xor(a, _constant(i8x64.llvm, -128))
@@ -318,6 +339,16 @@ def exp(builder, a):
 
 
 # ---- across lanes --------------------------------------------------------------------------------------------------
+
+@_operation(f32x16, f32x16)
+def walsh_hadamard(builder, a):
+    """Lane i = the sum over j of a[j] * (-1)**(number of ones in i & j), in four steps."""
+    for n in (1, 2, 4, 8):
+        other = shuffle(builder, a, None, [lane ^ n for lane in range(16)])
+        sums, differences = builder.fadd(a, other), builder.fsub(other, a)
+        a = shuffle(builder, sums, differences, [lane + 16 if lane & n else lane for lane in range(16)])
+    return a
+
 
 def _fold(builder, value, combine):
     """Combine 16 lanes in one fixed tree."""

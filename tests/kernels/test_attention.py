@@ -8,16 +8,11 @@ import numpy as np
 import pytest
 
 from edgemistral.files.layout import round_up
-from edgemistral.kernels.attention import (
-    SPAN,
-    append_key_value,
-    attend,
-    block_at,
-    quantize_query,
-    rotate,
-)
+from edgemistral.kernels.attention import SPAN, attend, block_at
 from edgemistral.kernels.jit import entry
+from edgemistral.kernels.kv_formats import append_key_value, quantize_query
 from edgemistral.kernels.kv_layout import POSITIONS, SEGMENT, KVLayout, block_bytes
+from edgemistral.kernels.rope import rotate
 from edgemistral.runtime.segments import Row, segment_bytes
 from edgemistral.runtime.transformer import _lay_out, _shape, _workspace
 from tests import blobs, naive
