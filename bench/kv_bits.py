@@ -80,8 +80,11 @@ def distances(texts: list[NDArray[np.int32]], model: Any, exact: list[NDArray[np
     return {"perplexity": math.exp(nll / tokens), "mean_kl": kl / tokens, "top1_agreement": agreed / tokens}
 
 
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+
+
 @click.command(help=__doc__.split("\n")[0])
-@click.argument("directory", metavar="[CHECKPOINT]", required=False, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("directory", metavar="[CHECKPOINT]", required=False, type=FOLDER)
 @click.option("--windows", "most", type=click.IntRange(1), default=64, show_default=True, help=f"Of {WINDOW} tokens.")
 def main(directory: Path | None, most: int) -> None:
     directory = directory or checkpoint_dir()
@@ -97,7 +100,8 @@ def main(directory: Path | None, most: int) -> None:
             print(f"{program + ', ' + kv:24}{bits:7.2f}{row['perplexity']:10.3f}{change:9.2%}{row['mean_kl']:11.6f}"
                   f"{row['top1_agreement']:9.2%}", flush=True)
     harness.save("kv_bits", "python bench/kv_bits.py", {
-        "model": directory.name, "head_dim": checkpoint.config.head_dim, "tokens": sum(len(ids) - 1 for ids in texts), "rows": rows,
+        "model": directory.name, "head_dim": checkpoint.config.head_dim, "rows": rows,
+        "tokens": sum(len(ids) - 1 for ids in texts),
     })
 
 
