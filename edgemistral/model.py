@@ -34,7 +34,7 @@ def load(
     """Map a blob and make ready to run it; a context manager.
 
     context: positions to make room for; None means the model's own maximum (the KV file is sparse).
-    kv_bits: 8, or 16 for reference. threads: None means the performance cores that this
+    kv_bits: 8, 4 for half the memory, or 16 for reference. threads: None means the performance cores that this
     process may use, "auto" the best number measured with this model (once, then remembered). max_ram: bytes.
     lookup: guess tokens that were said before and verify several at once: the same answers, sooner where they quote.
     kv_budget: bytes for conversations that are kept; None means a quarter of the memory (see `runtime.plan.plan`).
