@@ -16,17 +16,24 @@ from edgemistral.extras import missing
 from edgemistral.files import strict_json
 from edgemistral.generate.sampler import SamplingParams
 from edgemistral.model import Model, Reply
+from edgemistral.session import Session
 from edgemistral.terminal import StatusLine, printable, stoppable
 
 Message = dict[str, str]
+NEARLY_FULL = 0.85      # of the context
 
 
-def chat(model: Model, system: str | None = None, max_new_tokens: int | None = None, **sampling: Any) -> None:
+def chat(
+    model: Model, system: str | None = None, max_new_tokens: int | None = None, session: Session | None = None, **sampling: Any
+) -> None:
     """Talk until /exit or the end of the input. In a terminal with line editing and history, else line by line.
 
+    session: the conversation goes on there.
     Answers and what commands print go to standard output, everything else to standard error.
     """
-    conversation = Chat(model, system, max_new_tokens, **sampling)
+    conversation = Chat(model, system, max_new_tokens, session, **sampling)
+    if conversation.messages:
+        _say(f"(going on with {len(conversation.messages)} messages; /clear begins anew)")
     read: Callable[[], str] = _plain_line
     if sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
         try:
@@ -57,13 +64,18 @@ class Chat:
     Whatever goes wrong with a message is said, and the conversation is as it was before.
     """
 
-    def __init__(self, model: Model, system: str | None = None, max_new_tokens: int | None = None, **sampling: Any):
+    def __init__(
+        self, model: Model, system: str | None = None, max_new_tokens: int | None = None, session: Session | None = None,
+        **sampling: Any,
+    ) -> None:
         self.over = False
         self.messages: list[Message] = []   # user and assistant in turn
         self.system = system or ""
+        if session is not None:
+            self._take_over(session.messages, system)
         self.settings = {"max_new_tokens": max_new_tokens, **asdict(SamplingParams(**sampling))}
         _check_settings(self.settings)
-        self._model = model
+        self._model, self._session = model, session
         self._last: Reply | None = None
 
     def take(self, text: str) -> None:
@@ -97,6 +109,8 @@ class Chat:
     def do_clear(self, _: str) -> None:
         """/clear                    forget the conversation; system text and settings stay"""
         self.messages = []
+        if self._session is not None:
+            self._session.clear()
         _say("(a new conversation)")
 
     def do_system(self, text: str) -> None:
@@ -163,13 +177,23 @@ class Chat:
         if messages:
             self._model.tokenizer.encode_chat(messages)   # raises BadRequest, which names the message that is wrong
         turns = [{"role": message["role"], "content": message["content"]} for message in messages]
-        self.system = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system")
-        self.messages = [turn for turn in turns if turn["role"] != "system"]
+        self._take_over(turns, None)
+        self._keep()
         _say(f"({len(self.messages)} messages from {path})")
 
     def do_exit(self, _: str) -> None:
         """/exit                     leave; Ctrl-D does too"""
         self.over = True
+
+    def _take_over(self, turns: list[Message], system: str | None) -> None:
+        """Go on with a conversation; a system text that is given takes the place of its own."""
+        own = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system")
+        self.system = own if system is None else system
+        self.messages = [turn for turn in turns if turn["role"] != "system"]
+
+    def _keep(self) -> None:
+        if self._session is not None:
+            self._session.messages = self._with_system(self.messages)
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         return [{"role": "system", "content": self.system}, *messages] if self.system else messages
@@ -180,7 +204,8 @@ class Chat:
         with stoppable() as pressed, StatusLine() as status:
             try:
                 reply = self._model.chat(
-                    self._with_system(messages), **settings, progress=status.prompt_progress, cancel=pressed
+                    self._with_system(messages), **settings, progress=status.prompt_progress, cancel=pressed,
+                    session=self._session,
                 )
                 self._last = reply
                 _stream(reply)
@@ -190,6 +215,9 @@ class Chat:
                 stopped = True
         if reply.text or not stopped:
             self.messages = [*messages, {"role": "assistant", "content": reply.text}]
+            self._keep()
+        if reply.dropped:
+            _say(f"(left out: the {len(reply.dropped)} oldest messages, for the conversation is too long)")
         if stopped:
             _say("(stopped)" if reply.text else "(stopped before the answer began: the conversation is as it was)")
         elif not reply.text:
@@ -198,6 +226,15 @@ class Chat:
             _say(f"(ended after {settings['max_new_tokens']} tokens: /set max_new_tokens)")
         elif reply.finish_reason == "context":
             _say(f"(the context of {self._model.context} tokens is full: /clear begins anew)")
+        else:
+            self._warn(reply)
+
+    def _warn(self, reply: Reply) -> None:
+        """Say what will happen before the context is full."""
+        share = (reply.usage.prompt_tokens + reply.usage.new_tokens) / self._model.context
+        if share >= NEARLY_FULL and not reply.dropped:
+            then = "the oldest turns will be left out" if self._model.on_overflow == "drop-oldest" else "/clear begins anew"
+            _say(f"(the context is {share:.0%} full: {then})")
 
 
 def _stream(reply: Reply) -> None:

@@ -19,6 +19,7 @@ from typing import Any, SupportsIndex
 
 from edgemistral.errors import BadInput, BadRequest
 
+Messages = Sequence[Mapping[str, Any]]   # {"role": "system" | "user" | "assistant", "content": str} each
 BLANK_LINE = "\n\n"
 ROLES = ("system", "user", "assistant")
 
