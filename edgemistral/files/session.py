@@ -184,13 +184,10 @@ class SessionFile:
             digests = records.digests_of(data, self.geometry, records.blocks_of(len(ids)))
             self.disk.flush(mapping)
             self.disk.sync()
-        self._counter += 1
-        state = State(self._counter, Record(number, self._chains[-1], ids, digests), zlib.compress(notes.encode(), 6))
-        if _STATE.size + RECORD + len(state.notes) + _DIGEST > self.header.slot_bytes:
-            state = state._replace(notes=zlib.compress(b""))
-        self.disk.write(self._slot_at(self._counter), _encode_state(state))
+        self.notes = notes
+        self._write_state(Record(number, self._chains[-1], ids, digests))
         self.disk.sync()
-        self._saved, self.notes = state.positions, notes
+        self._saved = SEGMENT * number + len(ids)
 
     def forget(self, length: int, tail: NDArray[np.uint8] | None, ids: NDArray[np.int32]) -> None:
         """Count no more than `length` positions, on the disk too; `ids` and data of the partial segment that is the last then.
@@ -199,16 +196,8 @@ class SessionFile:
         """
         if length >= self._saved:
             return
-        number = length // SEGMENT
-        self._chains = self._chains[: number + 1]
-        self._counter += 1
-        digests = () if tail is None else records.digests_of(tail, self.geometry, records.blocks_of(len(ids)))
-        state = State(self._counter, Record(number, self._chains[-1], ids, digests), zlib.compress(self.notes.encode(), 6))
-        self.disk.write(self._slot_at(self._counter), _encode_state(state))
-        self.disk.sync()                                     # one of the slots is always whole
-        self.disk.write(self._slot_at(self._counter + 1), bytes(_STATE.size))
-        self._forget_trailers(number)
-        self.disk.sync()
+        self._chains = self._chains[: length // SEGMENT + 1]
+        self._count(tail, ids)
         self._saved = length
 
     def close(self, segments: int | None = None) -> None:
@@ -222,13 +211,17 @@ class SessionFile:
     def _recover(self) -> None:
         """Find what is valid, and see to it that nothing else can count again."""
         states = self._find()
-        if not states or len(self.ids) != states[0].positions:
-            self._forget_trailers(len(self.ids) // SEGMENT)
-            self.disk.sync()
+        if self.cut_back or len(self.ids) != states[0].positions:
+            tail = self.ids[SEGMENT * self.sealed :]
+            buffer = np.empty(self.geometry.data_bytes, np.uint8)
+            self.disk.read_into(self._at(self.sealed), memoryview(buffer.data))
+            self._count(buffer if len(tail) else None, tail)
 
     def _find(self) -> list[State]:
         """Set `ids`, `notes` and `cut_back`; returns the slots that can be read, newest first."""
-        states = sorted(filter(None, map(self._state, (0, 1))), key=lambda state: -state.counter)
+        slots = [self._state(slot) for slot in (0, 1)]
+        states = sorted(filter(None, slots), key=lambda state: -state.counter)
+        torn = any(state is None and self._used(slot) for slot, state in enumerate(slots))
         found: list[NDArray[np.int32]] = []
         buffer = np.empty(self.geometry.data_bytes, np.uint8)
         whole = True
@@ -251,7 +244,7 @@ class SessionFile:
             with contextlib.suppress(zlib.error, UnicodeDecodeError):
                 self.notes = zlib.decompressobj().decompress(states[0].notes, MAX_NOTES).decode()
         expected = states[0].positions if states else 0
-        if len(self.ids) < expected or not whole or not states:
+        if len(self.ids) < expected or not whole or not states or torn:
             had = f" of {expected}" if expected > len(self.ids) else ""
             self.cut_back = f"{self.path}: goes on from {len(self.ids)}{had} tokens: the rest is damaged or was never written"
         return states
@@ -280,8 +273,11 @@ class SessionFile:
         except OSError:
             return None
 
+    def _used(self, slot: int) -> bool:
+        return any(self.disk.read(self._slot_at(slot), _STATE.size))
+
     def _state(self, slot: int) -> State | None:
-        at = GRANULE + slot * self.header.slot_bytes
+        at = self._slot_at(slot)
         head = self.disk.read(at, _STATE.size)
         if len(head) < _STATE.size:
             return None
@@ -296,6 +292,22 @@ class SessionFile:
         return State(counter, record, rest[RECORD : RECORD + size])
 
     # ---- writing ------------------------------------------------------------------------------------------------------
+
+    def _count(self, tail: NDArray[np.uint8] | None, ids: NDArray[np.int32]) -> None:
+        """Count the sealed segments and `ids` behind them, whose data is `tail`, and see to it that nothing else counts again."""
+        digests = () if tail is None else records.digests_of(tail, self.geometry, records.blocks_of(len(ids)))
+        self._write_state(Record(self.sealed, self._chains[-1], ids, digests))
+        self.disk.sync()                                     # one of the slots is always whole
+        self.disk.write(self._slot_at(self._counter + 1), bytes(_STATE.size))
+        self._forget_trailers(self.sealed)
+        self.disk.sync()
+
+    def _write_state(self, record: Record) -> None:
+        self._counter += 1
+        state = State(self._counter, record, zlib.compress(self.notes.encode(), 6))
+        if _STATE.size + RECORD + len(state.notes) + _DIGEST > self.header.slot_bytes:
+            state = state._replace(notes=zlib.compress(b""))
+        self.disk.write(self._slot_at(self._counter), _encode_state(state))
 
     def _write_trailer(self, number: int, data: bytes) -> None:
         self.disk.write(self._at(number + 1) - TRAILER, data)
