@@ -122,7 +122,10 @@ class Disk:
             os.truncate(self._file.fileno(), size)
 
     def close(self) -> None:
-        self._file.close()
+        """Unlock and close the file: each mapping that is left holds a duplicate of it, and the lock would stay with them."""
+        if not self._file.closed:
+            _unlock(self._file.fileno())
+            self._file.close()
 
 
 def put_in_place(path: Path, write: Callable[[Disk], None]) -> Disk:
@@ -169,6 +172,20 @@ def sync_directory(path: Path) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def _unlock(file: int) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(file, _LOCKED, os.SEEK_SET)
+        with contextlib.suppress(OSError):
+            msvcrt.locking(file, msvcrt.LK_UNLCK, 1)
+        return
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _lock(file: int) -> bool:

@@ -294,7 +294,7 @@ class SessionFile:
     # ---- writing ------------------------------------------------------------------------------------------------------
 
     def _count(self, tail: NDArray[np.uint8] | None, ids: NDArray[np.int32]) -> None:
-        """Count the sealed segments and `ids` behind them, whose data is `tail`, and see to it that nothing else counts again."""
+        """Count the sealed segments and `ids` behind them, whose data is `tail`; nothing else counts any more."""
         digests = () if tail is None else records.digests_of(tail, self.geometry, records.blocks_of(len(ids)))
         self._write_state(Record(self.sealed, self._chains[-1], ids, digests))
         self.disk.sync()                                     # one of the slots is always whole

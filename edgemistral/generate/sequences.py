@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from edgemistral.kernels.kv_layout import SEGMENT
 from edgemistral.runtime.segments import SegmentPool, Sequence, segments_of
 
+WORTH_COPYING = 16       # positions that a session does not hold and another sequence does
+
 
 class KeptSequences:
     """All sequences of a pool, the least recently used first. Not thread-safe: the engine holds a lock."""
@@ -90,7 +92,7 @@ class KeptSequences:
         if own < home.length:
             self._part(home, own // SEGMENT, {*in_use, *([best] if best is not None else [])})
             home.cut(own)
-        if best is not None and best is not home and best in self._owners and common > own and (
+        if best is not None and best is not home and best in self._owners and common >= own + WORTH_COPYING and (
             self.make_room(segments_of(common) - len(home.segments), {*in_use, best, home})
         ):
             home.adopt(best, common)
