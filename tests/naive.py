@@ -1,8 +1,8 @@
 """One slow, obvious NumPy reference for every kernel. The kernels are compared with these.
 
 The first half is the parts of the model as the paper has them, in float32; the second half is the arithmetic of the kernels:
-int8 activations, packed weights, KV caches of 8 and 4 bits. The whole model in float32 is `edgemistral.measure.reference`. T counts
-tokens, S cached positions, H query heads, K key/value heads, D the dimensions of a head.
+int8 activations, packed weights, KV caches of 8 and 4 bits. The whole model in float32 is `edgemistral.measure.reference`.
+T counts tokens, S cached positions, H query heads, K key/value heads, D the dimensions of a head.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
 from edgemistral.files import layout
+from edgemistral.files.bf16 import to_bf16, widen
 from edgemistral.files.blob import Blob
 from edgemistral.measure.reference import BlobWeights, Reference
 
@@ -202,8 +203,7 @@ def quantize_int4(x: Array, half: float) -> tuple[Array, Array]:
 
 def f32_to_bf16(x: Array) -> Array:
     """float32 -> the nearest bfloat16 as float32, ties to even."""
-    bits = x.astype(F32).view(np.uint32)
-    return bf16_to_f32(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16))
+    return widen(to_bf16(x.astype(F32)))
 
 
 def quantize_activations(x: Array) -> tuple[Array, Array]:

@@ -65,6 +65,10 @@ max_ram_option = click.option(
 no_lookup_option = click.option(
     "--no-lookup", is_flag=True, help="Guess no tokens from what was said before (the answers are the same)."
 )
+on_overflow_option = click.option(
+    "--on-overflow", type=click.Choice(["error", "drop-oldest"]), default="error", show_default=True,
+    help="A conversation longer than the context: refuse it, or leave out its oldest turns.",
+)
 kv_budget_option = click.option(
     "--kv-budget", type=size, metavar="SIZE",
     help="Memory for conversations that are kept.  [default: a quarter of the memory, at most half of the free disk]",
