@@ -64,9 +64,9 @@ class Reference:
             weights = {name: self._tensor(f"layers.{layer}.{name}") for name in names}
             for i, x in enumerate(states):
                 h = times(rms_norm(x, weights["attention_norm"], eps), weights["wqkv"])
-                x += times(self._attend(h), weights["wo"])
+                x += times(attend(self.config, h), weights["wo"])
                 h = times(rms_norm(x, weights["ffn_norm"], eps), weights["w13"])
-                x += times(_swiglu(h), weights["w2"])
+                x += times(swiglu(h), weights["w2"])
                 if progress is not None:
                     progress(layer * len(texts) + i + 1, n_layers * len(texts))
         norm = self._tensor("norm")
@@ -91,25 +91,6 @@ class Reference:
             x[here] = widen(strip[ids[here] - first])
             first += len(strip)
         return x
-
-    def _attend(self, qkv: F32) -> F32:
-        """Causal grouped-query attention: queries, keys and values (n, q_dim + 2 kv_dim) -> (n, q_dim)."""
-        c, n = self.config, len(qkv)
-        heads = qkv.reshape(n, -1, c.head_dim).swapaxes(0, 1)   # (heads, n, head_dim)
-        q, k, v = np.split(heads, [c.n_heads, c.n_heads + c.n_kv_heads])
-        q, k = _rotate(q, c.rope_theta), _rotate(k, c.rope_theta)
-        out = np.empty((n, c.n_heads, c.head_dim), np.float32)
-        for first in range(0, n, ROWS):
-            last = min(first + ROWS, n)
-            low = 0 if c.sliding_window is None else max(0, first - c.sliding_window + 1)
-            behind = np.arange(first, last)[:, None] - np.arange(low, last)   # the key's distance behind the query
-            hidden = (behind < 0) if c.sliding_window is None else (behind < 0) | (behind >= c.sliding_window)
-            for head in range(c.n_heads):
-                scores = q[head, first:last] @ k[head // c.group, low:last].T / np.float32(np.sqrt(c.head_dim))
-                scores[hidden] = -np.inf
-                p = np.exp(scores - scores.max(axis=1, keepdims=True))
-                out[first:last, head] = p @ v[head // c.group, low:last] / p.sum(axis=1, keepdims=True)
-        return out.reshape(n, c.q_dim)
 
 
 class ReferenceModel:
@@ -141,6 +122,26 @@ def widen(strip: NDArray[Any]) -> F32:
     return strip.astype(np.float32)
 
 
+def attend(config: ModelConfig, qkv: F32) -> F32:
+    """Causal grouped-query attention: queries, keys and values (n, q_dim + 2 kv_dim) -> (n, q_dim)."""
+    c, n = config, len(qkv)
+    heads = qkv.reshape(n, -1, c.head_dim).swapaxes(0, 1)   # (heads, n, head_dim)
+    q, k, v = np.split(heads, [c.n_heads, c.n_heads + c.n_kv_heads])
+    q, k = _rotate(q, c.rope_theta), _rotate(k, c.rope_theta)
+    out = np.empty((n, c.n_heads, c.head_dim), np.float32)
+    for first in range(0, n, ROWS):
+        last = min(first + ROWS, n)
+        low = 0 if c.sliding_window is None else max(0, first - c.sliding_window + 1)
+        behind = np.arange(first, last)[:, None] - np.arange(low, last)   # the key's distance behind the query
+        hidden = (behind < 0) if c.sliding_window is None else (behind < 0) | (behind >= c.sliding_window)
+        for head in range(c.n_heads):
+            scores = q[head, first:last] @ k[head // c.group, low:last].T / np.float32(np.sqrt(c.head_dim))
+            scores[hidden] = -np.inf
+            p = np.exp(scores - scores.max(axis=1, keepdims=True))
+            out[first:last, head] = p @ v[head // c.group, low:last] / p.sum(axis=1, keepdims=True)
+    return out.reshape(n, c.q_dim)
+
+
 def _rotate(x: F32, theta: float) -> F32:
     """Rotary positions 0, 1, ... on x (heads, n, head_dim), pairs (i, i + head_dim / 2)."""
     half = x.shape[2] // 2
@@ -150,7 +151,7 @@ def _rotate(x: F32, theta: float) -> F32:
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def _swiglu(gate_up: F32) -> F32:
+def swiglu(gate_up: F32) -> F32:
     """(n, 2 * hidden_dim), 16 columns of gate and 16 of up in turn, -> silu(gate) * up."""
     n = len(gate_up)
     pairs = gate_up.reshape(n, -1, 2, layout.PANEL)
