@@ -48,6 +48,9 @@ def inspect(model: str, as_json: bool) -> None:
     click.echo(f"bits per weight     {bits['layers']:.3f} in the layers, {bits['file']:.3f} in the whole file")
     recipe = facts["recipe"]
     click.echo(f"recipe              {recipe['bits']} bits in the layers, {recipe['output_bits']} in the output head")
+    if calibration := facts["calibration"]:
+        about = f"{calibration['method']}, {calibration['tokens']:,} tokens of text {calibration['text_sha256'][:16]}"
+    click.echo(f"calibration         {about if calibration else 'none'}")
     click.echo(f"format version      {facts['format_version']}")
     click.echo(f"source fingerprint  {facts['source_sha256']}\n")
     for name, value in facts["config"].items():
@@ -143,6 +146,7 @@ def describe(blob: Blob) -> dict[str, Any]:
         },
         "format_version": blob.metadata["format_version"],
         "recipe": dataclasses.asdict(blob.recipe),
+        "calibration": _calibration(blob),
         "config": config.to_dict(),
         # Equal for two files that were made of the same weights, whatever the recipes and the checkpoint's layout.
         "source_sha256": sources.hexdigest(),
@@ -157,3 +161,12 @@ def describe(blob: Blob) -> dict[str, Any]:
             for kind in weights
         ],
     }
+
+
+def _calibration(blob: Blob) -> dict[str, Any] | None:
+    """How the weights were prepared: method, text_sha256, tokens. None: not at all, or in words that are not known here."""
+    try:
+        found = json.loads(blob.metadata.get("calibration", "null"))
+        return {"method": str(found["method"]), "text_sha256": str(found["text_sha256"]), "tokens": int(found["tokens"])}
+    except (ValueError, KeyError, TypeError):
+        return None
