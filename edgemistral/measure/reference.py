@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemistral.config import ModelConfig
+from edgemistral.config import ModelConfig, rope_frequencies
 from edgemistral.files import layout
 
 F32 = NDArray[np.float32]
@@ -97,7 +97,8 @@ class Reference:
         c, n = self.config, len(qkv)
         heads = qkv.reshape(n, -1, c.head_dim).swapaxes(0, 1)   # (heads, n, head_dim)
         q, k, v = np.split(heads, [c.n_heads, c.n_heads + c.n_kv_heads])
-        q, k = _rotate(q, c.rope_theta), _rotate(k, c.rope_theta)
+        frequencies = rope_frequencies(c)
+        q, k = _rotate(q, frequencies), _rotate(k, frequencies)
         out = np.empty((n, c.n_heads, c.head_dim), np.float32)
         for first in range(0, n, ROWS):
             last = min(first + ROWS, n)
@@ -141,10 +142,10 @@ def widen(strip: NDArray[Any]) -> F32:
     return strip.astype(np.float32)
 
 
-def _rotate(x: F32, theta: float) -> F32:
-    """Rotary positions 0, 1, ... on x (heads, n, head_dim), pairs (i, i + head_dim / 2)."""
+def _rotate(x: F32, frequencies: NDArray[np.float64]) -> F32:
+    """Rotary positions 0, 1, ... on x (heads, n, head_dim), pairs (i, i + head_dim / 2) of these frequencies."""
     half = x.shape[2] // 2
-    angles = np.arange(x.shape[1])[:, None] * theta ** (-np.arange(half) / half)
+    angles = np.arange(x.shape[1])[:, None] * frequencies
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     a, b = x[..., :half], x[..., half:]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
