@@ -51,6 +51,11 @@ def inspect(model: str, as_json: bool) -> None:
     if calibration := facts["calibration"]:
         about = f"{calibration['method']}, {calibration['tokens']:,} tokens of text {calibration['text_sha256'][:16]}"
     click.echo(f"calibration         {about if calibration else 'none'}")
+    text = facts["text"]
+    click.echo(f"chat template       {text['chat_template']}")
+    click.echo(f"tokenizer           {text['tokenizer']}, {text['added_tokens']} added tokens")
+    click.echo(f"ends of turn        {', '.join(f'{token_id} {spelled}'.strip() for token_id, spelled in text['ends'])}")
+    click.echo(f"sampling defaults   {', '.join(f'{k} {v:g}' for k, v in text['defaults'].items()) or '-'}")
     click.echo(f"format version      {facts['format_version']}")
     click.echo(f"source fingerprint  {facts['source_sha256']}\n")
     for name, value in facts["config"].items():
@@ -114,6 +119,23 @@ def plan(
     planned.check(max_ram)
 
 
+def _describe_text(blob: Blob) -> dict[str, Any]:
+    """What the blob says of the model's text."""
+    from edgemistral.model import tokenizer_of
+
+    tokenizer = tokenizer_of(blob)
+    kinds = {"sentencepiece": "SentencePiece", "tokenizers": "tokenizer.json"}
+    return {
+        "tokenizer": kinds[blob.text.kind],
+        "added_tokens": len(blob.text.added),
+        "chat_template": tokenizer.chat.name,
+        "chat_template_text": tokenizer.chat.text,
+        "bos_id": tokenizer.bos_id,
+        "ends": [[token_id, tokenizer.control.get(token_id, "")] for token_id in sorted(tokenizer.end_ids)],
+        "defaults": dict(tokenizer.defaults),
+    }
+
+
 def describe(blob: Blob) -> dict[str, Any]:
     """Everything about a blob that its header tells, as JSON values; sizes in bytes, counts without padding."""
     config = blob.config
@@ -146,6 +168,7 @@ def describe(blob: Blob) -> dict[str, Any]:
         },
         "format_version": blob.metadata["format_version"],
         "recipe": dataclasses.asdict(blob.recipe),
+        "text": _describe_text(blob),
         "calibration": _calibration(blob),
         "config": config.to_dict(),
         # Equal for two files that were made of the same weights, whatever the recipes and the checkpoint's layout.
