@@ -43,7 +43,8 @@ const answers = new Answers(new Settings($("settings")), {
   },
   ended(chat, message) {
     save(chat);
-    if (chat === current) announce(`Answer: ${message.content.slice(0, 5000)}`);
+    const calls = (message.tool_calls ?? []).map(({ function: { name } }) => `Calls ${name}`);
+    if (chat === current) announce(`Answer: ${[message.content.slice(0, 5000), ...calls].join(" ")}`);
     measureSoon();
     plan();
   },

@@ -124,7 +124,7 @@ export class MessageView {
     const message = this.#message, { regenerate, goOn, remove } = this.actions;
     if (job) return;
     if (message.versions) yield this.#switch();
-    yield copyButton("Copy the message", () => message.content);
+    yield copyButton("Copy the message", () => message.content || JSON.stringify(message.tool_calls));
     if (message.role === "user") {
       yield iconButton("edit", last ? "Edit and send again" : "Edit", () => this.edit());
     } else if (message.role === "assistant") {
