@@ -3,7 +3,8 @@
     python bench/parallel.py WORK [--n-layers 4]
 
 Models of 7B shapes with random weights: ours a blob, theirs a GGUF (Q4_0, head Q6_K), both made in WORK. Each lives in a
-process of its own that computes only when told to. A step of n sequences computes one token of each, at a depth of some 64 positions.
+process of its own that computes only when told to. A step of n sequences computes one token of each,
+at a depth of some 64 positions.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ def main(work: Path, n_layers: int, rounds: int) -> None:
                    f"ratio {row['ratio']:.2f}; our step costs {row['cost']:.2f} of one token's")
     beside = reader(blob, threads, max(3, rounds // 2))
     kept, slower = median(s["reader"] for s in beside), median(s["prompt"] for s in beside)
-    click.echo(f"a reader keeps {kept:.2f} of its tokens/s beside a prompt of {PROMPT}; that takes {slower:.2f} x its time alone")
+    click.echo(f"a reader keeps {kept:.2f} of its tokens/s beside a prompt of {PROMPT}, which takes {slower:.2f} x as long")
     fork = fork_seconds()
     click.echo(f"a fork of a 7B conversation of {FORKED} tokens takes {1000 * fork:.1f} ms at most")
     save("parallel", f"python bench/parallel.py WORK --n-layers {n_layers}", {
