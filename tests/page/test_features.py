@@ -178,6 +178,22 @@ def test_a_message_over_the_limit_is_not_sent(page, actor):
     expect(draft).to_have_value("")
 
 
+def test_a_change_over_the_limit_stays_in_its_field(page, actor):
+    converse(page, "One")
+    page.locator("article.user").hover()
+    button(page, "Edit and send again").click()
+    field, words = page.get_by_label("Your message"), "many words " * 1200
+    field.fill(words)
+    page.keyboard.press("Enter")
+    expect(page.locator("#notice")).to_contain_text("too long for the model")
+    expect(field).to_have_value(words)
+    field.fill("Two")
+    page.keyboard.press("Enter")
+    says(page, "Answer to Two. Take 0.")
+    expect(page.locator("#notice")).to_be_hidden()
+    assert len(actor.asked) == 2
+
+
 def test_drafts_are_kept_for_each_chat(page):
     draft = page.get_by_label("Message", exact=True)
     draft.fill("of a new chat")

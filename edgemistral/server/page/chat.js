@@ -73,12 +73,14 @@ const sidebar = new Sidebar({
   changed: plan,
 });
 const actions = {
-  edit(message, text) {
-    const chat = current;
+  async edit(message, text) {
+    const chat = current, before = conversation(chat, chat.messages.indexOf(message));
+    if (!await fits(chat, [...before, { role: "user", content: text }], "too_long_edit")) return false;
     ask(chat, () => {
       addVersion(chat, message);
       Object.assign(message, { content: text, at: Date.now() });
     });
+    return true;
   },
   correct(message, text) {
     change(current, () => { message.content = text; });
@@ -142,26 +144,23 @@ async function submit() {
     return;
   }
   submitting = true;
-  const message = { role: "user", content, at: Date.now() };
-  const tokens = await count([...conversation(chat), message], AbortSignal.timeout(COUNT_WITHIN)).catch(() => 0);
+  const message = { role: "user", content };
+  const isRoom = await fits(chat, [...conversation(chat), message], "too_long");
   submitting = false;
-  if (tokens >= server.context) {
-    notices.set(chat.id, tooLong(tokens));
-    plan();
-    return;
-  }
+  if (!isRoom) return;
   composer.clear(chat, !chats.has(chat.id));
-  ask(chat, () => chat.messages.push(message));
+  ask(chat, () => chat.messages.push({ ...message, at: Date.now() }));
 }
 
-function tooLong(tokens) {
+/** Whether the model has room for these messages and an answer; if not, the page says so, and nothing is sent. */
+async function fits(chat, messages, code) {
+  const tokens = await countTokens(messages, AbortSignal.timeout(COUNT_WITHIN)).catch(() => 0);   // the answer will tell
+  if (tokens < server.context) return true;
   const [all, limit, over] = [tokens, server.context, tokens - server.context + 1].map((n) => n.toLocaleString());
-  return new Failure(`This conversation is too long for the model: ${all} tokens, and it reads and writes at most ${limit}. `
-    + `Shorten your message by ${over} tokens or more, or begin a new chat.`, { code: "too_long" });
-}
-
-function count(messages, signal) {
-  return countTokens(messages.map(({ at, ...message }) => message), signal);
+  notices.set(chat.id, new Failure(`This conversation is too long for the model: ${all} tokens, and it reads and writes at `
+    + `most ${limit}. Shorten your message by ${over} tokens or more, or begin a new chat.`, { code }));
+  plan();
+  return false;
 }
 
 /** How many messages belong to one that is deleted: a question takes its answer along, an answer the results of its calls. */
@@ -255,7 +254,7 @@ async function measure() {
   if (answers.job(chat) || !server.ready) return;
   const messages = text ? [...conversation(chat), { role: "user", content: text }] : conversation(chat);
   try {
-    const tokens = chat.messages.length || text ? await count(messages, measure.abort.signal) : 0;
+    const tokens = chat.messages.length || text ? await countTokens(messages, measure.abort.signal) : 0;
     if (chat === current) used = tokens;
     plan();
   } catch {

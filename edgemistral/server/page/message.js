@@ -25,8 +25,8 @@ export class MessageView {
   #shownCalls = "";
   #shownState = "";   // what the footer was made of
 
-  /** actions: edit(message, text): and ask again, correct(message, text), remove(message), regenerate(message),
-   * goOn(message), show(message, version), answerCall(message, call, text). */
+  /** actions: edit(message, text): and ask again, false if that cannot be; correct(message, text), remove(message),
+   * regenerate(message), goOn(message), show(message, version), answerCall(message, call, text). */
   constructor(message, actions) {
     const { role } = message;
     this.#message = message;
@@ -69,10 +69,8 @@ export class MessageView {
       this.#footer.hidden = false;
       this.#footer.querySelector("button")?.focus();
     };
-    const done = (act) => {
-      if (!field.value.trim()) return;
-      close();
-      act(this.#message, field.value);
+    const done = async (act) => {
+      if (field.value.trim() && await act(this.#message, field.value) !== false) close();
     };
     const { edit, correct } = this.actions;
     const form = element("form", { className: "edit" }, field,
