@@ -27,9 +27,9 @@ const [scroll, log, system, tools] = ["scroll", "log", "system", "tools"].map($)
 
 let current = newChat();      // the chat on the page; kept once it has a message
 let follow = true;            // the growing answer
-let used = 0;                 // tokens of the conversation and the draft
 let planned = false;          // a drawing of the page
 let submitting = false;       // a message whose tokens are being counted
+const used = new Map();       // by the id of a chat: tokens of the conversation and the draft, once they were counted
 const notices = new Map();    // by the id of a chat: a Failure
 const views = new WeakMap();  // by message
 
@@ -255,7 +255,7 @@ async function measure() {
   const messages = text ? [...conversation(chat), { role: "user", content: text }] : conversation(chat);
   try {
     const tokens = chat.messages.length || text ? await countTokens(messages, measure.abort.signal) : 0;
-    if (chat === current) used = tokens;
+    used.set(chat.id, tokens);
     plan();
   } catch {
     // another one is on its way, or asking will tell what is wrong
@@ -311,9 +311,9 @@ function drawNotice(job) {
 function drawContext(job) {
   const rate = job ? rateOf(job) : 0;
   $("rate").textContent = rate ? `${rate.toFixed(1)} tokens/s` : "";
-  const tokens = used + (job?.pieces ?? 0), share = tokens / server.context;
+  const tokens = (used.get(current.id) ?? 0) + (job?.pieces ?? 0), share = tokens / server.context;
   const meter = $("context"), text = `${tokens.toLocaleString()} of ${server.context.toLocaleString()} tokens`;
-  meter.hidden = !server.context;
+  meter.hidden = !server.context || !used.has(current.id);
   meter.title = share > 1 ? "Too long for the model: shorten it or begin a new chat" : "Of the model's context";
   meter.classList.toggle("full", share > 0.9);
   meter.setAttribute("aria-valuenow", tokens);
