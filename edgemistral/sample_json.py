@@ -22,6 +22,7 @@ from edgemistral.errors import BadRequest
 from edgemistral.generate.sampler import SamplingParams
 from edgemistral.generate.tasks import Cancel, Progress
 from edgemistral.model import Model, Reply
+from edgemistral.spellings import without_none
 from edgemistral.text.chat import ROLES, chat_turns
 from edgemistral.text.guardrail import with_guardrail
 from edgemistral.text.tokenizer import Messages, check_text
@@ -61,13 +62,14 @@ def parse(data: object) -> SampleRequest:
         for name, default in (("do_sample", True), ("return_full_text", False), ("per_message", False),
                               ("safe_prompt", False))
     }
-    options = {name: parameters[name] for name in SAMPLING if name in parameters}
+    parameters = without_none(parameters)
+    options = {name: parameters[name] for name in SAMPLING if parameters.get(name) is not None}
     with _renamed({name: f"{PARAMETERS}.{name}" for name in SAMPLING}):
         SamplingParams(**options)
     if not flags["do_sample"]:
         options["temperature"] = 0
     options["max_new_tokens"] = parameters.get("max_new_tokens")
-    options["stop"] = stop = parameters.get("stop", [])
+    options["stop"] = stop = parameters.get("stop") or []
     if not isinstance(stop, (str, list)):
         raise BadRequest(f"{PARAMETERS}.stop must be a string or a list of strings", f"{PARAMETERS}.stop")
     prompts = _prompts(_typed(body.get("input_string"), list, INPUT), flags["per_message"])

@@ -137,8 +137,8 @@ def _nowhere(request: Request) -> str:
     path = request.url.path
     paths = sorted({route.path for route in request.app.routes if getattr(route, "methods", None) and "{" not in route.path})
     near = difflib.get_close_matches(path, [one for one in paths if one != path], 1, 0.4)
-    hint = f"; did you mean {near[0]}?" if near else "; this server speaks OpenAI's interface: /v1/chat/completions"
-    return f"there is no {request.method} {path[:200]!r} here{hint}"
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"there is no {request.method} {path[:200]!r} here.{hint} This is OpenAI's interface: /v1/chat/completions and others"
 
 
 def _explain(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edgemistral.generate.sampler import MAX_TOP_LOGPROBS
-from edgemistral.server.spellings import normalised
+from edgemistral.spellings import normalised
 
 MAX_TEXT = 2_000_000       # characters of one text: 32768 tokens of English are about 150 thousand
 MAX_MESSAGES = 10_000

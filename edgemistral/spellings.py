@@ -30,8 +30,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True, False), "chat_template": (), "chat_template_kwargs": ({},), "continue_final_message": (False,),
     "add_generation_prompt": (True,), "allowed_token_ids": ([],), "context_shift": (False,), "best_of": (),
 }
-INTEGERS = ("max_tokens", "max_completion_tokens", "min_tokens", "n", "top_k", "seed", "top_logprobs", "logprobs", "best_of")
-NO_LIMIT = ("max_tokens", "max_completion_tokens")      # -1 is none
+INTEGERS = ("max_new_tokens", "max_tokens", "max_completion_tokens", "min_tokens", "n", "top_k", "seed", "top_logprobs", "logprobs", "best_of")
+NO_LIMIT = ("max_new_tokens", "max_tokens", "max_completion_tokens")      # -1 is none
 
 
 def normalised(body: Any) -> Any:
@@ -55,6 +55,16 @@ def normalised(body: Any) -> Any:
             raise BadRequest(f"{name} is {str(value)[:60]!r}, which this server does not do", name)
     if "modalities" in made and made.pop("modalities") not in (None, ["text"]):
         raise BadRequest("modalities: this server answers in text only", "modalities")
+    made = without_none(made)
+    best_of = made.pop("best_of", None)
+    if best_of is not None and best_of not in (1, made.get("n") or 1):
+        raise BadRequest(f"best_of is {str(best_of)[:20]}: only as many answers as n are written", "best_of")
+    return made
+
+
+def without_none(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The same parameters, where -1, "" and the like are spelled as null, and whole floats as integers."""
+    made = dict(parameters)
     for name in INTEGERS:
         value = made.get(name)
         if isinstance(value, float) and value.is_integer():
@@ -68,9 +78,6 @@ def normalised(body: Any) -> Any:
         made["seed"] = None             # a new one each time
     if "stop" in made:
         made["stop"] = _stops(made["stop"])
-    best_of = made.pop("best_of", None)
-    if best_of is not None and best_of not in (1, made.get("n") or 1):
-        raise BadRequest(f"best_of is {str(best_of)[:20]}: only as many answers as n are written", "best_of")
     return made
 
 
