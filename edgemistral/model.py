@@ -16,7 +16,7 @@ from edgemistral.generate.engine import Cancel, Engine, Generation, Ids, Progres
 from edgemistral.generate.sampler import Logprobs, SamplingParams
 from edgemistral.runtime.plan import Threads, plan
 from edgemistral.text.stream import StopStrings, StreamDecoder
-from edgemistral.text.tokenizer import Tokenizer
+from edgemistral.text.tokenizer import Tokenizer, open_tokenizer
 
 Messages = Sequence[Mapping[str, Any]]   # {"role": "system" | "user" | "assistant", "content": str} each
 
@@ -41,7 +41,10 @@ def load(
     try:
         planned = plan(blob, context, kv_bits, threads)
         planned.check(max_ram)
-        tokenizer = Tokenizer(blob.array("tokenizer").tobytes(), blob.config.vocab_size, f"{path}: its tokenizer")
+        config = blob.config
+        tokenizer = open_tokenizer(
+            blob.array("tokenizer").tobytes(), blob.text, config.vocab_size, f"{path}: its tokenizer", config.end_ids
+        )
         transformer = Transformer(blob, context=planned.context, kv_bits=kv_bits, threads=planned.threads)
     except BaseException:
         blob.close()
@@ -53,7 +56,8 @@ class Model:
     """A loaded model. Threads may share it: calls that compute take turns.
 
     The sampling arguments of `generate`, `chat` and `complete` are the fields of `SamplingParams`: temperature (0 is
-    greedy), top_p, top_k, min_p, repetition_penalty, seed and more. `progress(done, total)` counts the prompt's tokens that had
+    greedy), top_p, top_k, min_p, repetition_penalty, seed and more. Those that are not given are the model's own
+    (`defaults`, from its generation_config.json), else those of `SamplingParams`. `progress(done, total)` counts the prompt's tokens that had
     to be computed; `cancel()` is asked before each chunk of the prompt and each token, and True raises Cancelled.
     All of them raise BadRequest for a wrong argument and ContextOverflow for a prompt that is too long, at once.
     """
@@ -76,6 +80,15 @@ class Model:
         """Bytes of the KV file now: it grows as the context fills."""
         return self.engine.kv_bytes
 
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """The model's own sampling arguments, which count where a caller gives none; empty if its files have none."""
+        return self.tokenizer.settings.defaults
+
+    def sampling(self, **given: Any) -> SamplingParams:
+        """Sampling arguments with the model's own defaults for those that are not given."""
+        return SamplingParams(**{**self.defaults, **given})
+
     def logits(self, ids: Ids) -> NDArray[np.float32]:
         """Next-token logits (len(ids), vocab_size) at every position."""
         return self.engine.logits(ids)
@@ -90,7 +103,7 @@ class Model:
         **sampling: Any,
     ) -> Generation:
         """Token ids that continue `ids`, until </s> (which is not given), `max_new_tokens` or a full context."""
-        return self.engine.generate(ids, SamplingParams(**sampling), max_new_tokens, progress, cancel)
+        return self.engine.generate(ids, self.sampling(**sampling), max_new_tokens, progress, cancel)
 
     def chat(
         self,
@@ -118,8 +131,13 @@ class Model:
         cancel: Cancel | None = None,
         **sampling: Any,
     ) -> Reply:
-        """The continuation of a raw text (<s> is put before it) or of ids, without the chat template."""
-        ids = [self.config.bos_id, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+        """The continuation of a raw text (<s> is put before it, unless the model's texts have none) or of ids, without
+        the chat template."""
+        if isinstance(prompt, str):
+            start = [self.config.bos_id] if self.tokenizer.settings.add_bos else []
+            ids: Ids = [*start, *self.tokenizer.encode(prompt)] or [self.config.bos_id]
+        else:
+            ids = prompt
         stops = StopStrings(stop)
         generation = self.generate(ids, max_new_tokens, progress=progress, cancel=cancel, **sampling)
         return Reply(generation, self._decoder(ids), stops)

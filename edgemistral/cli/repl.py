@@ -56,7 +56,7 @@ class Chat:
         self.over = False
         self.messages: list[Message] = []   # user and assistant in turn
         self.system = system or ""
-        self.settings = {"max_new_tokens": max_new_tokens, **asdict(SamplingParams(**sampling))}
+        self.settings = {"max_new_tokens": max_new_tokens, **asdict(model.sampling(**sampling))}
         _check_settings(self.settings)
         self._model = model
         self._last: Reply | None = None

@@ -216,7 +216,7 @@ class Generation(Iterator[int]):
         seconds = time.perf_counter() - started
         if first:
             usage.cached_tokens, usage.prefill_seconds = reused, seconds
-        if token == engine.config.eos_id:
+        if token in engine.config.end_ids:
             self.finish_reason = "stop"
             raise StopIteration
         if not first:

@@ -37,6 +37,7 @@ class GrammarCompiler:
 
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Pieces(tokenizer)), n_vocab=tokenizer.vocab_size)
         self._vocab_size = tokenizer.vocab_size
+        self._first_space = tokenizer.chat.first_space
 
     def json_schema(self, schema: Mapping[str, Any], continues: bool = False) -> CompiledGrammar:
         """JSON texts that fit a schema, on one line; {"type": "object"} is any object. Raises BadRequest."""
@@ -56,7 +57,8 @@ class GrammarCompiler:
     def _compile(self, inner: dict[str, Any], continues: bool) -> CompiledGrammar:
         from llguidance import LLMatcher
 
-        grammars = [inner] if continues else [{"lark_grammar": 'start: " " @inner'}, {"name": "inner", **inner}]
+        space = "" if continues else self._first_space
+        grammars = [{"lark_grammar": f"start: {space} @inner"}, {"name": "inner", **inner}] if space else [inner]
         try:
             text = json.dumps({"grammars": grammars})
         except RecursionError:
@@ -101,18 +103,19 @@ class _Pieces:
     """The bytes of every token, as llguidance's TokenizerWrapper asks for them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
+        self.eos_token_id = tokenizer.end_ids[0] if tokenizer.end_ids else tokenizer.eos_id
+        self.bos_token_id = max(tokenizer.bos_id, 0)
         self.tokens: list[bytes] = []
         self.special_token_ids: list[int] = []
         self._tokenizer = tokenizer
         for token_id in range(tokenizer.vocab_size):
-            byte, text = tokenizer.byte(token_id), tokenizer.surface(token_id)
+            data = tokenizer.token_bytes(token_id)
             # A space as a byte is never written by a tokenizer, and decoding would not drop it at the beginning.
-            if byte == ord(" ") or (byte is None and not text):
+            if not data or tokenizer.byte(token_id) == ord(" "):
                 self.special_token_ids.append(token_id)
                 self.tokens.append((tokenizer.piece(token_id) or f"<padding {token_id}>").encode())
             else:
-                self.tokens.append(text.encode() if byte is None else bytes([byte]))
+                self.tokens.append(data)
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text in the middle of another one, without the space that `encode` puts in front."""

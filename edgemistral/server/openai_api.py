@@ -20,7 +20,6 @@ from edgemistral.server.failures import RESPONSES
 from edgemistral.server.scheduler import Job
 from edgemistral.server.service import Event, Finished, Piece, Service, Token, service_of, warnings_header
 from edgemistral.text.guardrail import with_guardrail
-from edgemistral.text.tokenizer import chat_turns
 
 router = APIRouter(prefix="/v1", responses=RESPONSES)
 Shared = Annotated[Service, Depends(service_of)]
@@ -44,7 +43,7 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
 
     def make() -> list[Reply]:
         with _renamed({"max_new_tokens": field}):
-            chat_turns(messages)   # before the guardrail, which would shift the numbers of messages
+            service.model.tokenizer.chat.check(messages)   # before the guardrail, which would shift the numbers of messages
             return [service.model.chat(
                 with_guardrail(messages) if body.safe_prompt else messages, chosen,
                 progress=job.progress, cancel=job.cancelled, top_logprobs=top_logprobs,

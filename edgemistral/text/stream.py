@@ -24,19 +24,16 @@ class StreamDecoder:
 
     def push(self, token_id: SupportsIndex) -> str:
         """The text that is certain after one more id. Raises BadRequest for an id outside the vocabulary."""
-        if not self._tokenizer.piece(token_id):   # padding, which decode() passes over
+        data = self._tokenizer.token_bytes(token_id)
+        if data is None:   # padding, which decode() passes over
             return ""
-        byte = self._tokenizer.byte(token_id)
-        if byte is not None:
+        if not data:       # an id that adds no text (a control id) still ends a run of bytes, as it does in decode()
+            return self.flush()
+        if not self._started:
             self._started = True
-            self._held.append(byte)
-            return self._characters(final=False)
-        surface = self._tokenizer.surface(token_id)
-        if surface and not self._started:
-            self._started = True
-            return self._tokenizer.decode([token_id])
-        # An id that adds no text (a control id) still ends a run of bytes, as it does in decode().
-        return self.flush() + surface
+            data = self._tokenizer.token_bytes(token_id, first=True) or b""
+        self._held += data
+        return self._characters(final=False)
 
     def flush(self) -> str:
         """What is held back at the end of the text: one U+FFFD for each byte that belongs to no character."""
@@ -47,7 +44,7 @@ class StreamDecoder:
         text, held = "", self._held
         while held:
             size = _utf8_size(held[0])
-            if len(held) < size and not final:
+            if len(held) < size and not final and all(0x80 <= byte < 0xC0 for byte in held[1:]):
                 break
             try:
                 text += held[:size].decode("utf-8")

@@ -18,6 +18,7 @@ from edgemistral.files.blob import BlobWriter
 from edgemistral.files.layout import BLOCK_BYTES, PANEL, Matrix, Recipe, TensorSpec, matrices, matrix_tensors
 from edgemistral_quantize.checkpoint import Checkpoint, Strip
 from edgemistral_quantize.groups import default_levels, quantize_rows
+from edgemistral_quantize.text_files import read_template
 
 STRIP_BYTES = 1 << 24   # of rows as float32: large enough to keep all threads busy, small beside the caches of the disk
 STRIPS_IN_WORK = 8      # strips' worth of memory at any time: two being read and widened, one being quantized, copies
@@ -34,6 +35,7 @@ def quantize(
     resume: bool = False,
     force: bool = False,
     progress: bool = True,
+    chat_template: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Make a blob of a checkpoint directory in Hugging Face or Mistral layout; returns its path.
 
@@ -44,13 +46,16 @@ def quantize(
     `resume=True` goes on behind the tensors that are already in DST.partial, once their checksums and those of their
     sources are found to match; `force=True` starts again and replaces an existing DST.
 
+    `chat_template` is a file with a Jinja template that replaces the checkpoint's own.
+
     Raises BadConfig and BadCheckpoint when the checkpoint cannot be used (before anything is written, but for a NaN, an
     infinity or an unreadable file in the middle), BadInput for everything about DST and the arguments, a full disk too.
     """
     for name, value in (("bits", bits), ("output_bits", output_bits)):
         if value not in BLOCK_BYTES:
             raise BadInput(f"{name} is {value}; supported are {' and '.join(map(str, BLOCK_BYTES))}")
-    checkpoint, dst = Checkpoint(Path(src)), Path(dst)
+    template = None if chat_template is None else read_template(Path(chat_template))
+    checkpoint, dst = Checkpoint(Path(src), template), Path(dst)
     if dst.exists() and any(dst.samefile(file) for file in checkpoint.files):
         raise BadInput(f"{dst}: a part of the checkpoint itself")
     if max_ram < (needed := STRIPS_IN_WORK * checkpoint.min_strip_bytes):
@@ -62,7 +67,7 @@ def quantize(
     in_matrices = {tensor.name for matrix in by_name.values() for tensor in matrix_tensors(matrix)}
     with (
         BlobWriter(
-            dst, checkpoint.config, recipe, len(checkpoint.tokenizer), resume=resume, force=force
+            dst, checkpoint.config, recipe, len(checkpoint.tokenizer), text=checkpoint.text.settings, resume=resume, force=force
         ) as writer,
         tqdm(
             total=checkpoint.n_bytes, desc=dst.name, unit="B", unit_scale=True, unit_divisor=1024,
@@ -122,7 +127,7 @@ class _Conversion:
             self.writer.write(spec.name, map(convert, self._read(spec.name, digest)), digest.hexdigest)
 
     def write_tokenizer(self) -> None:
-        """The SentencePiece model as it is."""
+        """The tokenizer's file as it is."""
         tokenizer = self.checkpoint.tokenizer
         self.writer.write("tokenizer", [tokenizer], hashlib.sha256(tokenizer).hexdigest)
 

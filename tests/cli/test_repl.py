@@ -17,7 +17,7 @@ from edgemistral.cli import repl
 from edgemistral.cli.repl import Chat
 from edgemistral.generate.engine import Engine
 from edgemistral.model import Model
-from edgemistral.text.tokenizer import Tokenizer
+from edgemistral.text.sentencepiece import SentencePieceTokenizer
 from tests.checkpoints import babbler
 from tests.fake import FakeTransformer, tiny_config
 
@@ -26,7 +26,7 @@ TOKENIZER = Path(__file__).parents[1] / "data" / "tokenizer.model"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(TOKENIZER.read_bytes())
+    return SentencePieceTokenizer(TOKENIZER.read_bytes())
 
 
 @pytest.fixture

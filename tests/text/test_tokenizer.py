@@ -17,6 +17,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from edgemistral.demo import checkpoint_dir
 from edgemistral.errors import BadInput, BadRequest
+from edgemistral.text.sentencepiece import SentencePieceTokenizer
 from edgemistral.text.tokenizer import Tokenizer
 
 TEXTS: list[str] = json.loads((Path(__file__).parents[1] / "data" / "texts.json").read_text(encoding="utf-8"))
@@ -39,7 +40,7 @@ class Pair:
 
     def __init__(self, version: str) -> None:
         self.path = Path(mistral_common.__file__).parent / "data" / MODELS[version]
-        self.ours = Tokenizer(self.path.read_bytes())
+        self.ours = SentencePieceTokenizer(self.path.read_bytes())
         self.reference = MistralTokenizer.from_file(str(self.path))
 
     def reference_text_ids(self, text: str) -> list[int]:
@@ -213,7 +214,7 @@ def test_pieces_bytes_and_surfaces(v1: Tokenizer) -> None:
 
 
 def test_padding_ids_of_a_larger_embedding_stand_for_no_text() -> None:
-    tokenizer = Tokenizer(SMALL.read_bytes(), vocab_size=3000)
+    tokenizer = SentencePieceTokenizer(SMALL.read_bytes(), vocab_size=3000)
     ids = tokenizer.encode("one two")
     assert tokenizer.vocab_size == 3000
     assert tokenizer.decode([2999, *ids, tokenizer.n_words]) == "one two"
@@ -227,14 +228,14 @@ def test_broken_models_are_refused_in_one_line() -> None:
     not_utf8 = model.replace("▁the".encode(), "▁th".encode() + b"\xff", 1)
     for broken in (b"", b"\0", b"hello", model[:1000], model[1000:], b"{}" * 500, not_utf8):
         with pytest.raises(BadInput, match=r"^my\.model ") as caught:
-            Tokenizer(broken, name="my.model")
+            SentencePieceTokenizer(broken, name="my.model")
         assert "\n" not in str(caught.value)
     with pytest.raises(BadInput, match=r"my\.model has 2048 pieces, .* only 2047"):
-        Tokenizer(model, vocab_size=2047, name="my.model")
+        SentencePieceTokenizer(model, vocab_size=2047, name="my.model")
 
 
 def test_the_demo_tokenizer_has_the_ids_of_a_mistral_tokenizer() -> None:
-    tokenizer = Tokenizer((checkpoint_dir() / "tokenizer.model").read_bytes())
+    tokenizer = SentencePieceTokenizer((checkpoint_dir() / "tokenizer.model").read_bytes())
     assert tokenizer.n_words == 4096
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.piece(0)) == (1, 2, "<unk>")
     assert [tokenizer.byte(i) for i in range(3, 259)] == list(range(256))
