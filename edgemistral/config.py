@@ -90,7 +90,7 @@ class ModelConfig:
 
     def _take_end_ids(self, values: Any) -> bool:
         """Store `values` as a tuple of ids that contains eos_id."""
-        ok = isinstance(values, list | tuple) and all(type(value) is int and 0 <= value for value in values)
+        ok = isinstance(values, list | tuple) and all(type(value) is int and value >= 0 for value in values)
         if ok and values:
             object.__setattr__(self, "end_ids", tuple(dict.fromkeys((self.eos_id, *values))))
         elif ok:

@@ -57,9 +57,10 @@ class Model:
 
     The sampling arguments of `generate`, `chat` and `complete` are the fields of `SamplingParams`: temperature (0 is
     greedy), top_p, top_k, min_p, repetition_penalty, seed and more. Those that are not given are the model's own
-    (`defaults`, from its generation_config.json), else those of `SamplingParams`. `progress(done, total)` counts the prompt's tokens that had
-    to be computed; `cancel()` is asked before each chunk of the prompt and each token, and True raises Cancelled.
-    All of them raise BadRequest for a wrong argument and ContextOverflow for a prompt that is too long, at once.
+    (`defaults`, from its generation_config.json), else those of `SamplingParams`. `progress(done, total)` counts the
+    prompt's tokens that had to be computed; `cancel()` is asked before each chunk of the prompt and each token, and True
+    raises Cancelled. All of them raise BadRequest for a wrong argument and ContextOverflow for a prompt that is too long,
+    at once.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, path: Path | None = None) -> None:

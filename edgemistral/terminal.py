@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -31,12 +32,14 @@ class StatusLine:
 
     def show(self, text: str) -> None:
         if self._enabled:
-            print(f"\r{text.ljust(self._shown)}", end="", file=sys.stderr, flush=True)
+            room = _columns() - 1   # a line that fills the last column may wrap
+            text = text[:room]
+            print(f"\r{text.ljust(min(self._shown, room))}", end="", file=sys.stderr, flush=True)
             self._shown = len(text)
 
     def clear(self) -> None:
         if self._shown:
-            print(f"\r{' ' * self._shown}\r", end="", file=sys.stderr, flush=True)
+            print(f"\r{' ' * min(self._shown, _columns() - 1)}\r", end="", file=sys.stderr, flush=True)
             self._shown = 0
 
     def prompt_progress(self, done: int, total: int) -> None:
@@ -51,6 +54,14 @@ class StatusLine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.clear()
+
+
+def _columns() -> int:
+    """The terminal's width now: its window may have changed since the last time."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 @contextmanager

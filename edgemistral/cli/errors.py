@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from edgemistral.errors import BadInput, EdgeMistralError
+from edgemistral.paths import cache_dir
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
@@ -32,6 +36,7 @@ class Cli(click.Group):
     def main(self, args: Sequence[str] | None = None, *ignored: Any, **options: Any) -> NoReturn:
         """Run the command line and exit with its code."""
         args = sys.argv[1:] if args is None else list(args)
+        _open_closed_streams()
         _use_utf8()
         try:
             code = super().main(args, **{**options, "standalone_mode": False}) or 0
@@ -60,10 +65,36 @@ def describe(error: Exception) -> tuple[str, int]:
     elif isinstance(error, MemoryError):
         message, code = "out of memory (edgemistral plan shows what a model needs)", FAILED
     elif isinstance(error, OSError):
-        message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), FAILED
+        message, code = _system_error(error), FAILED
     else:
         message, code = f"{type(error).__name__}: {error} (a bug here: --debug shows where)", FAILED
     return " ".join(message.split()), code
+
+
+def _system_error(error: OSError) -> str:
+    """What the system refused, where, and for the cache folder what to do."""
+    where = error.filename or (cache_dir() if error.errno in NO_ROOM else None)
+    if where is None:
+        return str(error)
+    message = f"{where}: {error.strerror}"
+    inside = isinstance(where, (str, Path)) and Path(where).is_relative_to(cache_dir())
+    return f"{message}; EDGEMISTRAL_CACHE names another cache folder" if inside else message
+
+
+def _open_closed_streams() -> None:
+    """Let nothing else, such as a model's file, get the numbers of closed standard streams; output then goes nowhere.
+
+    A closed standard input stays None: whoever wants to read it says that it is closed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)   # takes the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")   # noqa: SIM115, PTH123
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")   # noqa: SIM115, PTH123
 
 
 def _use_utf8() -> None:

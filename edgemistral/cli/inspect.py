@@ -20,7 +20,9 @@ from edgemistral.cli.options import (
     open_blob,
     threads_option,
 )
+from edgemistral.errors import BadInput
 from edgemistral.terminal import human_bytes
+from edgemistral.text.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
     from edgemistral.files.blob import Blob
@@ -50,7 +52,12 @@ def inspect(model: str, as_json: bool) -> None:
     click.echo(f"format version      {facts['format_version']}")
     click.echo(f"source fingerprint  {facts['source_sha256']}\n")
     for name, value in facts["config"].items():
-        click.echo(f"{name:20}{'-' if value is None else value}")
+        click.echo(f"{name:20}{'-' if value is None else _listed(value) if isinstance(value, tuple) else value}")
+    text = facts["text"]
+    click.echo(f"\n{'tokenizer':20}{text['tokenizer']}, {text['added_tokens']} added tokens")
+    click.echo(f"{'chat template':20}{text['chat_template']}{', with tools' if text['takes_tools'] else ''}")
+    defaults = ", ".join(f"{name} {value:g}" for name, value in text["defaults"].items())
+    click.echo(f"{'sampling defaults':20}{defaults or '-'}")
     click.echo(f"\n{'tensors':32}{'number':>8}{'size':>12}{'bits per weight':>18}")
     for kind in facts["tensors"]:
         per_weight = f"{kind['bits_per_weight']:.3f}" if kind["bits_per_weight"] else ""
@@ -70,7 +77,9 @@ def verify(model: str) -> None:
 
     with open_blob(model) as blob:
         total = sum(spec.n_bytes for spec in blob.tensors.values())
-        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None) as bar:
+        with tqdm(
+            total=total, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True, leave=False, disable=None
+        ) as bar:
             blob.verify(progress=bar.update)
         click.echo(f"{blob.path}: all {len(blob.tensors)} tensors are whole ({human_bytes(total)})")
 
@@ -108,6 +117,30 @@ def plan(
     planned.check(max_ram)
 
 
+def _listed(values: tuple[Any, ...]) -> str:
+    """The values in one line, for people."""
+    shown = ", ".join(f"{value:g}" for value in values[:8])
+    return f"{shown}, ... ({len(values)})" if len(values) > 8 else shown
+
+
+def _describe_text(blob: Blob) -> dict[str, Any]:
+    """How a blob reads and writes text."""
+    try:
+        tokenizer = open_tokenizer(blob.array("tokenizer").tobytes(), blob.text, blob.config.vocab_size, "its tokenizer")
+        template, takes_tools = tokenizer.chat.name, tokenizer.chat.takes_tools
+    except BadInput as problem:   # the rest is worth showing all the same
+        template, takes_tools = f"cannot be read: {problem}", False
+    return {
+        "tokenizer": blob.text.kind,
+        "added_tokens": len(blob.text.added),
+        "chat_template": template,
+        "takes_tools": takes_tools,
+        "template": blob.text.chat_template,
+        "end_ids": list(blob.config.end_ids),
+        "defaults": dict(blob.text.defaults),
+    }
+
+
 def describe(blob: Blob) -> dict[str, Any]:
     """Everything about a blob that its header tells, as JSON values; sizes in bytes, counts without padding."""
     config = blob.config
@@ -141,6 +174,7 @@ def describe(blob: Blob) -> dict[str, Any]:
         "format_version": blob.metadata["format_version"],
         "recipe": dataclasses.asdict(blob.recipe),
         "config": config.to_dict(),
+        "text": _describe_text(blob),
         # Equal for two files that were made of the same weights, whatever the recipes and the checkpoint's layout.
         "source_sha256": sources.hexdigest(),
         "tensors": [

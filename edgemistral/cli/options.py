@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
 import click
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 DEMO = "demo"
+STANDARD_INPUT = "standard input"
 
 
 def size(text: str) -> int:
@@ -93,12 +96,45 @@ def open_blob(name: str) -> Blob:
 
 
 def read_text(source: str) -> str:
-    """The text of a file, or of standard input for "-". Raises BadInput if it cannot be read or is no UTF-8."""
-    name = "standard input" if source == "-" else source
+    """The text of a file, or of standard input for "-", as `clean_text` leaves it.
+
+    Raises BadInput if it cannot be read or is no UTF-8.
+    """
+    name = STANDARD_INPUT if source == "-" else source
     try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        return data.decode("utf-8")
+        if source == "-":
+            data = standard_input().buffer.read()
+        else:
+            data = Path(source).read_bytes()
+        return clean_text(data.decode("utf-8"), name)
     except UnicodeDecodeError as error:
         raise BadInput(f"{name} is no UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise BadInput(f"{name}: {error.strerror}") from None
+
+
+def clean_text(text: str, name: str) -> str:
+    """A text from outside without a byte order mark in front, its lines ended by line feeds alone.
+
+    Raises BadInput, which names it, for characters that are no text: bytes of the command line that are no UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{name} is no UTF-8 text (character {error.start})") from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def standard_input() -> TextIO:
+    """sys.stdin. Raises BadInput when it is closed."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise BadInput(f"{STANDARD_INPUT} is closed")
+    return sys.stdin
+
+
+def pasteable(path: Path) -> str:
+    """A path as a shell takes it for one word."""
+    text = f".{os.sep}{path}" if str(path).startswith("-") else str(path)
+    if os.name == "nt":
+        return f'"{text}"' if re.search(r"[^\w\\/:.+-]", text) else text
+    return shlex.quote(text)

@@ -151,7 +151,7 @@ class Chat:
             content = path.read_bytes()
         except OSError as error:
             raise BadInput(f"{path}: {error.strerror}") from None
-        data = strict_json.parse(content, str(path), BadInput)
+        data = strict_json.parse(content.removeprefix(b"\xef\xbb\xbf"), str(path), BadInput)
         messages = data.get("messages") if isinstance(data, dict) else None
         if not isinstance(messages, list):
             raise BadInput(f"{path}: no saved conversation: it has no list of messages")
@@ -215,7 +215,7 @@ def _plain_line() -> str:
         line = sys.stdin.readline()
         if not line and not lines:
             raise EOFError
-        lines.append(line.rstrip("\r\n"))
+        lines.append(line.removeprefix("\ufeff").rstrip("\r\n"))
         if not line or not lines[-1].endswith("\\"):
             return "\n".join(lines)
         lines[-1] = lines[-1][:-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,16 @@ import click
 
 from edgemistral.cli.errors import Command
 from edgemistral.cli.options import (
+    STANDARD_INPUT,
     about_demo,
+    clean_text,
     context_option,
     kv_bits_option,
     max_ram_option,
     model_path,
     options,
     read_text,
+    standard_input,
     threads_option,
 )
 from edgemistral.errors import BadRequest
@@ -27,20 +31,42 @@ if TYPE_CHECKING:
     from edgemistral.model import Model
     from edgemistral.runtime.plan import Threads
 
+OPTION = r"-[A-Za-z]|--[A-Za-z][A-Za-z0-9-]*(=.*)?"   # what any option looks like
+
 answer_options = options(
     click.option("--max-new-tokens", type=int, metavar="N", help="End an answer here.  [default: the context's end]"),
-    click.option("--temperature", type=float, metavar="T", help="0 is greedy, 1 the model's own.  [default: 0.7]"),
-    click.option("--top-p", type=float, metavar="P", help="Only the likeliest tokens that make up P.  [default: 1]"),
-    click.option("--top-k", type=int, metavar="K", help="Only the K likeliest tokens; 0 is all.  [default: 0]"),
-    click.option("--min-p", type=float, metavar="P", help="Only tokens P times as likely as the best.  [default: 0]"),
-    click.option("--repetition-penalty", type=float, metavar="R", help="Over 1: repeat less.  [default: 1]"),
+    click.option("--temperature", type=float, metavar="T", help="0 is greedy, 1 the model's own.  [default: MODEL's, or 0.7]"),
+    click.option("--top-p", type=float, metavar="P", help="The likeliest tokens that make up P.  [default: MODEL's, or 1]"),
+    click.option("--top-k", type=int, metavar="K", help="Only the K likeliest tokens; 0 is all.  [default: MODEL's, or 0]"),
+    click.option("--min-p", type=float, metavar="P", help="Tokens P times as likely as the best.  [default: MODEL's, or 0]"),
+    click.option("--repetition-penalty", type=float, metavar="R", help="Over 1: repeat less.  [default: MODEL's, or 1]"),
     click.option("--seed", type=int, metavar="N", help="The same seed gives the same answer.  [default: a new one]"),
     click.option("--greedy", is_flag=True, help="Always the likeliest token: --temperature 0."),
     click.option("--system", metavar="TEXT", help="A system text, put before the conversation."),
 )
 
 
-@click.command(cls=Command)
+class _Run(Command):
+    """A command whose last argument is a text, which may begin with a dash as long as it looks like no option."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        taking = {name for p in self.params if isinstance(p, click.Option) and not p.is_flag for name in p.opts}
+        options: list[str] = []
+        texts: list[str] = []
+        end = args.index("--") if "--" in args else len(args)
+        for i, arg in enumerate(args[:end]):
+            is_value = i > 0 and args[i - 1] in taking
+            is_text = len(arg) > 1 and arg.startswith("-") and not re.fullmatch(OPTION, arg, re.DOTALL)
+            (texts if is_text and not is_value else options).append(arg)
+        rest = [*texts, *args[end + 1 :]]
+        try:
+            return super().parse_args(context, [*options, "--", *rest] if rest else options)
+        except click.NoSuchOption as error:
+            message = f"{error.format_message()} A PROMPT that begins with a dash goes behind -- (as in: -- -x)"
+            raise click.UsageError(message, context) from None
+
+
+@click.command(cls=_Run)
 @click.argument("model", required=False)
 @click.argument("prompt", required=False)
 @click.option("--json", "json_source", metavar="FILE|-", help="Answer the sample JSON of a model card with its output.")
@@ -82,8 +108,15 @@ def run(
     path = model_path(model)
     if greedy:
         sampling["temperature"] = 0.0
-    text = read_text("-").removesuffix("\n") if prompt == "-" else prompt
-    request = None if json_source is None else strict_json.parse(read_text(json_source), json_source, BadRequest)
+    system = None if system is None else clean_text(system, "--system")
+    if prompt == "-":
+        text: str | None = read_text("-").removesuffix("\n")
+    else:
+        text = None if prompt is None else clean_text(prompt, "PROMPT")
+    source = STANDARD_INPUT if json_source == "-" else json_source
+    request = None if json_source is None else strict_json.parse(read_text(json_source), str(source), BadRequest)
+    if text is None and json_source is None:
+        standard_input()   # of which a chat reads
     from edgemistral.model import load
 
     with compile_notice(), load(path, context, int(kv_bits), threads, max_ram) as loaded:

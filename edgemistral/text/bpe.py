@@ -64,7 +64,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._byte_level = "ByteLevel" in types
         self.byte_fallback = not self._byte_level and bool(fields["model"].get("byte_fallback"))
         self._drops_space = any(
-            part.get("type") == "Strip" and part.get("start", 0) > 0
+            (part.get("type") == "Strip" and part.get("start", 0) > 0)
             or (part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") != "never")
             for part in _parts(fields.get("decoder"))
         )

@@ -145,6 +145,8 @@ class JinjaTemplate(ChatTemplate):
             return text
         text = self._controls.sub(lambda match: marks.fresh(match[0]), text)
         core = text.strip()
+        if not core:
+            return text
         before, after = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
         for n in range(min(self._longest - 1, len(core)), 0, -1):
             if core[-n:].lower() in self._beginnings:

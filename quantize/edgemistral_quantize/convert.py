@@ -70,7 +70,7 @@ def quantize(
             dst, checkpoint.config, recipe, len(checkpoint.tokenizer), text=checkpoint.text.settings, resume=resume, force=force
         ) as writer,
         tqdm(
-            total=checkpoint.n_bytes, desc=dst.name, unit="B", unit_scale=True, unit_divisor=1024,
+            total=checkpoint.n_bytes, desc=dst.name, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True,
             disable=None if progress else True,   # None: only where a terminal shows it
         ) as bar,
     ):

@@ -16,6 +16,7 @@ from edgemistral.text.tokenizer import Tokenizer, open_tokenizer
 
 SENTENCEPIECE = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
 HUGGING_FACE = "tokenizer.json"
+NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 MAX_TEMPLATE = 1 << 20   # bytes
 
 
@@ -66,8 +67,8 @@ def read_text_files(
     generation = reader.object("generation_config.json")
     template = chat_template if chat_template is not None else _find_template(reader, described)
     names = {
-        name: text for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-        if (text := _token_text(described.get(name, special.get(name)))) is not None
+        name: content for name in NAMES
+        if (content := _token_text(described.get(name, special.get(name)))) is not None
     }
     added = _find_added(reader, described, special)
     if vocab_size is not None:
