@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgemistral.errors import BadRequest
+from edgemistral.text import mistral_tools
 from edgemistral.text.tokenizer import check_text
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class MistralTemplate(ChatTemplate):
         controls = tokenizer.controls
         self._inst = (controls["[INST]"], controls["[/INST]"]) if control_inst else None
         self.name = "Mistral v3" if control_inst else "Mistral v1"
-        self.takes_tools = False
+        self.takes_tools = control_inst and all(text in controls for text in mistral_tools.CONTROLS)
 
     def encode(self, messages: Messages, tools: Tools | None, add_generation_prompt: bool) -> list[int]:
         """As in mistral-common, consecutive messages of one role become one, with a blank line between the texts that
@@ -115,8 +116,10 @@ class MistralTemplate(ChatTemplate):
         assistant opens. Stricter than it: a system message may only stand at the beginning (it would move it there
         silently). An empty assistant message before the end gives just </s>, which is what a model that answered
         nothing has written."""
-        if tools:
+        if tools and not self.takes_tools:
             raise BadRequest("tools: this model's chat template has no place for them", "tools")
+        if self.takes_tools and (tools or _speaks_of_tools(messages)):
+            return self._with_tools(messages, tools, add_generation_prompt)
         system, turns = chat_turns(messages)
         tokenizer = self._tokenizer
         last_user = max(i for i, (role, _) in enumerate(turns) if role == "user")
@@ -132,13 +135,61 @@ class MistralTemplate(ChatTemplate):
         return ids
 
     def check(self, messages: Messages) -> None:
-        chat_turns(messages)
+        if self.takes_tools and _speaks_of_tools(messages):
+            self._with_tools(messages, None, True)
+        else:
+            chat_turns(messages)
+
+    def _with_tools(self, messages: Messages, tools: Tools | None, add_generation_prompt: bool) -> list[int]:
+        """A conversation with tools, calls of them or their results; mistral_tools.py shows it."""
+        tokenizer, controls = self._tokenizer, self._tokenizer.controls
+        talk = [m if _is_talk(m) else {"role": "assistant", "content": "-"} for m in check_list(messages)]
+        system, _ = chat_turns(talk)   # checks what is said
+        said = [(i, message) for i, message in enumerate(messages) if message["role"] != "system"]
+        users = [i for i, message in said if message["role"] == "user"]
+        if not users:
+            raise BadRequest("messages: tools need a user message", "messages")
+        ids, run = [tokenizer.bos_id], [""]
+        for at, (i, message) in enumerate(said):
+            field, following = f"messages[{i}]", said[at + 1][1] if at + 1 < len(said) else None
+            if message["role"] == "tool":
+                text = tokenizer.encode(mistral_tools.result_text(message, field))
+                ids += [controls["[TOOL_RESULTS]"], *text, controls["[/TOOL_RESULTS]"]]
+            elif message.get("tool_calls"):
+                text = tokenizer.encode(mistral_tools.calls_text(message, field))
+                ids += [controls["[TOOL_CALLS]"], *text, tokenizer.eos_id]
+            else:   # what one role says in several messages is one turn
+                run.append(message["content"])
+                if following is not None and following["role"] == message["role"] and _is_talk(following):
+                    continue
+                whole, run = BLANK_LINE.join(filter(None, run)), [""]
+                if message["role"] == "user":
+                    if i == users[-1]:
+                        whole = system + BLANK_LINE + whole if system else whole
+                        if tools:
+                            described = tokenizer.encode(mistral_tools.tools_text(tools))
+                            ids += [controls["[AVAILABLE_TOOLS]"], *described, controls["[/AVAILABLE_TOOLS]"]]
+                    ids += self._user_turn(whole)
+                else:
+                    ids += tokenizer.encode(whole.rstrip(" "))
+                    if following is not None or not add_generation_prompt:
+                        ids.append(tokenizer.eos_id)
+        return ids
 
     def _user_turn(self, text: str) -> list[int]:
         if self._inst is None:
             return self._tokenizer.encode(f"[INST] {text} [/INST]")
         begin, end = self._inst
         return [begin, *self._tokenizer.encode(text), end]
+
+
+def _is_talk(message: Mapping[str, Any]) -> bool:
+    """Whether a message is a text, and neither calls tools nor brings their result."""
+    return message.get("role") != "tool" and not (message.get("role") == "assistant" and message.get("tool_calls"))
+
+
+def _speaks_of_tools(messages: Messages) -> bool:
+    return not all(map(_is_talk, check_list(messages)))
 
 
 def chat_turns(messages: Messages) -> tuple[str, list[tuple[str, str]]]:

@@ -91,12 +91,13 @@ def test_null_and_absent_ids_come_from_the_other_files(tmp_path: Path) -> None:
 
 def test_no_sampling_is_temperature_zero(tmp_path: Path) -> None:
     assert read(tmp_path, generation_config_json={"do_sample": False, "top_p": 0.5}).defaults == {"temperature": 0}
-    with pytest.raises(BadCheckpoint, match="generation_config.json: temperature is -1"):
+    with pytest.raises(BadCheckpoint, match=r"generation_config\.json: temperature is -1"):
         read(tmp_path, generation_config_json={"temperature": -1})
 
 
 def test_tokenizer_json_alone(tmp_path: Path) -> None:
-    text = read(tmp_path, {"eos_token_id": 2}, sentencepiece=False, tokenizer_json=description("byte-level"), chat_template_jinja=CHATML)
+    files = {"tokenizer_json": description("byte-level"), "chat_template_jinja": CHATML}
+    text = read(tmp_path, {"eos_token_id": 2}, sentencepiece=False, **files)
     assert (text.kind, text.bos_id, text.end_ids, text.add_bos) == ("tokenizers", 1, (2,), False)
     assert text.open().chat.name == "Jinja"
 
@@ -138,5 +139,5 @@ def test_all_of_it_travels_in_the_blob_and_twice_the_same(tmp_path: Path) -> Non
     mine.write_text("{{ messages[0].content }}", encoding="utf-8")
     with Blob.open(quantize(source, tmp_path / "c.safetensors", progress=False, chat_template=mine)) as blob:
         assert blob.text.chat_template == "{{ messages[0].content }}"
-    with pytest.raises(BadInput, match="none.jinja: cannot be read"):
+    with pytest.raises(BadInput, match=r"none\.jinja: cannot be read"):
         quantize(source, tmp_path / "d.safetensors", progress=False, chat_template=tmp_path / "none.jinja")

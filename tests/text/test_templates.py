@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgemistral.errors import BadInput, BadRequest
-from edgemistral.text.chat import MistralTemplate
+from edgemistral.text.chat import MistralTemplate, NoTemplate
 from edgemistral.text.jinja import JinjaTemplate
 from edgemistral.text.stream import StreamDecoder
 from edgemistral.text.tokenizer import Tokenizer
@@ -21,7 +21,8 @@ from tests.text.tokenizers import KINDS, ORDINARY, SPECIAL, TEMPLATES, TEXTS, ou
 USER = {"role": "user", "content": "What should I see in Paris?"}
 ANSWER = {"role": "assistant", "content": "The Louvre."}
 TOOLS = [{"type": "function", "function": {
-    "name": "weather", "description": "Of a <city>, é", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    "name": "weather", "description": "Of a <city>, é",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
 }}]
 CALL = {"role": "assistant", "content": None, "tool_calls": [
     {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}},
@@ -92,17 +93,19 @@ def controls_of(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return [token_id for token_id in ids if token_id in set(tokenizer.controls.values())]
 
 
-PARTS = st.sampled_from([*SPECIAL, *ORDINARY, "<s>", "</s>", "<unk>", "<|", "<|im_", "start|>", "|>", "end|>", "s>", "<", " ", "\n", "x"])
+PARTS = st.sampled_from([
+    *SPECIAL, *ORDINARY, "<s>", "</s>", "<unk>", "<|", "<|im_", "start|>", "|>", "end|>", "s>", "<", " ", "\n", "x",
+])
 HOSTILE = st.lists(PARTS | st.text(max_size=3), max_size=8).map("".join)
 
 
 @pytest.mark.parametrize("name", ["chatml", "alpaca", "llama3", "hermes", "zephyr"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_people_write_is_never_a_control_id(kind: str, name: str) -> None:
-    tokenizer = ours(kind, TEMPLATES[name])
+    tokenizer, tools = ours(kind, TEMPLATES[name]), TOOLS if name == "hermes" else None
 
     def plain(messages: list[dict[str, str]]) -> list[int]:
-        return controls_of(tokenizer, tokenizer.encode_chat([{**m, "content": "x"} for m in messages], TOOLS if name == "hermes" else None))
+        return controls_of(tokenizer, tokenizer.encode_chat([{**m, "content": "x"} for m in messages], tools))
 
     @settings(max_examples=60, deadline=None)
     @given(st.lists(HOSTILE, min_size=1, max_size=4))
@@ -110,7 +113,7 @@ def test_what_people_write_is_never_a_control_id(kind: str, name: str) -> None:
         messages = [{"role": r, "content": c} for r, c in zip(itertools.cycle(("user", "assistant")), contents, strict=False)]
         if messages[-1]["role"] == "assistant":
             messages.pop()
-        ids = tokenizer.encode_chat(messages, TOOLS if name == "hermes" else None)
+        ids = tokenizer.encode_chat(messages, tools)
         assert controls_of(tokenizer, ids) == plain(messages)
         for content in contents:
             assert not controls_of(tokenizer, tokenizer.encode(content))
@@ -157,7 +160,7 @@ def test_bos_comes_once_however_often_the_template_writes_it() -> None:
 def test_broken_templates_say_the_line() -> None:
     with pytest.raises(BadInput, match="chat template, line 3: "):
         ours("byte-level", "{{ bos_token }}\n\n{% for %}")
-    with pytest.raises(BadRequest, match="fails at line 2: .*'dict object' has no attribute 'x'"):
+    with pytest.raises(BadRequest, match=r"fails at line 2: .*'dict object' has no attribute 'x'"):
         ours("byte-level", "a\n{{ messages[0].x.y }}").encode_chat([USER])
     with pytest.raises(BadRequest, match="refuses them: no thanks"):
         ours("byte-level", "{{ raise_exception('no thanks') }}").encode_chat([USER])
@@ -179,13 +182,7 @@ def test_what_a_template_does_not_know_is_refused() -> None:
             chatml.encode_chat(messages, tools)   # type: ignore[arg-type]
         assert caught.value.field == field
     with pytest.raises(BadRequest, match="chat template, which this model has not"):
-        ours("byte-level").encode_chat([USER]) if "[INST]" not in ours("byte-level").controls else _no_template()
-
-
-def _no_template() -> None:
-    from edgemistral.text.chat import NoTemplate
-
-    NoTemplate().encode([USER], None, True)
+        NoTemplate().encode([USER], None, True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -26,13 +26,15 @@ TEMPLATES = {
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
     "zephyr": (
-        "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\\n' + message['content'] + eos_token }}\n"
+        "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
+        "{{ '<|user|>\\n' + message['content'] + eos_token }}\n"
         "{% elif message['role'] == 'system' %}\n{{ '<|system|>\\n' + message['content'] + eos_token }}\n"
         "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\\n'  + message['content'] + eos_token }}\n{% endif %}\n"
         "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
     ),
     "openchat": (
-        "{{ bos_token }}{% for m in messages %}{{ 'GPT4 Correct ' + m['role'].title() + ': ' + m['content'] + '<|end_of_turn|>' }}"
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ 'GPT4 Correct ' + m['role'].title() + ': ' + m['content'] + '<|end_of_turn|>' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'GPT4 Correct Assistant:' }}{% endif %}"
     ),
     "alpaca": (
@@ -41,7 +43,8 @@ TEMPLATES = {
         "{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}"
     ),
     "vicuna": (
-        "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system = messages[0]['content'] %}"
+        "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+        "{% set system = messages[0]['content'] %}"
         "{% else %}{% set loop_messages = messages %}{% set system = 'A chat between a user and an assistant.' %}{% endif %}"
         "{{ bos_token + system.strip() }}{% for m in loop_messages %}{% if m['role'] == 'user' %}"
         "{{ ' USER: ' + m['content'].strip() }}{% else %}{{ ' ASSISTANT: ' + m['content'].strip() + eos_token }}{% endif %}"
