@@ -207,7 +207,15 @@ def _find_tokenizer(reader: _Folder, text: TextFiles, bos_of: str | None) -> tup
             if not both:
                 raise BadCheckpoint(f"{folder}: {problem}") from None
         else:
-            if not both or isinstance(opened.chat, MistralTemplate):
+            if isinstance(opened.chat, MistralTemplate):   # built in: the same blob from either layout
+                bare = replace(first, chat_template=None, names={}, legacy=True, added={})
+                pieces = bare.open(name=name)
+                added = {
+                    i: token for i, token in text.added.items()
+                    if i >= pieces.n_words or pieces.piece(i) != token[0] or token[0] not in pieces.controls
+                }
+                return replace(bare, added=added), replace(bare, added=added).open(name=name)
+            if not both:
                 return first, opened
     if not both:
         tekken = "; tekken.json is not read, tokenizer.json is" if (folder / "tekken.json").is_file() else ""

@@ -141,3 +141,13 @@ def test_all_of_it_travels_in_the_blob_and_twice_the_same(tmp_path: Path) -> Non
         assert blob.text.chat_template == "{{ messages[0].content }}"
     with pytest.raises(BadInput, match=r"none\.jinja: cannot be read"):
         quantize(source, tmp_path / "d.safetensors", progress=False, chat_template=tmp_path / "none.jinja")
+
+
+def test_what_mistrals_own_files_say_again_is_left_out(tmp_path: Path) -> None:
+    plain = read(tmp_path / "a")
+    again = read(tmp_path / "b", tokenizer_config_json={
+        "bos_token": "<s>", "eos_token": "</s>", "legacy": False, "chat_template": TEMPLATES["mistral v1"],
+        "added_tokens_decoder": {"1": {"content": "<s>", "special": True}, "2": {"content": "</s>", "special": True}},
+    })
+    assert again.settings == plain.settings
+    assert read(tmp_path / "c", added_tokens_json={"[PAD]": 2048}).added == {2048: ("[PAD]", False)}
