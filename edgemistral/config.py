@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,6 @@ class ModelConfig:
     sliding_window: int | None   # attend to the last so many positions, or to all of them
     bos_id: int
     eos_id: int
-    end_ids: tuple[int, ...] = ()   # all ids that end an answer; () means eos_id alone, which otherwise is the first
     rope_factors: tuple[float, ...] | None = None   # head_dim / 2 divisors of the rotary frequencies; None: all 1
 
     def __post_init__(self) -> None:
@@ -68,8 +67,6 @@ class ModelConfig:
                     object.__setattr__(self, name, float(value))
             elif name == "sliding_window" and value is None:
                 ok = True
-            elif name == "end_ids":
-                ok = self._take_end_ids(value)
             elif name == "rope_factors":
                 ok = value is None or self._take_rope_factors(value)
             else:
@@ -84,18 +81,9 @@ class ModelConfig:
             size = getattr(self, name)
             if size % step or size > high:
                 raise BadConfig(f"{name} is {size}: supported are multiples of {step} up to {high}")
-        for name, token_id in (("bos_id", self.bos_id), *(("eos_id", token_id) for token_id in self.end_ids)):
-            if token_id >= self.vocab_size:
-                raise BadConfig(f"{name} ({token_id}) is outside the vocabulary of {self.vocab_size}")
-
-    def _take_end_ids(self, values: Any) -> bool:
-        """Store `values` as a tuple of ids that contains eos_id."""
-        ok = isinstance(values, list | tuple) and all(type(value) is int and value >= 0 for value in values)
-        if ok and values:
-            object.__setattr__(self, "end_ids", tuple(dict.fromkeys((self.eos_id, *values))))
-        elif ok:
-            object.__setattr__(self, "end_ids", (self.eos_id,))
-        return ok
+        for name in ("bos_id", "eos_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise BadConfig(f"{name} ({getattr(self, name)}) is outside the vocabulary of {self.vocab_size}")
 
     def _take_rope_factors(self, values: Any) -> bool:
         """Store `values` as a tuple of floats, if they are one positive number for each rotary pair."""
@@ -139,12 +127,8 @@ class ModelConfig:
         return cls(**fields)
 
     @classmethod
-    def from_hf(
-        cls, fields: Mapping[str, Any], bos_id: int | None = None, end_ids: Sequence[int] = ()
-    ) -> ModelConfig:
+    def from_hf(cls, fields: Mapping[str, Any]) -> ModelConfig:
         """From the content of a Hugging Face config.json, of transformers 4 or 5.
-
-        bos_id, end_ids: what all files of a checkpoint say together; without them bos_token_id and eos_token_id count.
 
         BadConfig: a field is missing, or names what no kernel here computes (another architecture, biases, rotary
         positions scaled by YaRN, an already quantized checkpoint).
@@ -157,13 +141,7 @@ class ModelConfig:
                 raise BadConfig(f"{name} is {str(fields[name])[:80]}; supported are models without biases")
         if is_llama and fields.get("num_key_value_heads") is None:   # as in the first Llamas: one for each query head
             fields = {**fields, "num_key_value_heads": fields.get("num_attention_heads")}
-        end_ids = tuple(end_ids) or ids_of(fields, "eos_token_id")
-        bos_ids = ids_of(fields, "bos_token_id") if bos_id is None else (bos_id,)
-        for name, ids in (("bos_token_id", bos_ids), ("eos_token_id", end_ids)):
-            if not ids:
-                raise BadConfig(f"{name} missing")
-        named = {ours: theirs for ours, theirs in HF_NAMES.items() if ours not in ("bos_id", "eos_id")}
-        ours = _translate(fields, named)
+        ours = _translate(fields, HF_NAMES)
         head_dim = fields.get("head_dim")
         if head_dim is None:
             if not _divides(ours["n_heads"], ours["dim"]):
@@ -173,18 +151,13 @@ class ModelConfig:
         return cls(
             **ours,
             head_dim=head_dim,
-            bos_id=bos_ids[0],
-            eos_id=end_ids[0],
-            end_ids=end_ids,
             rope_theta=rope_theta,
             rope_factors=None if scaling is None else rope_factors(scaling, rope_theta, head_dim),
             sliding_window=None if is_llama else fields.get("sliding_window"),   # transformers' Llama has none
         )
 
     @classmethod
-    def from_mistral(
-        cls, fields: Mapping[str, Any], bos_id: int, eos_id: int, end_ids: Sequence[int] = ()
-    ) -> ModelConfig:
+    def from_mistral(cls, fields: Mapping[str, Any], bos_id: int, eos_id: int) -> ModelConfig:
         """From the content of Mistral's own params.json, which leaves the ids of <s> and </s> to the tokenizer.
 
         The context is `max_seq_len` or `max_position_embeddings`; most files state neither, and then it is the 32768
@@ -203,18 +176,8 @@ class ModelConfig:
             window = int(window)
         context = fields.get("max_seq_len", fields.get("max_position_embeddings", MISTRAL_CONTEXT))
         return cls(
-            **_translate(fields, MISTRAL_NAMES), context=context, sliding_window=window, bos_id=bos_id, eos_id=eos_id,
-            end_ids=tuple(end_ids),
+            **_translate(fields, MISTRAL_NAMES), context=context, sliding_window=window, bos_id=bos_id, eos_id=eos_id
         )
-
-
-def ids_of(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    """Token ids of a field that may be an id, a list of them, null or absent; BadConfig for anything else."""
-    value = fields.get(name)
-    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    if not all(type(token_id) is int and 0 <= token_id < MAX_DIMENSION for token_id in ids):
-        raise BadConfig(f"{name} is {str(value)[:80]!r}: it must be a token id or a list of them")
-    return tuple(dict.fromkeys(ids))
 
 
 def _translate(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

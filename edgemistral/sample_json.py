@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgemistral.errors import BadRequest
-from edgemistral.generate.engine import Cancel, Progress
 from edgemistral.generate.sampler import SamplingParams
-from edgemistral.model import Messages, Model, Reply
-from edgemistral.text.chat import ROLES
+from edgemistral.generate.tasks import Cancel, Progress
+from edgemistral.model import Model, Reply
+from edgemistral.text.chat import ROLES, chat_turns
 from edgemistral.text.guardrail import with_guardrail
-from edgemistral.text.tokenizer import check_text
+from edgemistral.text.tokenizer import Messages, check_text
 
 INPUT = "input_data.input_string"
 PARAMETERS = "input_data.parameters"
@@ -94,7 +94,7 @@ def replies(
     made = []
     for prompt in request.prompts:
         with _renamed({"messages": prompt.field, **names}):
-            model.tokenizer.chat.check(prompt.messages)   # before the guardrail, which would shift the numbers of messages
+            chat_turns(prompt.messages)   # before the guardrail, which would shift the numbers of messages
             messages = with_guardrail(prompt.messages) if request.safe_prompt else prompt.messages
             made.append(model.chat(messages, progress=progress, cancel=cancel, **request.options))
     return made

@@ -97,7 +97,8 @@ class _Stage(SlowTransformer):
         ids = tuple(ids)
         prompt = max((prompt for prompt in self.answers if ids[: len(prompt)] == prompt), key=len)
         logits = np.zeros(self.config.vocab_size, np.float32)
-        logits[self.answers[prompt][len(ids) - len(prompt)]] = 100
+        answer = self.answers[prompt]
+        logits[answer[min(len(ids) - len(prompt), len(answer) - 1)]] = 100   # guessed tokens may go beyond its end
         return logits
 
 

@@ -28,9 +28,9 @@ class SlowTransformer(FakeTransformer):
 
     seconds = 0.0
 
-    def forward(self, ids, n_logits):
+    def step(self, rows):
         time.sleep(self.seconds)
-        return super().forward(ids, n_logits)
+        return super().step(rows)
 
 
 def fake_model(seconds=0.0, context=512, chunk=64, script=None) -> Model:

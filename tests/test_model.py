@@ -105,7 +105,7 @@ def test_the_next_turn_computes_only_what_is_new(tokenizer):
     model = scripted(tokenizer, tokenizer.encode_chat(USER), "In Paris.")
     answer = "".join(model.chat(USER, temperature=0))
     fake = model.engine._transformer
-    fake.calls.clear()
+    fake.steps.clear()
     messages = [*USER, {"role": "assistant", "content": answer}, {"role": "user", "content": "And now?"}]
     reply = model.chat(messages, 1, temperature=0)
     list(reply)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
+import io
 import os
 import sys
 import traceback
@@ -13,9 +14,9 @@ from typing import Any, NoReturn
 import click
 
 from edgemistral.errors import BadInput, EdgeMistralError
+from edgemistral.extras import missing
 from edgemistral.paths import cache_dir
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
@@ -58,47 +59,36 @@ def describe(error: Exception) -> tuple[str, int]:
     """An error as (one line, exit code)."""
     if isinstance(error, click.ClickException):
         message, code = error.format_message(), error.exit_code
+        if isinstance(error, click.NoSuchOption):
+            message = f"{message.rstrip('.')} (before a text that begins with a dash, write -- )"
         if isinstance(error, click.UsageError) and error.ctx is not None:
             message = f"{message.rstrip('.')} ({error.ctx.command_path} --help shows the usage)"
     elif isinstance(error, EdgeMistralError):
         message, code = str(error), BAD_INPUT if isinstance(error, BadInput) else FAILED
+    elif isinstance(error, ModuleNotFoundError) and (hint := missing(error)):
+        message, code = hint, FAILED
     elif isinstance(error, MemoryError):
         message, code = "out of memory (edgemistral plan shows what a model needs)", FAILED
     elif isinstance(error, OSError):
-        message, code = _system_error(error), FAILED
+        message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), FAILED
+        with contextlib.suppress(ValueError, TypeError):
+            if error.filename and Path(error.filename).is_relative_to(cache_dir()):
+                message += " (EDGEMISTRAL_CACHE names another folder for what can be made again)"
     else:
         message, code = f"{type(error).__name__}: {error} (a bug here: --debug shows where)", FAILED
     return " ".join(message.split()), code
 
 
-def _system_error(error: OSError) -> str:
-    """What the system refused, where, and for the cache folder what to do."""
-    where = error.filename or (cache_dir() if error.errno in NO_ROOM else None)
-    if where is None:
-        return str(error)
-    message = f"{where}: {error.strerror}"
-    inside = isinstance(where, (str, Path)) and Path(where).is_relative_to(cache_dir())
-    return f"{message}; EDGEMISTRAL_CACHE names another cache folder" if inside else message
-
-
 def _open_closed_streams() -> None:
-    """Let nothing else, such as a model's file, get the numbers of closed standard streams; output then goes nowhere.
-
-    A closed standard input stays None: whoever wants to read it says that it is closed.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)   # takes the lowest number that is free
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")   # noqa: SIM115, PTH123
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")   # noqa: SIM115, PTH123
+    """A program may be started without them: what is read is empty then, and what is written is lost."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _use_utf8() -> None:
     """Pipes on Windows, and a bare C locale, would otherwise refuse what people ask and models write."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            with contextlib.suppress(io.UnsupportedOperation):     # a debugger has read from it already
+                stream.reconfigure(encoding="utf-8", errors="replace")

@@ -15,14 +15,13 @@ from edgemistral.cli.options import (
     context_option,
     json_flag,
     kv_bits_option,
+    kv_budget_option,
     max_ram_option,
     model_argument,
     open_blob,
     threads_option,
 )
-from edgemistral.errors import BadInput
 from edgemistral.terminal import human_bytes
-from edgemistral.text.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
     from edgemistral.files.blob import Blob
@@ -49,15 +48,18 @@ def inspect(model: str, as_json: bool) -> None:
     click.echo(f"bits per weight     {bits['layers']:.3f} in the layers, {bits['file']:.3f} in the whole file")
     recipe = facts["recipe"]
     click.echo(f"recipe              {recipe['bits']} bits in the layers, {recipe['output_bits']} in the output head")
+    if calibration := facts["calibration"]:
+        about = f"{calibration['method']}, {calibration['tokens']:,} tokens of text {calibration['text_sha256'][:16]}"
+    click.echo(f"calibration         {about if calibration else 'none'}")
+    text = facts["text"]
+    click.echo(f"chat template       {text['chat_template']}")
+    click.echo(f"tokenizer           {text['tokenizer']}, {text['added_tokens']} added tokens")
+    click.echo(f"ends of turn        {', '.join(f'{token_id} {spelled}'.strip() for token_id, spelled in text['ends'])}")
+    click.echo(f"sampling defaults   {', '.join(f'{k} {v:g}' for k, v in text['defaults'].items()) or '-'}")
     click.echo(f"format version      {facts['format_version']}")
     click.echo(f"source fingerprint  {facts['source_sha256']}\n")
     for name, value in facts["config"].items():
-        click.echo(f"{name:20}{'-' if value is None else _listed(value) if isinstance(value, tuple) else value}")
-    text = facts["text"]
-    click.echo(f"\n{'tokenizer':20}{text['tokenizer']}, {text['added_tokens']} added tokens")
-    click.echo(f"{'chat template':20}{text['chat_template']}{', with tools' if text['takes_tools'] else ''}")
-    defaults = ", ".join(f"{name} {value:g}" for name, value in text["defaults"].items())
-    click.echo(f"{'sampling defaults':20}{defaults or '-'}")
+        click.echo(f"{name:20}{'-' if value is None else value}")
     click.echo(f"\n{'tensors':32}{'number':>8}{'size':>12}{'bits per weight':>18}")
     for kind in facts["tensors"]:
         per_weight = f"{kind['bits_per_weight']:.3f}" if kind["bits_per_weight"] else ""
@@ -77,9 +79,7 @@ def verify(model: str) -> None:
 
     with open_blob(model) as blob:
         total = sum(spec.n_bytes for spec in blob.tensors.values())
-        with tqdm(
-            total=total, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True, leave=False, disable=None
-        ) as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None) as bar:
             blob.verify(progress=bar.update)
         click.echo(f"{blob.path}: all {len(blob.tensors)} tensors are whole ({human_bytes(total)})")
 
@@ -89,10 +89,11 @@ def verify(model: str) -> None:
 @context_option
 @kv_bits_option
 @threads_option
+@kv_budget_option
 @max_ram_option
 @json_flag
 def plan(
-    model: str, context: int | None, kv_bits: str, threads: Threads, max_ram: int | None, as_json: bool
+    model: str, context: int | None, kv_bits: str, threads: Threads, kv_budget: int | None, max_ram: int | None, as_json: bool
 ) -> None:
     """Show the exact memory that MODEL takes, before any of it is taken.
 
@@ -103,7 +104,7 @@ def plan(
     from edgemistral.runtime.plan import plan as make_plan
 
     with open_blob(model) as blob:
-        planned = make_plan(blob, context, int(kv_bits), threads)
+        planned = make_plan(blob, context, int(kv_bits), threads, kv_budget, max_ram)
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(planned), "total_bytes": planned.total_bytes}, indent=2))
     else:
@@ -112,32 +113,26 @@ def plan(
             ("keys and values", planned.kv_bytes, f"{planned.context} tokens in {planned.kv_bits} bits, as they come"),
             ("work space", planned.work_bytes, f"{planned.threads} threads"),
             ("in all", planned.total_bytes, ""),
+            ("kept at most", planned.kv_budget, "keys and values of other conversations, too"),
         ):
             click.echo(f"{label:16}{size:>16,} bytes{human_bytes(size):>12}   {remark}".rstrip())
     planned.check(max_ram)
 
 
-def _listed(values: tuple[Any, ...]) -> str:
-    """The values in one line, for people."""
-    shown = ", ".join(f"{value:g}" for value in values[:8])
-    return f"{shown}, ... ({len(values)})" if len(values) > 8 else shown
-
-
 def _describe_text(blob: Blob) -> dict[str, Any]:
-    """How a blob reads and writes text."""
-    try:
-        tokenizer = open_tokenizer(blob.array("tokenizer").tobytes(), blob.text, blob.config.vocab_size, "its tokenizer")
-        template, takes_tools = tokenizer.chat.name, tokenizer.chat.takes_tools
-    except BadInput as problem:   # the rest is worth showing all the same
-        template, takes_tools = f"cannot be read: {problem}", False
+    """What the blob says of the model's text."""
+    from edgemistral.model import tokenizer_of
+
+    tokenizer = tokenizer_of(blob)
+    kinds = {"sentencepiece": "SentencePiece", "tokenizers": "tokenizer.json"}
     return {
-        "tokenizer": blob.text.kind,
+        "tokenizer": kinds[blob.text.kind],
         "added_tokens": len(blob.text.added),
-        "chat_template": template,
-        "takes_tools": takes_tools,
-        "template": blob.text.chat_template,
-        "end_ids": list(blob.config.end_ids),
-        "defaults": dict(blob.text.defaults),
+        "chat_template": tokenizer.chat.name,
+        "chat_template_text": tokenizer.chat.text,
+        "bos_id": tokenizer.bos_id,
+        "ends": [[token_id, tokenizer.control.get(token_id, "")] for token_id in sorted(tokenizer.end_ids)],
+        "defaults": dict(tokenizer.defaults),
     }
 
 
@@ -173,8 +168,9 @@ def describe(blob: Blob) -> dict[str, Any]:
         },
         "format_version": blob.metadata["format_version"],
         "recipe": dataclasses.asdict(blob.recipe),
-        "config": config.to_dict(),
         "text": _describe_text(blob),
+        "calibration": _calibration(blob),
+        "config": config.to_dict(),
         # Equal for two files that were made of the same weights, whatever the recipes and the checkpoint's layout.
         "source_sha256": sources.hexdigest(),
         "tensors": [
@@ -188,3 +184,12 @@ def describe(blob: Blob) -> dict[str, Any]:
             for kind in weights
         ],
     }
+
+
+def _calibration(blob: Blob) -> dict[str, Any] | None:
+    """How the weights were prepared: method, text_sha256, tokens. None: not at all, or in words that are not known here."""
+    try:
+        found = json.loads(blob.metadata.get("calibration", "null"))
+        return {"method": str(found["method"]), "text_sha256": str(found["text_sha256"]), "tokens": int(found["tokens"])}
+    except (ValueError, KeyError, TypeError):
+        return None

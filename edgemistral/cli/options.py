@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 DEMO = "demo"
-STANDARD_INPUT = "standard input"
 
 
 def size(text: str) -> int:
@@ -57,13 +54,24 @@ context_option = click.option(
     "--context", type=int, metavar="N", help="Positions to make room for.  [default: the model's own]"
 )
 kv_bits_option = click.option(
-    "--kv-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits of a stored key or value."
+    "--kv-bits", type=click.Choice(["4", "8", "16"]), default="8", show_default=True, help="Bits of a stored key or value."
 )
 threads_option = click.option(
     "--threads", type=threads, metavar="N", help="Threads, or auto: measured once.  [default: performance cores]"
 )
 max_ram_option = click.option(
     "--max-ram", type=size, metavar="SIZE", help="Refuse to start when the plan is over this size."
+)
+no_lookup_option = click.option(
+    "--no-lookup", is_flag=True, help="Guess no tokens from what was said before (the answers are the same)."
+)
+on_overflow_option = click.option(
+    "--on-overflow", type=click.Choice(["error", "drop-oldest"]), default="error", show_default=True,
+    help="A conversation longer than the context: refuse it, or leave out its oldest turns.",
+)
+kv_budget_option = click.option(
+    "--kv-budget", type=size, metavar="SIZE",
+    help="Memory for conversations that are kept.  [default: a quarter of the memory, at most half of the free disk]",
 )
 
 
@@ -96,45 +104,15 @@ def open_blob(name: str) -> Blob:
 
 
 def read_text(source: str) -> str:
-    """The text of a file, or of standard input for "-", as `clean_text` leaves it.
+    """The text of a file, or of standard input for "-", its lines ending in line feeds, without a byte-order mark.
 
     Raises BadInput if it cannot be read or is no UTF-8.
     """
-    name = STANDARD_INPUT if source == "-" else source
+    name = "standard input" if source == "-" else source
     try:
-        if source == "-":
-            data = standard_input().buffer.read()
-        else:
-            data = Path(source).read_bytes()
-        return clean_text(data.decode("utf-8"), name)
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise BadInput(f"{name} is no UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise BadInput(f"{name}: {error.strerror}") from None
-
-
-def clean_text(text: str, name: str) -> str:
-    """A text from outside without a byte order mark in front, its lines ended by line feeds alone.
-
-    Raises BadInput, which names it, for characters that are no text: bytes of the command line that are no UTF-8.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadInput(f"{name} is no UTF-8 text (character {error.start})") from None
-    return text.removeprefix("\ufeff").replace("\r\n", "\n")
-
-
-def standard_input() -> TextIO:
-    """sys.stdin. Raises BadInput when it is closed."""
-    if sys.stdin is None or sys.stdin.closed:
-        raise BadInput(f"{STANDARD_INPUT} is closed")
-    return sys.stdin
-
-
-def pasteable(path: Path) -> str:
-    """A path as a shell takes it for one word."""
-    text = f".{os.sep}{path}" if str(path).startswith("-") else str(path)
-    if os.name == "nt":
-        return f'"{text}"' if re.search(r"[^\w\\/:.+-]", text) else text
-    return shlex.quote(text)

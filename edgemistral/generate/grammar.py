@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemistral.errors import BadRequest
+from edgemistral.errors import BadRequest, EdgeMistralError
+from edgemistral.extras import missing
 from edgemistral.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 # One space after each comma and colon and nowhere else: with free whitespace a model can write spaces for ever.
 JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_BOUNDARY = "\x02"   # a control character, so part of no learnt piece
 
 
 class GrammarCompiler:
@@ -33,11 +33,14 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        from llguidance import LLTokenizer, TokenizerWrapper
+        try:
+            from llguidance import LLTokenizer, TokenizerWrapper
+        except ModuleNotFoundError as error:
+            raise EdgeMistralError(missing(error) or str(error)) from None
 
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Pieces(tokenizer)), n_vocab=tokenizer.vocab_size)
         self._vocab_size = tokenizer.vocab_size
-        self._first_space = tokenizer.chat.first_space
+        self._text_begins_with_space = tokenizer.answers_begin_with_space
 
     def json_schema(self, schema: Mapping[str, Any], continues: bool = False) -> CompiledGrammar:
         """JSON texts that fit a schema, on one line; {"type": "object"} is any object. Raises BadRequest."""
@@ -57,8 +60,9 @@ class GrammarCompiler:
     def _compile(self, inner: dict[str, Any], continues: bool) -> CompiledGrammar:
         from llguidance import LLMatcher
 
-        space = "" if continues else self._first_space
-        grammars = [{"lark_grammar": f"start: {space} @inner"}, {"name": "inner", **inner}] if space else [inner]
+        grammars = [inner]
+        if self._text_begins_with_space and not continues:
+            grammars = [{"lark_grammar": 'start: " " @inner'}, {"name": "inner", **inner}]
         try:
             text = json.dumps({"grammars": grammars})
         except RecursionError:
@@ -103,15 +107,14 @@ class _Pieces:
     """The bytes of every token, as llguidance's TokenizerWrapper asks for them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.eos_token_id = tokenizer.end_ids[0] if tokenizer.end_ids else tokenizer.eos_id
-        self.bos_token_id = max(tokenizer.bos_id, 0)
+        self.eos_token_id, self.bos_token_id = tokenizer.turn_end_id, tokenizer.bos_id
         self.tokens: list[bytes] = []
         self.special_token_ids: list[int] = []
         self._tokenizer = tokenizer
         for token_id in range(tokenizer.vocab_size):
-            data = tokenizer.token_bytes(token_id)
+            byte, data = tokenizer.byte(token_id), tokenizer.token_bytes(token_id)
             # A space as a byte is never written by a tokenizer, and decoding would not drop it at the beginning.
-            if not data or tokenizer.byte(token_id) == ord(" "):
+            if byte == ord(" ") or not data:
                 self.special_token_ids.append(token_id)
                 self.tokens.append((tokenizer.piece(token_id) or f"<padding {token_id}>").encode())
             else:
@@ -119,8 +122,7 @@ class _Pieces:
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text in the middle of another one, without the space that `encode` puts in front."""
-        before = self._tokenizer.encode(_BOUNDARY)
-        return self._tokenizer.encode(_BOUNDARY + text)[len(before):]
+        return self._tokenizer.encode_inside(text)
 
 
 def _one_line(error: object) -> str:

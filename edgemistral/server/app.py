@@ -22,6 +22,7 @@ from edgemistral.server.docs import docs_page
 from edgemistral.server.metrics import Metrics
 from edgemistral.server.safety import Guard, Safety
 from edgemistral.server.service import Review, Service, service_of
+from edgemistral.server.tools import spelled_out, with_arguments
 
 PAGE = Path(__file__).with_name("page")
 # Nothing from elsewhere, no inline code, and no way from a string to HTML (Trusted Types).
@@ -40,6 +41,7 @@ def create_app(
     allow_hosts: Iterable[str] = (),
     allow_origins: Iterable[str] = (),
     queue: int = 128,
+    parallel: int = 4,
     max_body: int = 4 << 20,
     review: Review | None = None,
     on_failed_load: Callable[[BaseException], None] = lambda error: None,
@@ -50,7 +52,7 @@ def create_app(
     returns, /health says "loading" and the rest answers 503. on_failed_load: called on that thread if it raises.
     api_key: must come with every request but those for the page, /docs and /health. allow_hosts: Host names besides
     those of this computer. allow_origins: origins whose pages may call this, such as "https://app.example.com".
-    queue: requests that may wait. max_body: bytes of a request.
+    queue: requests that may wait. parallel: answers that are written at once. max_body: bytes of a request.
     review: called (on a thread, or awaited if it is a coroutine function) as review("prompt", messages or text) and
     review("answer", text); it returns what to use in its place, or raises `Refused`. Answers are then streamed as one
     piece.
@@ -59,9 +61,9 @@ def create_app(
     mounts this one, its lifespan does not run: give it a loaded model, and call `app.state.service.close()` at the end.
     Raises ValueError for settings that make no sense.
     """
-    if queue < 1 or max_body < 1:
-        raise ValueError(f"a queue of {queue} and bodies of {max_body} bytes: both must be at least 1")
-    service = Service(None if callable(model) else model, queue, review)
+    if queue < 1 or max_body < 1 or parallel < 1:
+        raise ValueError(f"a queue of {queue}, {parallel} answers at once, bodies of {max_body} bytes: all must be at least 1")
+    service = Service(None if callable(model) else model, queue, review, parallel)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -77,6 +79,7 @@ def create_app(
     )
     app.state.service = service
     failures.install(app)
+    app.add_middleware(_Addresses)
     app.add_middleware(Guard, safety=Safety.checked(api_key, allow_hosts, allow_origins, max_body))
     app.add_middleware(_Count, metrics=service.metrics)   # the outermost
     app.include_router(score.router)
@@ -97,7 +100,9 @@ def _add_tools(app: FastAPI) -> None:
         if text is not None:
             ids = await service.aside(tokenizer.encode, text)
         else:
-            ids = await service.aside(tokenizer.encode_chat, [message.plain() for message in messages])
+            plain = [message.plain() for message in messages]
+            shown = with_arguments(plain) if tokenizer.chat.takes_tools else spelled_out(plain, None)
+            ids = await service.aside(tokenizer.encode_chat, shown)
         return schemas.Tokens(tokens=ids, count=len(ids))
 
     @app.post("/detokenize", responses=failures.RESPONSES)
@@ -135,6 +140,35 @@ def _add_pages(app: FastAPI) -> None:
 
     mimetypes.add_type("text/javascript", ".js")   # a Windows registry may say text/plain, which no browser would run
     app.mount("/page", StaticFiles(directory=PAGE))
+
+
+class _Addresses:
+    """ASGI middleware for the addresses that people and clients write: without /v1, with a slash at the end; and HEAD, which is
+    GET without a body."""
+
+    SHORT = ("/chat/completions", "/completions", "/models", "/responses", "/messages", "/embeddings")
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        root = scope.get("root_path", "")
+        path = scope["path"].removeprefix(root)
+        meant = path.rstrip("/") or "/"
+        if any(meant == short or meant.startswith(f"{short}/") for short in self.SHORT):
+            meant = f"/v1{meant}"
+        if meant != path and not path.startswith("/page"):
+            scope = {**scope, "path": root + meant, "raw_path": (root + meant).encode()}
+        if scope["method"] == "HEAD":
+            async def without_body(message: Message) -> None:
+                await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+            await self._app({**scope, "method": "GET"}, receive, without_body)
+            return
+        await self._app(scope, receive, send)
 
 
 class _Count:

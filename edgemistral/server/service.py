@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from edgemistral.errors import BadRequest, Cancelled, EdgeMistralError
-from edgemistral.generate.engine import Usage
+from edgemistral.errors import Cancelled, EdgeMistralError
 from edgemistral.generate.grammar import GrammarCompiler
 from edgemistral.generate.sampler import Logprobs
+from edgemistral.generate.tasks import Generation, Usage
 from edgemistral.model import Model, Reply
 from edgemistral.server.metrics import Metrics
 from edgemistral.server.scheduler import Job, Progress, Scheduler, Unavailable
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 KEEP_ALIVE = 5.0     # seconds without news after which a stream gets a comment
 MAX_WARNINGS = 50    # of one request
 MAX_HEADER = 1000    # characters
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+REQUEST_ID = re.compile(r"[!-~]{1,200}")
 
 Review = Callable[[str, Any], Any | Awaitable[Any]]
 Result = TypeVar("Result")
@@ -49,7 +49,7 @@ class Token:
 
     token_id: int
     start: int
-    logprobs: Logprobs
+    logprobs: Logprobs | None
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ Event = Progress | Piece | Finished
 class Service:
     """The model behind the endpoints. `load` gives it; `ready` is false until it has."""
 
-    def __init__(self, model: Model | None, queue: int, review: Review | None) -> None:
+    def __init__(self, model: Model | None, queue: int, review: Review | None, parallel: int = 4) -> None:
         self.name = "" if model is None else model_name(model)
-        self.scheduler = Scheduler(queue)
+        self.scheduler = Scheduler(queue, parallel)
         self.metrics = Metrics(lambda: self.scheduler.waiting, lambda: self.scheduler.running, self._kv_bytes)
         self.started = int(time.time())
         self._model, self._review = model, review
@@ -129,17 +129,15 @@ class Service:
             return self._compiler
 
     def job(self, request: Request, kind: str, user: str | None = None) -> Job:
-        """A job for a request. Its id is the client's X-Request-Id, or a new one that nobody can guess.
+        """A job for a request. Its id is a new one that nobody can guess; a client's X-Request-Id is only sent back.
 
         Clients are told apart by address, User-Agent and the `user` of the request: on loopback all have one address.
         """
-        job_id = request.headers.get("x-request-id")
-        if job_id is None:
-            job_id = f"{kind}-{secrets.token_hex(16)}"
-        elif not REQUEST_ID.fullmatch(job_id):
-            raise BadRequest("X-Request-Id must be up to 128 letters, digits, dots, - and _", "X-Request-Id")
+        job_id = f"{kind}-{secrets.token_hex(16)}"
         address = request.client.host if request.client else ""
-        return Job(job_id, f"{address} {request.headers.get('user-agent', '')} {user or ''}")
+        named = request.headers.get("x-request-id", "")
+        echoed = named if REQUEST_ID.fullmatch(named) else None
+        return Job(job_id, f"{address} {request.headers.get('user-agent', '')} {user or ''}", echoed)
 
     async def aside(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Call a function that takes a while, such as tokenizing a long text, on a thread of ours."""
@@ -178,7 +176,7 @@ class Service:
 
     async def _run(self, request: Request, job: Job, replies: Sequence[Reply]) -> AsyncGenerator[Event | None, None]:
         arrived, told = time.monotonic(), False
-        self.scheduler.submit(job, lambda: _answer(job, replies))
+        self.scheduler.submit(job, [_Answer(job, index, reply) for index, reply in enumerate(replies)])
         watcher = asyncio.create_task(self._watch(request, job))
         try:
             yield None
@@ -261,19 +259,28 @@ def model_name(model: Model) -> str:
     return name.encode("utf-8", "replace").decode()   # a file's name may be no text
 
 
-def _answer(job: Job, replies: Sequence[Reply]) -> Iterator[None]:
-    """The work of a job, on the compute thread: one reply after another, with a turn of its own for each."""
-    for index, reply in enumerate(replies):
-        if index:
-            yield
-        told = 0   # tokens
-        for piece in reply:
-            end = bisect_left(reply.starts, len(reply.text), told)
+class _Answer:
+    """Answer number `index` of a job, on the compute thread."""
+
+    def __init__(self, job: Job, index: int, reply: Reply) -> None:
+        self._job, self._index, self._reply = job, index, reply
+        self._told = 0   # tokens
+
+    @property
+    def generation(self) -> Generation:
+        return self._reply.generation
+
+    def deliver(self) -> bool:
+        reply, told = self._reply, self._told
+        piece = reply.ready_text()
+        if piece:
+            self._told = end = bisect_left(reply.starts, len(reply.text), told)
             tokens = zip(reply.token_ids[told:end], reply.starts[told:end], reply.logprobs[told:end], strict=False)
-            send = job.emit if told else job.hand_over   # nobody looks forward to a later piece as to the first
-            send(Piece(index, piece, tuple(Token(*token) for token in tokens)))
-            told = end
-        job.emit(Finished(index, "stop" if reply.finish_reason == "stop" else "length", reply.usage))
+            send = self._job.emit if told else self._job.hand_over   # only the time to the first token matters
+            send(Piece(self._index, piece, tuple(Token(*token) for token in tokens)))
+        if reply.ended:
+            self._job.emit(Finished(self._index, "stop" if reply.finish_reason == "stop" else "length", reply.usage))
+        return reply.ended
 
 
 def _merged(batch: list[Event]) -> list[Event]:

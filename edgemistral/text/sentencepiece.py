@@ -1,28 +1,34 @@
-"""Text <-> token ids over a SentencePiece model. The reference is mistral-common: the same ids for the same text."""
+"""Text <-> token ids by a SentencePiece model (tokenizer.model). The reference is mistral-common."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from edgemistral.errors import BadInput
-from edgemistral.text.chat import chat_template
-from edgemistral.text.settings import TextSettings
-from edgemistral.text.tokenizer import Tokenizer, any_of, check_text, restore
+from edgemistral.text.chat import ChatTemplate, MistralTemplate
+from edgemistral.text.tokenizer import Tokenizer, check_text
 
-BOUNDARY = "\x02"   # a control character, so part of no learnt piece
+AddedTokens = Mapping[int, tuple[str, bool]]    # id -> text, and whether it is a control token
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model given as the bytes of its file, with the added tokens that `settings` names.
+    """A SentencePiece model given as the bytes of its file.
 
-    `name` appears in error messages. Raises BadInput when the bytes are no such model, lack <s> or </s>, or hold more
-    pieces than `vocab_size`, and when an added token lies outside it.
+    `vocab_size` may exceed the pieces of the tokenizer, because checkpoints add tokens (`added`) and pad their embeddings: ids
+    that neither names stand for no text. legacy: a text that follows a control token begins with a space, as transformers'
+    older Llama tokenizers have it. `name` appears in error messages.
+    Raises BadInput when the bytes are no such model, lack <s> or </s>, or hold more pieces than `vocab_size`.
     """
 
     def __init__(
-        self, model: bytes, vocab_size: int | None = None, name: str = "tokenizer.model",
-        settings: TextSettings | None = None,
+        self,
+        model: bytes,
+        vocab_size: int | None = None,
+        name: str = "tokenizer.model",
+        added: AddedTokens | None = None,
+        legacy: bool = True,
+        chat: ChatTemplate | None = None,
     ) -> None:
         from sentencepiece import SentencePieceProcessor  # here, so that importing the package stays fast
 
@@ -36,81 +42,81 @@ class SentencePieceTokenizer(Tokenizer):
             self._unk_text: str = self._model.decode([self._unk_id])
         except (RuntimeError, ValueError) as error:
             raise BadInput(f"{name} is not a SentencePiece model") from error
-        self.settings = settings or TextSettings()
-        self._added = {
-            token_id: token for token_id, token in self.settings.added.items()
-            if token_id >= self._n_pieces or self._pieces[token_id] != token[0]
-        }
-        self.n_words = max([self._n_pieces, *(token_id + 1 for token_id in self._added)])
+        # Files name the model's own pieces among the added ones; only what the model lacks is added.
+        self._added = {i: text for i, (text, _) in (added or {}).items() if i >= self._n_pieces and text}
+        self.n_words = max(self._n_pieces, *(i + 1 for i in self._added)) if self._added else self._n_pieces
         self.vocab_size = self.n_words if vocab_size is None else vocab_size
         if self._n_pieces > self.vocab_size:
             raise BadInput(f"{name} has {self._n_pieces} pieces, but the model's vocabulary only {self.vocab_size}")
-        if self.n_words > self.vocab_size:
-            text = self._added[self.n_words - 1][0]
-            raise BadInput(
-                f"the added token {text[:80]!r} has id {self.n_words - 1}, but the model's vocabulary is {self.vocab_size}"
-            )
-        self.bos_id = self._model.bos_id()
-        self.eos_id = self._model.eos_id()
-        if self.bos_id < 0 or self.eos_id < 0:
+        bos_id, eos_id = self._model.bos_id(), self._model.eos_id()
+        if bos_id < 0 or eos_id < 0:
             raise BadInput(f"{name} has no <s> or no </s>")
-        self.controls = {
-            self._pieces[i]: i for i in range(self._n_pieces) if self._model.is_control(i) or self._model.is_unknown(i)
-        } | {text: token_id for token_id, (text, _) in self.settings.added.items()}
-        self._pattern = any_of(self.controls)
-        self.byte_fallback = True
-        self.chat = chat_template(self)
+        self.bos_id, self.eos_id, self.turn_end_id, self.end_ids = bos_id, eos_id, eos_id, frozenset({eos_id})
+        special = {i: text for i, text in self._added.items() if (added or {})[i][1]}
+        self._words = {text: i for i, text in self._added.items() if i not in special}
+        controls = {i: self._pieces[i] for i in range(self._n_pieces) if self._model.is_control(i)}
+        self.control = {**controls, **special}
+        self._legacy = legacy
+        begin, end = (self._model.piece_to_id(piece) for piece in ("[INST]", "[/INST]"))
+        self.inst_ids = (begin, end) if self._model.is_control(begin) and self._model.is_control(end) else None
+        own: ChatTemplate = MistralTemplate()
+        self.chat = chat or own
+        self.answers_begin_with_space = isinstance(self.chat, MistralTemplate)
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._model.encode(check_text(text, "text"))
+        check_text(text, "text")
+        if not any(word in text for word in self._words):
+            ids: list[int] = self._model.encode(text)
+            return ids
+        return self._split(text, self._model.encode)
+
+    def _encode_within(self, text: str) -> list[int]:
+        return self._split(text, self._model.encode if self._legacy else self.encode_inside)
+
+    def _split(self, text: str, encode: Any) -> list[int]:
+        """Cut at added tokens that are ordinary words."""
+        for word, token_id in self._words.items():
+            before, found, after = text.partition(word)
+            if found:
+                later = self._encode_within(after) if after else []
+                return [*(self._split(before, encode) if before else []), token_id, *later]
+        ids: list[int] = encode(text)
         return ids
 
-    def encode_rendered(self, text: str, stand_ins: Mapping[str, str]) -> list[int]:
-        ids: list[int] = []
-        begin = 0
-        for match in self._pattern.finditer(text) if self._pattern else ():
-            ids += self._segment(restore(text[begin : match.start()], stand_ins), begin == 0)
-            ids.append(self.controls[match[0]])
-            begin = match.end()
-        return ids + self._segment(restore(text[begin:], stand_ins), begin == 0)
-
-    def _segment(self, text: str, first: bool) -> list[int]:
-        """Ids of a text between two added tokens."""
-        if not text:
-            return []
-        if first or self.settings.legacy:
-            return self.encode(text)
-        return self.encode(BOUNDARY + text)[len(self.encode(BOUNDARY)) :]
-
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        checked = [self._checked(token_id) for token_id in ids]
-        if self._added and any(token_id in self._added for token_id in checked):
-            return super().decode(checked)
-        text: str = self._model.decode([token_id for token_id in checked if token_id < self._n_pieces])
-        return text
+        text, run = "", []
+        for token_id in [self._checked(token_id) for token_id in ids]:
+            if token_id < self._n_pieces:
+                run.append(token_id)
+            elif token_id in self._added and token_id not in self.control:
+                text += self._run(run, text) + self._added[token_id]
+                run = []
+        return text + self._run(run, text)
+
+    def _run(self, ids: list[int], before: str) -> str:
+        """The text of pieces of the model: only at the very beginning does it lose its space."""
+        if not before:
+            text: str = self._model.decode(ids)
+            return text
+        inner: str = self._model.decode([self._unk_id, *ids])
+        return inner[len(self._unk_text):] if ids else ""
+
+    def first_surface(self, token_id: SupportsIndex) -> str:
+        return self.decode([token_id])
 
     def piece(self, token_id: SupportsIndex) -> str:
         checked = self._checked(token_id)
-        if checked in self._added:
-            return self._added[checked][0]
-        return self._pieces[checked] if checked < self._n_pieces else ""
+        return self._pieces[checked] if checked < self._n_pieces else self._added.get(checked, "")
 
     def byte(self, token_id: SupportsIndex) -> int | None:
-        """The byte that a byte-fallback id stands for, None for any other id."""
         checked = self._checked(token_id)
-        if checked in self._added or checked >= self._n_pieces or not self._model.is_byte(checked):
+        if checked >= self._n_pieces or not self._model.is_byte(checked):
             return None
         return int(self._pieces[checked][3:5], 16)   # <0xE2>
 
-    def token_bytes(self, token_id: SupportsIndex, first: bool = False) -> bytes | None:
+    def surface(self, token_id: SupportsIndex) -> str:
+        """The text that an id adds in the middle of a text, where no leading space is dropped; "" for a control id."""
         checked = self._checked(token_id)
-        if checked in self._added:
-            text, special = self._added[checked]
-            return b"" if special else text.encode()
         if checked >= self._n_pieces:
-            return None
-        byte = self.byte(checked)
-        if byte is not None:
-            return bytes([byte])
-        decoded: str = self._model.decode([checked] if first else [self._unk_id, checked])
-        return (decoded if first else decoded[len(self._unk_text) :]).encode()
+            return "" if checked in self.control else self._added.get(checked, "")
+        return self.decode([self._unk_id, token_id])[len(self._unk_text):]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable
 from typing import SupportsIndex
 
@@ -19,32 +20,38 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")   # where any token may end inside a character
         self._held = bytearray()   # the beginning of a character
         self._started = False      # decode() drops the space that encode() put before a text, so the first id differs
 
     def push(self, token_id: SupportsIndex) -> str:
         """The text that is certain after one more id. Raises BadRequest for an id outside the vocabulary."""
-        data = self._tokenizer.token_bytes(token_id)
-        if data is None:   # padding, which decode() passes over
+        if self._tokenizer.bytes_split_characters:
+            return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        if not self._tokenizer.piece(token_id):   # padding, which decode() passes over
             return ""
-        if not data:       # an id that adds no text (a control id) still ends a run of bytes, as it does in decode()
-            return self.flush()
-        if not self._started:
+        byte = self._tokenizer.byte(token_id)
+        if byte is not None:
             self._started = True
-            data = self._tokenizer.token_bytes(token_id, first=True) or b""
-        self._held += data
-        return self._characters(final=False)
+            self._held.append(byte)
+            return self._characters(final=False)
+        surface = self._tokenizer.surface(token_id)
+        if surface and not self._started:
+            self._started = True
+            return self._tokenizer.first_surface(token_id)
+        # An id that adds no text (a control id) still ends a run of bytes, as it does in decode().
+        return self.flush() + surface
 
     def flush(self) -> str:
         """What is held back at the end of the text: one U+FFFD for each byte that belongs to no character."""
-        return self._characters(final=True)
+        return self._utf8.decode(b"", final=True) or self._characters(final=True)
 
     def _characters(self, final: bool) -> str:
         """Take the whole characters out of the held bytes, and if `final` the rest as well."""
         text, held = "", self._held
         while held:
             size = _utf8_size(held[0])
-            if len(held) < size and not final and all(0x80 <= byte < 0xC0 for byte in held[1:]):
+            if len(held) < size and not final:
                 break
             try:
                 text += held[:size].decode("utf-8")

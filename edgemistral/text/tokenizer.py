@@ -1,6 +1,12 @@
-"""What every tokenizer can do, whatever its file: text <-> ids, the bytes of an id, and the prompt of a conversation.
+"""What every tokenizer here can do, and the checks of text at the border.
 
-`sentencepiece.py` reads SentencePiece models, `bpe.py` a tokenizer.json of Hugging Face; `open_tokenizer` picks one.
+    Tokenizer
+    ├── SentencePieceTokenizer    tokenizer.model (text/sentencepiece.py)
+    └── BPETokenizer              tokenizer.json (text/bpe.py)
+
+Ids are of three kinds: words of the vocabulary, added tokens that have a text, and padding that no file names. Control tokens
+(<s>, <|im_end|>, ...) never come from what a user writes: `encode` spells their text in ordinary tokens, and only
+`encode_markup`, which a chat template's own text goes through, knows them.
 """
 
 from __future__ import annotations
@@ -9,95 +15,120 @@ import operator
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from edgemistral.errors import BadRequest
-from edgemistral.text.settings import TextSettings
 
 if TYPE_CHECKING:
     from edgemistral.text.chat import ChatTemplate
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+Messages = Sequence[Mapping[str, Any]]   # {"role": "system" | "user" | "assistant", "content": str, ...} each
+
+
+BOUNDARY = "\x02"   # a control character, so part of no learnt piece
 
 
 class Tokenizer(ABC):
-    """Text <-> token ids. Immutable after construction, so threads may share it.
+    """Text <-> token ids of one model. Immutable after construction, so threads may share it.
 
-    `vocab_size` is the model's (rows of its embedding); it may exceed the `n_words` ids that the files name, because
-    checkpoints pad their embeddings: the other ids stand for no text.
+    vocab_size: the model's (rows of its embedding). n_words: ids below it may have a text; those behind are padding.
+    bos_id: begins a text, None where the model knows none. eos_id: ends a text; turn_end_id: ends a turn in the model's own
+    template; end_ids: all ids that end an answer.
+    adds_bos: whether a text without a template begins with bos_id. defaults: the model's own sampling parameters.
+    answers_begin_with_space: whether the first token of an answer begins with a space that decoding drops.
+    bytes_split_characters: whether any token may end in the middle of a character.
     """
 
     vocab_size: int
     n_words: int
-    bos_id: int               # -1: the tokenizer has none
-    eos_id: int               # -1: the tokenizer has none
-    end_ids: tuple[int, ...] = ()   # of the model; the first one ends what a grammar describes; (): eos_id
-    settings: TextSettings
-    chat: ChatTemplate        # how conversations become prompts
-    controls: Mapping[str, int]   # the texts that are one id when a template writes them, and ordinary text otherwise
-    byte_fallback: bool       # SentencePiece-like: bytes that no piece holds have ids of their own
+    bos_id: int | None
+    eos_id: int
+    turn_end_id: int
+    adds_bos: bool = True
+    end_ids: frozenset[int] = frozenset()
+    defaults: Mapping[str, Any] = {}
+    chat: ChatTemplate
+    control: Mapping[int, str]      # id -> text of the control tokens
+    answers_begin_with_space: bool = False
+    bytes_split_characters: bool = False
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of a text without <s>; never a control id, whatever the text spells. BadRequest: not valid Unicode."""
+        """Ids of a text without bos_id; never a control id, whatever the text spells. BadRequest: not valid Unicode."""
 
     @abstractmethod
-    def encode_rendered(self, text: str, stand_ins: Mapping[str, str]) -> list[int]:
-        """Ids of a rendered template, in which the texts of `controls` become their ids.
-
-        stand_ins: character -> the ordinary text that it stands for, which may spell a control.
-        """
+    def _encode_within(self, text: str) -> list[int]:
+        """`encode` of a text that follows a control token."""
 
     @abstractmethod
-    def token_bytes(self, token_id: SupportsIndex, first: bool = False) -> bytes | None:
-        """The bytes that an id adds to a text: b"" for a control id, None for a padding id.
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """Text of ids: control ids and padding ids give nothing, bytes that are no UTF-8 give U+FFFD.
 
-        first: at the beginning of a text, where many tokenizers drop the space that they put there.
+        Raises BadRequest for an id outside the vocabulary.
         """
 
     @abstractmethod
     def piece(self, token_id: SupportsIndex) -> str:
-        """The id as the tokenizer's file spells it, such as `▁the`, `<0x0A>` or `</s>`; "" for a padding id."""
+        """The piece as the model spells it, such as `▁the`, `<0x0A>` or `</s>`; "" for a padding id."""
 
-    def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Text of ids: control ids and padding ids give nothing, bytes that are no UTF-8 give U+FFFD each.
-
-        Raises BadRequest for an id outside the vocabulary.
-        """
-        from edgemistral.text.stream import StreamDecoder
-
-        decoder = StreamDecoder(self)
-        pieces = [decoder.push(token_id) for token_id in ids]
-        return "".join(pieces) + decoder.flush()
-
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> list[int]:
-        """Ids after which the model writes its answer to a conversation, in the model's own template.
-
-        A message has a `role` and a `content`. An assistant message at the end is continued: its turn stays open.
-        `tools` are JSON descriptions of functions; `chat.takes_tools` says whether the template knows them.
-        Raises BadRequest, whose `field` says for example `messages[2].role`.
-        """
-        return self.chat.encode(messages, tools, add_generation_prompt)
-
+    @abstractmethod
     def byte(self, token_id: SupportsIndex) -> int | None:
-        """The byte that an id stands for which is no text by itself (byte fallback), None for any other id."""
-        data = self.token_bytes(token_id)
-        if data is not None and len(data) == 1 and data[0] >= 0x80:
-            return data[0]
-        return None
+        """The byte that a byte-fallback id stands for, None for any other id."""
 
+    @abstractmethod
     def surface(self, token_id: SupportsIndex) -> str:
         """The text that an id adds in the middle of a text; "" for a control id."""
-        return (self.token_bytes(token_id) or b"").decode("utf-8", "replace")
 
-    def is_padding(self, token_id: SupportsIndex) -> bool:
-        """Whether no file names the id."""
-        return self.token_bytes(token_id) is None
+    @abstractmethod
+    def first_surface(self, token_id: SupportsIndex) -> str:
+        """The text that an id adds at the beginning of a text, where a leading space is dropped."""
+
+    def token_bytes(self, token_id: SupportsIndex) -> bytes:
+        """The bytes that an id adds in the middle of a text; none for a control id or padding."""
+        byte = self.byte(token_id)
+        return self.surface(token_id).encode() if byte is None else bytes([byte])
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of a text in the middle of another one, without the space that `encode` may put in front."""
+        before = self.encode(BOUNDARY)
+        return self.encode(BOUNDARY + text)[len(before):]
+
+    def encode_markup(self, text: str, ordinary: Mapping[str, str]) -> list[int]:
+        """Ids of a template's text, control tokens recognised; each key of `ordinary` stands for a text that is not."""
+        ids: list[int] = []
+        for at, part in enumerate(self._control_pattern.split(text)):
+            if at % 2:
+                ids.append(self._control_ids[part])
+            elif part:
+                for stand_in, meant in ordinary.items():
+                    part = part.replace(stand_in, meant)
+                ids += self._encode_within(part) if ids else self.encode(part)
+        return ids
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Ids after which the model writes its answer to a conversation, as its chat template spells it.
+
+        A message has a `role` and a `content`, a str. A last message of the assistant's is continued, unless it is empty.
+        Raises BadRequest, whose `field` says for example `messages[2].role`.
+        """
+        return self.chat.encode(self, messages, tools)
+
+    @property
+    def chats(self) -> bool:
+        """Whether the model has a chat template."""
+        return self.chat.name != "none"
+
+    @cached_property
+    def _control_ids(self) -> dict[str, int]:
+        return {text: token_id for token_id, text in self.control.items()}
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        texts = sorted(filter(None, self._control_ids), key=len, reverse=True)     # the longest of several counts
+        return re.compile("(" + "|".join(map(re.escape, texts)) + ")" if texts else "((?!))")
 
     def _checked(self, token_id: SupportsIndex) -> int:
         try:
@@ -107,35 +138,6 @@ class Tokenizer(ABC):
         if not 0 <= index < self.vocab_size:
             raise BadRequest(f"token id {index} is outside the vocabulary of {self.vocab_size}", "ids")
         return index
-
-
-def open_tokenizer(
-    model: bytes, settings: TextSettings, vocab_size: int | None = None, name: str = "tokenizer",
-    end_ids: Sequence[int] = (),
-) -> Tokenizer:
-    """The tokenizer of a blob or a checkpoint; `name` begins messages. Raises BadInput for bytes of another kind."""
-    opened: Tokenizer
-    if settings.kind == "tokenizers":
-        from edgemistral.text.bpe import HuggingFaceTokenizer
-
-        opened = HuggingFaceTokenizer(model, vocab_size, name, settings)
-    else:
-        from edgemistral.text.sentencepiece import SentencePieceTokenizer
-
-        opened = SentencePieceTokenizer(model, vocab_size, name, settings)
-    opened.end_ids = tuple(end_ids) or (opened.eos_id,)
-    return opened
-
-
-def restore(text: str, stand_ins: Mapping[str, str]) -> str:
-    """The text with every stand-in replaced by what it stands for."""
-    return text.translate({ord(mark): meant for mark, meant in stand_ins.items()}) if stand_ins else text
-
-
-def any_of(texts: Iterable[str], flags: int = 0) -> re.Pattern[str] | None:
-    """A pattern that finds any of these texts, the longest first; None if there are none."""
-    ordered = sorted({text for text in texts if text}, key=lambda text: (-len(text), text))
-    return re.compile("|".join(map(re.escape, ordered)), flags) if ordered else None
 
 
 def check_text(text: object, field: str) -> str:

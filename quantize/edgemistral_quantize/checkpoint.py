@@ -25,7 +25,8 @@ from edgemistral.config import ModelConfig
 from edgemistral.errors import BadCheckpoint, BadConfig, BadInput
 from edgemistral.files import layout, strict_json
 from edgemistral.files.safetensors import Entry, read_header
-from edgemistral_quantize.text_files import TextFiles, read_text_files
+from edgemistral.text.spec import TextSpec
+from edgemistral_quantize.text_files import read_text_files
 
 Strip = NDArray[Any]   # rows of a tensor in the checkpoint's dtype; numpy has no bfloat16: its bits as uint16
 
@@ -96,30 +97,30 @@ class Checkpoint:
     """
 
     config: ModelConfig
-    text: TextFiles             # tokenizer, chat template, ends of turn, defaults
+    tokenizer: bytes            # the SentencePiece model, or the tokenizer.json
+    text: TextSpec              # everything else about text
     files: list[Path]           # everything that was or will be read
     n_bytes: int                # of all weights
 
-    def __init__(self, directory: Path, chat_template: str | None = None) -> None:
+    def __init__(self, directory: Path, chat_template: Path | None = None) -> None:
+        """chat_template: a file with the template to use instead of the checkpoint's."""
         if not directory.is_dir():
             raise BadCheckpoint(f"{directory}: no such directory")
         naming, shards = _find_weights(directory)
         config_file = directory / naming.config
         fields = _read_object(config_file, BadConfig)
-        vocab_size = fields.get("vocab_size")
-        self.text = read_text_files(
-            directory, fields if naming is HUGGING_FACE else {}, chat_template,
-            vocab_size if type(vocab_size) is int else None,
-        )
-        self.files = [config_file, *self.text.files, *shards]
-        end_ids = self.text.end_ids
-        bos_id = end_ids[0] if self.text.bos_id is None else self.text.bos_id   # a place to start from, if need be
+        texts = read_text_files(directory, fields, chat_template)
+        self.files = [config_file, texts.path, *shards, *([] if chat_template is None else [chat_template])]
+        self.tokenizer, self.text = texts.data, texts.spec
+        bos_id = texts.eos_id if texts.bos_id is None else texts.bos_id      # never used where there is none
         try:
             if naming is HUGGING_FACE:
-                self.config = ModelConfig.from_hf(fields, bos_id, end_ids)
+                self.config = ModelConfig.from_hf({**fields, "bos_token_id": bos_id, "eos_token_id": texts.eos_id})
             else:
-                self.config = ModelConfig.from_mistral(fields, bos_id, end_ids[0], end_ids)
-            self.text.open(self.config.vocab_size, "its tokenizer")
+                self.config = ModelConfig.from_mistral(fields, bos_id, texts.eos_id)
+            self.tokenizer_of_text = self.text.tokenizer(
+                self.tokenizer, self.config.vocab_size, texts.path.name, texts.eos_id
+            )
         except BadConfig as problem:
             raise BadConfig(f"{config_file}: {problem}") from None
         except BadInput as problem:
@@ -129,11 +130,6 @@ class Checkpoint:
         spare = naming.names["output"] + ".weight"   # stored all the same by some who tie it to the embeddings
         self._sources = _match(expected, _list_tensors(shards), spare, directory)
         self.n_bytes = sum(source.entry.n_bytes for source in self._sources.values())
-
-    @property
-    def tokenizer(self) -> bytes:
-        """A SentencePiece model, or a tokenizer.json."""
-        return self.text.tokenizer
 
     @property
     def min_strip_bytes(self) -> int:

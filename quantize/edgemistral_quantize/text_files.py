@@ -1,284 +1,281 @@
-"""What a checkpoint says about text: its tokenizer, its added tokens, its chat template, its ends of turn, its defaults."""
+"""What the files of a checkpoint say about its text, as one `TextSpec`: tokenizer, template, ends of turn, defaults."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from edgemistral.config import ids_of
-from edgemistral.errors import BadCheckpoint, BadConfig, BadInput
-from edgemistral.text.chat import MistralTemplate
-from edgemistral.text.settings import DEFAULTS, TextSettings, check_defaults
-from edgemistral.text.tokenizer import Tokenizer, open_tokenizer
+from edgemistral.errors import BadCheckpoint, BadInput
+from edgemistral.files import strict_json
+from edgemistral.generate.sampler import SamplingParams
+from edgemistral.text.chat import JinjaTemplate, end_of_turn, is_mistrals_own
+from edgemistral.text.spec import TextSpec
+from edgemistral.text.tokenizer import Tokenizer
 
 SENTENCEPIECE = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
-HUGGING_FACE = "tokenizer.json"
-NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-MAX_TEMPLATE = 1 << 20   # bytes
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+MAX_TEMPLATE = 1 << 18     # characters
 
 
 @dataclass(frozen=True)
 class TextFiles:
-    """Everything about text that goes from a source into a blob, whatever kind of source it is.
+    """data: the bytes of the tokenizer's file `path`; spec: everything else about text."""
 
-    A folder gives it through `read_text_files`; a reader of another format fills it itself.
+    spec: TextSpec
+    data: bytes
+    path: Path
+    bos_id: int | None
+    eos_id: int             # of the sentence, for the model's config
+
+
+def read_text_files(directory: Path, config: Mapping[str, Any], chat_template: Path | None = None) -> TextFiles:
+    """The text of a checkpoint in a directory. config: the fields of config.json or params.json.
+
+    chat_template: a file whose template counts instead of the checkpoint's. BadCheckpoint names the file that is wrong.
     """
-
-    kind: Literal["sentencepiece", "tokenizers"]   # how `tokenizer` is read
-    tokenizer: bytes                               # a tokenizer.model, or a tokenizer.json
-    added: dict[int, tuple[str, bool]] = field(default_factory=dict)   # id -> (text, special) beyond `tokenizer` itself
-    chat_template: str | None = None               # Jinja; None: Mistral's own, if the tokenizer is one of theirs
-    bos_id: int | None = None                      # None: neither the files nor the tokenizer have one
-    end_ids: tuple[int, ...] = ()                  # ids that end an answer; the first is the model's own end of text
-    defaults: dict[str, Any] = field(default_factory=dict)   # sampling: temperature, top_p, top_k, repetition_penalty
-    names: dict[str, str] = field(default_factory=dict)      # for the template: bos_token, eos_token; missing: from ids
-    legacy: bool = True                            # SentencePiece: each text between two added tokens begins with a space
-    add_bos: bool = True                           # a raw text begins with <s>
-    files: tuple[Path, ...] = ()                   # that were read
-
-    @property
-    def settings(self) -> TextSettings:
-        """As a blob stores it."""
-        return TextSettings(
-            self.kind, self.added, self.chat_template, self.names, self.add_bos and self.bos_id is not None, self.legacy,
-            self.defaults,
-        )
-
-    def open(self, vocab_size: int | None = None, name: str = "tokenizer") -> Tokenizer:
-        """The tokenizer, checked. Raises BadInput."""
-        return open_tokenizer(self.tokenizer, self.settings, vocab_size, name, self.end_ids)
-
-
-def read_text_files(
-    folder: Path, config: Mapping[str, Any], chat_template: str | None = None, vocab_size: int | None = None
-) -> TextFiles:
-    """Of a folder in Hugging Face or Mistral layout.
-
-    config: the content of config.json, or {}. chat_template: overrides the folder's. vocab_size: of the model; added
-    tokens beyond it that the template does not write are left out, for the model cannot meet them.
-    Raises BadCheckpoint and BadConfig, naming the file.
-    """
-    reader = _Folder(folder)
-    described = reader.object("tokenizer_config.json")
-    special = reader.object("special_tokens_map.json")
-    generation = reader.object("generation_config.json")
-    template = chat_template if chat_template is not None else _find_template(reader, described)
-    names = {
-        name: content for name in NAMES
-        if (content := _token_text(described.get(name, special.get(name)))) is not None
-    }
-    added = _find_added(reader, described, special)
-    if vocab_size is not None:
-        added = {i: token for i, token in added.items() if i < vocab_size or (template and token[0] in template)}
-    add_bos = described.get("add_bos_token")
-    text = TextFiles(
-        "sentencepiece", b"", added, template, names=names, legacy=described.get("legacy") is not False,
-        add_bos=add_bos if isinstance(add_bos, bool) else True,
+    found = _Found(directory)
+    kind, path, data = _tokenizer_file(directory)
+    special = {name: text for name in SPECIAL if (text := found.special(name)) is not None}
+    added = found.added()
+    ends = [*_ids(config.get("eos_token_id"), "config.json: eos_token_id"),
+            *_ids(found.generation.get("eos_token_id"), "generation_config.json: eos_token_id")]
+    begins = [*_ids(config.get("bos_token_id"), "config.json: bos_token_id"),
+              *_ids(found.generation.get("bos_token_id"), "generation_config.json: bos_token_id")]
+    spec = TextSpec(
+        kind=kind,
+        added=tuple((token_id, text, control) for token_id, (text, control) in sorted(added.items())),
+        special=special,
+        legacy=found.tokenizer.get("legacy") is not False,
+        defaults=_defaults(found.generation, directory / "generation_config.json"),
     )
-    text, tokenizer = _find_tokenizer(reader, text, None if isinstance(add_bos, bool) else HUGGING_FACE)
-    try:
-        bos_id, end_ids = _ends(config, generation, tokenizer, names, vocab_size)
-    except BadConfig as problem:
-        raise BadConfig(f"{folder}: {problem}") from None
-    defaults = _defaults(generation, folder / "generation_config.json")
-    return replace(text, bos_id=bos_id, end_ids=end_ids, defaults=defaults, files=tuple(reader.files))
+    if kind == "tokenizers":
+        texts = {text: token_id for token_id, (text, _) in added.items()} | _vocabulary(data)
+        begins = [*_known(special.get("bos_token"), texts), *begins]
+        ends = [*_known(special.get("eos_token"), texts), *ends]
+        if not ends:
+            raise BadCheckpoint(f"{directory}: no file says which token ends a turn (eos_token_id in config.json)")
+        spec = dataclasses.replace(
+            spec, bos_id=begins[0] if begins else None, adds_bos=_adds_bos(data, begins, found.tokenizer.get("add_bos_token"))
+        )
+        eos_id = ends[0]
+        tokenizer = _made(spec, data, path, eos_id)
+    else:
+        spec = dataclasses.replace(spec, adds_bos=found.tokenizer.get("add_bos_token") is not False)
+        tokenizer = _made(spec, data, path, None)
+        eos_id = tokenizer.eos_id
+        spec = dataclasses.replace(spec, added=tuple(token for token in spec.added if token[0] >= _size(tokenizer)))
+        texts = {text: token_id for token_id, text in tokenizer.control.items()}
+        ends = [*_known(special.get("eos_token"), texts), *ends]
+    special = {"bos_token": _text(tokenizer, tokenizer.bos_id), "eos_token": _text(tokenizer, eos_id), **special}
+    template, tools = _templates(found, chat_template)
+    turn_end = None
+    if template is not None:
+        where = chat_template or found.template_file
+        try:
+            JinjaTemplate(template, special, tools)
+        except BadInput as problem:
+            raise BadCheckpoint(f"{where}: {problem}") from None
+        if not tokenizer.bytes_split_characters and is_mistrals_own(template, special):
+            template = tools = None
+        else:
+            turn_end = end_of_turn(template, special, {text: token_id for token_id, text in tokenizer.control.items()})
+    ends = [*([] if turn_end is None else [turn_end]), *ends]
+    spec = dataclasses.replace(
+        spec,
+        chat_template=template,
+        tool_template=tools,
+        special=special if template is not None else {},
+        # What Mistral's own models have is the default: then both layouts of a checkpoint give the same blob.
+        end_ids=() if set(ends) <= {eos_id} else tuple(dict.fromkeys(ends)),
+        turn_end_id=None if not ends or ends[0] == eos_id else ends[0],
+    )
+    return TextFiles(spec, data, path, tokenizer.bos_id, eos_id)
 
 
-def read_template(path: Path) -> str:
-    """The text of a file with a chat template. Raises BadInput."""
-    try:
-        data = path.read_bytes()
-        if len(data) > MAX_TEMPLATE:
-            raise BadInput(f"{path}: too large for a chat template")
-        return data.decode("utf-8-sig")
-    except OSError as problem:
-        raise BadInput(f"{path}: cannot be read: {problem.strerror or problem}") from None
-    except UnicodeDecodeError as problem:
-        raise BadInput(f"{path}: not UTF-8 (byte {problem.start})") from None
+class _Found:
+    """The JSON files beside the tokenizer, empty where they are missing."""
 
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.tokenizer = self._object("tokenizer_config.json")
+        self.special_map = self._object("special_tokens_map.json")
+        self.added_tokens = self._object("added_tokens.json")
+        self.generation = self._object("generation_config.json")
+        self.template_file = directory / "tokenizer_config.json"
 
-class _Folder:
-    """Files of a folder, which may be missing; those that were read are remembered."""
+    def special(self, name: str) -> str | None:
+        """The text of a token such as bos_token."""
+        value = self.tokenizer.get(name, self.special_map.get(name))
+        if isinstance(value, Mapping):
+            value = value.get("content")
+        return value if isinstance(value, str) else None
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files: list[Path] = []
+    def added(self) -> dict[int, tuple[str, bool]]:
+        """id -> text, and whether it is a control token: one that no file describes further is."""
+        found: dict[int, tuple[str, bool]] = {}
+        for text, token_id in self.added_tokens.items():
+            if type(token_id) is not int or token_id < 0:
+                raise BadCheckpoint(f"{self.directory / 'added_tokens.json'}: {text!r:.40} has id {token_id!r:.20}")
+            found[token_id] = text, True
+        decoder, where = self.tokenizer.get("added_tokens_decoder") or {}, self.directory / "tokenizer_config.json"
+        if not isinstance(decoder, Mapping):
+            raise BadCheckpoint(f"{where}: added_tokens_decoder is no object")
+        for key, token in decoder.items():
+            if not str(key).isdecimal() or not isinstance(token, Mapping) or not isinstance(token.get("content"), str):
+                raise BadCheckpoint(f"{where}: added_tokens_decoder[{key!r:.20}] is no token")
+            found[int(key)] = token["content"], token.get("special") is not False
+        return found
 
-    def bytes(self, name: str) -> bytes | None:
-        path = self.folder / name
+    def templates(self) -> dict[str, str]:
+        """The checkpoint's templates by name."""
+        jinja, as_json = self.directory / "chat_template.jinja", self.directory / "chat_template.json"
+        value = self.tokenizer.get("chat_template")
+        if jinja.is_file():
+            self.template_file, value = jinja, _read_text(jinja)
+        elif value is None and as_json.is_file():
+            self.template_file, value = as_json, self._object(as_json.name).get("chat_template")
+        if isinstance(value, str):
+            value = [{"name": "default", "template": value}]
+        elif isinstance(value, Mapping):
+            value = [{"name": name, "template": template} for name, template in value.items()]
+        found: dict[str, str] = {}
+        for item in value or []:
+            if not isinstance(item, Mapping) or not isinstance(item.get("template"), str):
+                raise BadCheckpoint(f"{self.template_file}: chat_template is neither a text nor a list of named texts")
+            found[str(item.get("name"))] = item["template"]
+        return found
+
+    def _object(self, name: str) -> dict[str, Any]:
+        path = self.directory / name
         if not path.is_file():
-            return None
-        self.files.append(path)
-        try:
-            return path.read_bytes()
-        except OSError as problem:
-            raise BadCheckpoint(f"{path}: cannot be read: {problem.strerror or problem}") from None
-
-    def text(self, name: str) -> str | None:
-        data = self.bytes(name)
-        try:
-            return None if data is None else data.decode("utf-8-sig")
-        except UnicodeDecodeError as problem:
-            raise BadCheckpoint(f"{self.folder / name}: not UTF-8 (byte {problem.start})") from None
-
-    def object(self, name: str) -> dict[str, Any]:
-        """The JSON object in a file, {} if it is not there. Not strict: these files have numbers beyond 64 bits."""
-        text = self.text(name)
-        if text is None:
             return {}
-        try:
-            value = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
-        except (ValueError, RecursionError) as problem:
-            raise BadCheckpoint(f"{self.folder / name}: not usable JSON: {problem}") from None
-        if not isinstance(value, dict):
-            raise BadCheckpoint(f"{self.folder / name}: not a JSON object")
-        return value
+        fields = strict_json.parse(_read_bytes(path), str(path), BadCheckpoint)
+        if not isinstance(fields, dict):
+            raise BadCheckpoint(f"{path}: not a JSON object")
+        return fields
 
 
-def _find_template(reader: _Folder, described: Mapping[str, Any]) -> str | None:
-    """As transformers does: chat_template.jinja, chat_template.json, then tokenizer_config.json."""
-    found: Any = reader.text("chat_template.jinja")
-    where = "chat_template.jinja"
-    if found is None:
-        where = "chat_template.json"
-        found = reader.object(where).get("chat_template")
-    if found is None:
-        where = "tokenizer_config.json"
-        found = described.get("chat_template")
-    named = {}
-    if isinstance(found, list):   # of named ones
-        found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-    if isinstance(found, dict):
-        named, found = found, found.get("default")
-        if found is None and named:
-            raise BadCheckpoint(
-                f"{reader.folder / where}: has chat templates {', '.join(map(str, named))[:200]} but no default; "
-                "give one with --chat-template"
-            )
-    tool_use = named.get("tool_use") or reader.text("additional_chat_templates/tool_use.jinja")
-    if found is None:
-        return None
-    if not isinstance(found, str) or not isinstance(tool_use, str | None):
-        raise BadCheckpoint(f"{reader.folder / where}: its chat_template is no text")
-    if tool_use is not None and tool_use != found:
-        return f"{{% if tools %}}{tool_use}{{% else %}}{found}{{% endif %}}"
+def _tokenizer_file(directory: Path) -> tuple[Any, Path, bytes]:
+    as_json = directory / "tokenizer.json"
+    for name in SENTENCEPIECE:
+        path = directory / name
+        if path.is_file():
+            data = _read_bytes(path)
+            if as_json.is_file() and not _is_sentencepiece(data):     # such as Llama 3's, of another kind
+                break
+            return "sentencepiece", path, data
+    if as_json.is_file():
+        return "tokenizers", as_json, _read_bytes(as_json)
+    hint = " (tekken.json is not read)" if (directory / "tekken.json").exists() else ""
+    raise BadCheckpoint(f"{directory}: no tokenizer.model or tokenizer.json{hint}: copy it from the base (original) model")
+
+
+def _is_sentencepiece(data: bytes) -> bool:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        SentencePieceProcessor(model_proto=data)
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _templates(found: _Found, given: Path | None) -> tuple[str | None, str | None]:
+    """The template for chats, and one for chats with tools where that is another."""
+    if given is not None:
+        return _checked_template(_read_text(given), given), None
+    templates = found.templates()
+    chosen = templates.get("default", next(iter(templates.values()), None))
+    tools = templates.get("tool_use")
+    return (
+        None if chosen is None else _checked_template(chosen, found.template_file),
+        None if tools is None or tools == chosen else _checked_template(tools, found.template_file),
+    )
+
+
+def _checked_template(text: str, path: Path) -> str:
+    if len(text) > MAX_TEMPLATE:
+        raise BadCheckpoint(f"{path}: a chat template of {len(text)} characters; at most {MAX_TEMPLATE} are read")
+    return text
+
+
+def _defaults(generation: Mapping[str, Any], path: Path) -> dict[str, float]:
+    """The model's own sampling parameters."""
+    found = {name: generation[name] for name in SAMPLING if generation.get(name) is not None}
+    if generation.get("do_sample") is False:
+        found = {name: value for name, value in found.items() if name == "repetition_penalty"} | {"temperature": 0.0}
+    try:
+        SamplingParams(**found)
+    except (BadInput, TypeError) as problem:
+        raise BadCheckpoint(f"{path}: {problem}") from None
     return found
 
 
-def _find_added(
-    reader: _Folder, described: Mapping[str, Any], special: Mapping[str, Any]
-) -> dict[int, tuple[str, bool]]:
-    """id -> (text, special) of all tokens that the files of transformers name."""
-    more = special.get("additional_special_tokens") or described.get("additional_special_tokens") or []
-    specials = {_token_text(value) for value in (*special.values(), *(more if isinstance(more, list) else []))}
-    specials |= {_token_text(value) for name, value in described.items() if name.endswith("_token")}
-    added: dict[int, tuple[str, bool]] = {}
-    for text, token_id in reader.object("added_tokens.json").items():
-        if type(token_id) is not int or token_id < 0 or not text:
-            raise BadCheckpoint(f"{reader.folder / 'added_tokens.json'}: {text[:80]!r} has id {str(token_id)[:80]!r}")
-        added[token_id] = (text, text in specials)
-    decoder = described.get("added_tokens_decoder") or {}
-    for key, token in decoder.items() if isinstance(decoder, dict) else ():
-        content = _token_text(token)
-        if not key.isdecimal() or len(key) > 9 or not content:
-            where = reader.folder / "tokenizer_config.json"
-            raise BadCheckpoint(f"{where}: added_tokens_decoder has {key[:80]!r}: {str(token)[:80]!r}")
-        added[int(key)] = (content, bool(token.get("special")) if isinstance(token, dict) else False)
-    return added
+def _ids(value: Any, what: str) -> list[int]:
+    """None, one id or a list of them."""
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    if any(type(each) is not int or each < 0 for each in values):
+        raise BadCheckpoint(f"{what} is {str(value)[:60]}: it must be a token id or a list of them")
+    return values
 
 
-def _find_tokenizer(reader: _Folder, text: TextFiles, bos_of: str | None) -> tuple[TextFiles, Tokenizer]:
-    """The SentencePiece model, or tokenizer.json where there is none or where the template is the model's own.
+def _known(text: str | None, ids: Mapping[str, int]) -> list[int]:
+    return [ids[text]] if text is not None and text in ids else []
 
-    Where both are, tokenizer.json is what transformers trained a fine-tune with; Mistral's own templates are encoded
-    as mistral-common does, which reads the SentencePiece model. bos_of: read there whether a raw text begins with <s>.
-    """
-    folder = reader.folder
-    name = next((name for name in SENTENCEPIECE if (folder / name).is_file()), None)
-    both = (folder / HUGGING_FACE).is_file()
-    if name is not None:
-        first = replace(text, tokenizer=reader.bytes(name) or b"")
-        try:
-            opened = first.open(name=name)
-        except BadInput as problem:
-            if not both:
-                raise BadCheckpoint(f"{folder}: {problem}") from None
-        else:
-            if isinstance(opened.chat, MistralTemplate):   # built in: the same blob from either layout
-                bare = replace(first, chat_template=None, names={}, legacy=True, added={})
-                pieces = bare.open(name=name)
-                added = {
-                    i: token for i, token in text.added.items()
-                    if i >= pieces.n_words or pieces.piece(i) != token[0] or token[0] not in pieces.controls
-                }
-                return replace(bare, added=added), replace(bare, added=added).open(name=name)
-            if not both:
-                return first, opened
-    if not both:
-        tekken = "; tekken.json is not read, tokenizer.json is" if (folder / "tekken.json").is_file() else ""
-        raise BadCheckpoint(f"{folder}: no {SENTENCEPIECE[0]} (a SentencePiece model) and no {HUGGING_FACE}{tekken}")
-    data = reader.bytes(HUGGING_FACE) or b""
-    second = replace(text, kind="tokenizers", tokenizer=data)
+
+def _vocabulary(data: bytes) -> dict[str, int]:
+    """The added tokens of a tokenizer.json by their texts."""
     try:
-        tokenizer = second.open(name=HUGGING_FACE)
-        if bos_of is not None and not _writes_bos(json.loads(data).get("post_processor"), tokenizer):
-            second = replace(second, add_bos=False)
-    except BadInput as problem:
-        raise BadCheckpoint(f"{folder}: {problem}") from None
-    return second, tokenizer
+        return {str(token["content"]): int(token["id"]) for token in json.loads(data).get("added_tokens") or []}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}          # whoever makes a tokenizer of it says what is wrong
 
 
-def _writes_bos(part: Any, tokenizer: Tokenizer) -> bool:
-    """Whether a post-processor of tokenizer.json puts the begin-of-text token before a text."""
-    if not isinstance(part, dict):
+def _adds_bos(data: bytes, begins: Iterable[int], said: Any) -> bool:
+    """Whether texts begin with bos_id: as tokenizer_config.json says, else as the tokenizer itself does it."""
+    if isinstance(said, bool):
+        return said
+    from tokenizers import Tokenizer as Library
+
+    try:
+        first = Library.from_str(data.decode()).encode("a").ids[:1]
+    except Exception:      # whoever makes a tokenizer of it says what is wrong
         return False
-    if any(_writes_bos(each, tokenizer) for each in part.get("processors") or ()):
-        return True
-    single = part.get("single") or [{}]
-    first = single[0].get("SpecialToken", {}).get("id") if isinstance(single[0], dict) else None
-    return first is not None and tokenizer.controls.get(first) == tokenizer.bos_id
+    return bool(set(first) & set(begins))
 
 
-def _ends(
-    config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer, names: Mapping[str, str],
-    vocab_size: int | None,
-) -> tuple[int | None, tuple[int, ...]]:
-    """bos_id, and all ids that end an answer: of config.json, of generation_config.json, of the tokenizer."""
-    begins = [*ids_of(config, "bos_token_id"), *ids_of(generation, "bos_token_id")]
-    ends = [*ids_of(generation, "eos_token_id")]
-    for ids, name, own in ((begins, "bos_token", tokenizer.bos_id), (ends, "eos_token", tokenizer.eos_id)):
-        if names.get(name) in tokenizer.controls:
-            ids.append(tokenizer.controls[names[name]])
-        if own >= 0:
-            ids.append(own)
-    if vocab_size is not None:   # those of config.json are the config's to refuse
-        ends = [token_id for token_id in ends if token_id < vocab_size]
-    ends = [*ids_of(config, "eos_token_id"), *ends]
-    if not ends:
-        raise BadConfig("eos_token_id is missing, and neither generation_config.json nor the tokenizer has it")
-    return (begins[0] if begins else None), tuple(dict.fromkeys(ends))
-
-
-def _defaults(generation: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The model's own sampling arguments."""
-    defaults = {name: generation[name] for name in DEFAULTS if generation.get(name) is not None}
-    if generation.get("do_sample") is False:
-        defaults = {name: value for name, value in defaults.items() if name == "repetition_penalty"}
-        defaults["temperature"] = 0
-    if defaults.get("top_k") == -1:   # vLLM's word for all
-        defaults["top_k"] = 0
+def _made(spec: TextSpec, data: bytes, path: Path, eos_id: int | None) -> Tokenizer:
     try:
-        check_defaults(defaults)
+        return spec.tokenizer(data, None, path.name, eos_id)
     except BadInput as problem:
-        raise BadCheckpoint(f"{path}: {problem}") from None
-    return defaults
+        raise BadCheckpoint(f"{path.parent}: {problem}") from None
 
 
-def _token_text(token: Any) -> str | None:
-    """Of a token as transformers saves it: a text, or an object with its content."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
+def _size(tokenizer: Tokenizer) -> int:
+    """Pieces of a SentencePiece model, without what was added."""
+    return int(getattr(tokenizer, "_n_pieces", 0))
+
+
+def _text(tokenizer: Tokenizer, token_id: int | None) -> str:
+    return "" if token_id is None else tokenizer.control.get(token_id, "")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadCheckpoint(f"{path}: no UTF-8 text (byte {error.start})") from None
+    except OSError as problem:
+        raise BadCheckpoint(f"{path}: cannot be read: {problem.strerror or problem}") from None
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as problem:
+        raise BadCheckpoint(f"{path}: cannot be read: {problem.strerror or problem}") from None

@@ -17,7 +17,6 @@ import edgemistral
 from edgemistral.cli import main
 from edgemistral.cli.options import size
 from edgemistral.demo import ABOUT
-from edgemistral.errors import BadInput
 from tests.checkpoints import SMALL, babbler, random_weights, write_hf
 
 DATA = Path(__file__).parents[1] / "data"
@@ -194,7 +193,7 @@ def test_debug_shows_the_traceback(demo):
 
 
 def test_an_unexpected_error_is_one_line_too(monkeypatch, demo):
-    monkeypatch.setattr("edgemistral.model.load", lambda *_: {}["missing"])
+    monkeypatch.setattr("edgemistral.model.load", lambda *_, **__: {}["missing"])
     assert "KeyError: 'missing' (a bug here: --debug shows where)" in error_of("run", demo, "Hello", code=1)
 
 
@@ -325,64 +324,3 @@ def test_after_warmup_nothing_is_compiled(tmp_path):
     for arguments in (["run", "demo", "Hello"], ["bench", "demo", "--prompts", "8", "--rounds", "1"]):
         child = process(*arguments, env=environment)
         assert "compiling" not in child.communicate()[1] and child.returncode == 0
-
-
-# ---- text from outside ----
-
-def test_texts_from_outside_lose_their_mark_and_carriage_returns(tmp_path: Path) -> None:
-    from edgemistral.cli.options import clean_text, read_text
-
-    file = tmp_path / "text"
-    file.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\r\n")
-    assert read_text(str(file)) == "one\ntwo\rthree\n"
-    with pytest.raises(BadInput, match=r"PROMPT is no UTF-8 text \(character 1\)"):
-        clean_text("a\udc80", "PROMPT")
-
-
-@pytest.mark.parametrize("path", ["plain.safetensors", "my models/q4.safetensors", "-x", "it's $HOME"])
-@pytest.mark.skipif(os.name == "nt", reason="another shell")
-def test_a_path_can_be_pasted(path: str) -> None:
-    import shlex
-
-    from edgemistral.cli.options import pasteable
-
-    assert [str(Path(word)) for word in shlex.split(pasteable(Path(path)))] == [path]
-
-
-@pytest.mark.parametrize(("arguments", "wanted"), [
-    (["demo", "-5 degrees?"], ("demo", "-5 degrees?")),
-    (["demo", "-5", "--greedy"], ("demo", "-5")),
-    (["demo", "--system", "-be brief-", "- a list"], ("demo", "- a list")),
-    (["demo", "--", "--greedy"], ("demo", "--greedy")),
-    (["demo", "---"], ("demo", "---")),
-    (["demo", "-"], ("demo", "-")),
-])
-def test_a_prompt_may_begin_with_a_dash(arguments: list[str], wanted: tuple[str, str]) -> None:
-    from edgemistral.cli.run import run
-
-    context = run.make_context("run", arguments)
-    assert (context.params["model"], context.params["prompt"]) == wanted
-
-
-@pytest.mark.parametrize("word", ["-hello", "--temprature"])
-def test_what_looks_like_an_option_says_how_to_write_it_as_a_prompt(word: str) -> None:
-    import click
-
-    from edgemistral.cli.run import run
-
-    with pytest.raises(click.UsageError, match="goes behind -- "):
-        run.make_context("run", ["demo", word])
-
-
-def test_status_lines_fit_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from edgemistral import terminal
-
-    widths = iter((40, 20, 20))
-    monkeypatch.setattr(terminal, "_columns", lambda: next(widths))
-    status = terminal.StatusLine()
-    status._enabled = True
-    status.show("x" * 100)
-    status.show("y" * 10)
-    status.clear()
-    lines = [line for line in capsys.readouterr().err.split("\r") if line]
-    assert [len(line) for line in lines] == [39, 19, 10]

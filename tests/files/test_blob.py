@@ -20,7 +20,6 @@ from safetensors import safe_open
 from edgemistral.errors import BadBlob, BadInput, DamagedBlob
 from edgemistral.files.blob import NO_DIGEST, Blob, BlobWriter
 from edgemistral.files.layout import ALIGNMENT, Recipe
-from edgemistral.text.settings import TextSettings
 from tests.checkpoints import small_config
 
 CONFIG = small_config(n_layers=1, vocab_size=50)
@@ -109,46 +108,15 @@ def test_the_bytes_of_the_format_are_pinned(path: Path) -> None:
     """Changing them is changing the format: count FORMAT_VERSION up."""
     whole = path.read_bytes()
     header = header_of(path)
-    assert whole[:8] == struct.pack("<Q", 5880)
+    assert whole[:8] == struct.pack("<Q", 5688)
     assert list(header)[:4] == ["__metadata__", "tok_embeddings", "layers.0.attention_norm", "layers.0.wqkv"]
     assert header["tok_embeddings"] == {"dtype": "BF16", "shape": [50, 192], "data_offsets": [0, 19200]}
     assert header["layers.0.wqkv"] == {"dtype": "U8", "shape": [20, 2, 1088], "data_offsets": [19968, 63488]}
-    assert list(header["__metadata__"])[:6] == [
-        "format", "format_version", "config", "recipe", "text", "header_sha256",
+    assert list(header["__metadata__"])[:7] == [
+        "format", "format_version", "config", "recipe", "text", "header_sha256", "sha256:tok_embeddings",
     ]
     assert header["__metadata__"]["recipe"] == '{"bits": 4, "output_bits": 8}'
-    assert hashlib.sha256(whole).hexdigest() == "cc74c7d54fcd47d625d7cabaf6065fe9581a4fe58a70c219863d73ad08187593"
-
-
-def test_format_1_is_still_read(path: Path, tmp_path: Path) -> None:
-    def older(header: dict[str, Any]) -> None:
-        metadata = header["__metadata__"]
-        metadata["format_version"] = "1"
-        del metadata["text"]
-        fields = {k: v for k, v in CONFIG_FIELDS.items() if k not in ("end_ids", "rope_factors")}
-        metadata["config"] = json.dumps(fields)
-
-    with Blob.open(path) as new, Blob.open(with_header(path, tmp_path / "old", older)) as old:
-        assert (old.config, old.recipe, old.text) == (new.config, new.recipe, new.text)
-        assert all(old.array(name).tobytes() == new.array(name).tobytes() for name in new.tensors)
-
-
-def test_fields_about_text_have_defaults_and_unknown_ones_are_named(path: Path, tmp_path: Path) -> None:
-    def with_text(text: str) -> Path:
-        return with_header(path, tmp_path / "changed", lambda header: header["__metadata__"].update(text=text))
-
-    with Blob.open(with_text('{"defaults": {"top_k": 40}}')) as blob:
-        assert blob.text == TextSettings(defaults={"top_k": 40})
-    for text, message in (
-        ('{"colour": 1}', "text has unknown fields: colour"),
-        ('{"kind": "tiktoken"}', "text has kind 'tiktoken'"),
-        ('{"added": {"x": ["a", true]}}', "text has added"),
-        ('{"defaults": {"top_k": -1}}', "top_k is -1"),
-        ('{"defaults": {"heat": 1}}', "unknown names: heat"),
-        ("[]", "text is not a JSON object"),
-    ):
-        with pytest.raises(BadBlob, match=message):
-            Blob.open(with_text(text))
+    assert hashlib.sha256(whole).hexdigest() == "53692eb7c9eab1a088059c3defa1ba12ae3e9873113e13d49aa1b315286b2021"
 
 
 def test_arrays_outlive_the_blob(path: Path) -> None:
@@ -235,6 +203,9 @@ CONFIG_FIELDS = CONFIG.to_dict()
     [
         (metadata("format", "other"), "not a blob"),
         (metadata("format_version", "3"), "format version '3'"),
+        (metadata("text", "[]"), "text is not a JSON object"),
+        (metadata("text", '{"voice": 1}'), "text has unknown fields: voice"),
+        (metadata("text", '{"end_ids": [-1]}'), r"text.end_ids is '\[-1\]'"),
         (metadata("config", None), "config is not usable JSON"),
         (metadata("config", "[]"), "not a JSON object"),
         (metadata("config", json.dumps({**CONFIG_FIELDS, "dim": -192})), "dim is -192"),

@@ -174,8 +174,7 @@ def test_an_assistant_message_at_the_end_is_a_prefix_and_an_empty_one_earlier_ju
     ([*PARIS, {"role": "tool", "content": "x"}], "messages[3].role"),
     ([{"role": ["user"], "content": "x"}], "messages[0].role"),
     ([{"role": "assistant", "content": "x"}], "messages[0].role"),
-    ([*PARIS[:2], {"role": "system", "content": "x"}], "messages[2].role"),
-    ([{"role": "system", "content": "x"}, PARIS[0], {"role": "system", "content": "x"}], "messages[2].role"),
+    ([*PARIS, {"role": "assistant", "content": None, "tool_calls": [{}]}], "messages[3].tool_calls"),
     ([{"role": "user", "content": None}], "messages[0].content"),
     ([{"role": "user", "content": ["x"]}], "messages[0].content"),
     ([*PARIS[:2], {"role": "user", "content": "half \ud83d"}], "messages[2].content"),
@@ -186,6 +185,19 @@ def test_a_bad_conversation_names_its_field_in_one_line(v1: Tokenizer, messages:
     assert caught.value.field == field
     assert str(caught.value).startswith(field)
     assert "\n" not in str(caught.value)
+
+
+def test_a_system_text_that_comes_later_stands_where_it_is(v1: Tokenizer) -> None:
+    brief = {"role": "system", "content": "Be brief."}
+    for messages in ([*PARIS[:2], brief, PARIS[2]], [*PARIS[:2], PARIS[2], brief]):
+        text = v1.decode(v1.encode_chat(messages))
+        assert text.index("Paris, the capital.") < text.index("Be brief.") and text.count("[INST]") == 2
+
+
+def test_developer_is_another_word_for_system_and_null_for_no_text(v1: Tokenizer) -> None:
+    brief, nothing = {"role": "developer", "content": "Be brief."}, {"role": "assistant", "content": None}
+    assert v1.encode_chat([brief, PARIS[0]]) == v1.encode_chat([{**brief, "role": "system"}, PARIS[0]])
+    assert v1.encode_chat([PARIS[0], nothing, PARIS[2]]) == v1.encode_chat([PARIS[0], {**nothing, "content": ""}, PARIS[2]])
 
 
 def test_bad_texts_and_ids_are_refused(v1: Tokenizer) -> None:
