@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -123,16 +123,16 @@ class JinjaTemplate:
             checked.pop()                              # nothing to go on with: an answer of its own
         everything = json.dumps([checked, list(tools or [])], ensure_ascii=False, default=str) + self._source
         free = (chr(code) for code in PRIVATE_USE if chr(code) not in everything)
-        hidden = {text: next(free) for text in tokenizer.control.values() if text and text in everything.replace("\\", "")}
+        hidden = _Hidden(tokenizer.control.values(), free)
         continued = checked[-1]["role"] == "assistant" and bool(checked[-1].get("content"))
         end = next(free)
-        shown = _replaced(checked, hidden)
+        shown = [{k: v if k == "role" else hidden.in_all(v) for k, v in message.items()} for message in checked]
         if continued:
             shown[-1]["content"] += end
-        text = self.render(shown, _replaced(list(tools), hidden) if tools else None, not continued)
+        text = self.render(shown, hidden.in_all(list(tools)) if tools else None, not continued)
         if continued:
             text = text.partition(end)[0]
-        return tokenizer.encode_markup(text, {stand_in: meant for meant, stand_in in hidden.items()})
+        return tokenizer.encode_markup(text, hidden.meanings)
 
     def render(self, messages: Messages, tools: Tools | None = None, add_generation_prompt: bool = True) -> str:
         """The text of a conversation. BadRequest: the template refuses it, or fails."""
@@ -197,7 +197,13 @@ def is_mistrals_own(text: str, special: Mapping[str, str]) -> bool:
         rendered = JinjaTemplate(text, special).render([{"role": role, "content": content} for role, content in turns])
     except BadInput:
         return False
-    return "".join(rendered.split()) == f"{bos}[INST]u1[/INST]a1{eos}[INST]u2[/INST]"
+    if "".join(rendered.split()) != f"{bos}[INST]u1[/INST]a1{eos}[INST]u2[/INST]":
+        return False
+    try:
+        system = JinjaTemplate(text, special).render([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
+    except BadInput:     # the older ones refuse it
+        return True
+    return "".join(system.split()) == f"{bos}[INST]su[/INST]"
 
 
 def end_of_turn(text: str, special: Mapping[str, str], control: Mapping[str, int]) -> int | None:
@@ -265,14 +271,51 @@ def _checked_message(message: Any, i: int) -> dict[str, Any]:
     return {**message, "role": "system" if role == "developer" else role, "content": check_text(content, f"{field}.content")}
 
 
-def _replaced(value: Any, replacements: Mapping[str, str]) -> Any:
-    """A copy of JSON-like data with texts replaced everywhere in it."""
-    if isinstance(value, str):
-        for text in sorted(replacements, key=len, reverse=True):
-            value = value.replace(text, replacements[text])
-        return value
-    if isinstance(value, Mapping):
-        return {_replaced(key, replacements): _replaced(item, replacements) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_replaced(item, replacements) for item in value]
-    return value
+class _Hidden:
+    """Puts private-use characters in the place of control texts, in any case of letters, for a template may change it.
+
+    So it does with the beginning or end of one at the edge of a text, which the template or another text may complete.
+    """
+
+    def __init__(self, control: Iterable[str], free: Iterator[str]) -> None:
+        texts = sorted({text.lower() for text in control if text.strip()}, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, texts)), re.IGNORECASE) if texts else None
+        self._beginnings = {text[:n] for text in texts for n in range(1, len(text))}
+        self._ends = {text[n:] for text in texts for n in range(1, len(text))}
+        self._longest = max(map(len, texts), default=0)
+        self._free, self._marks = free, dict[str, str]()
+        self.meanings: dict[str, str] = {}      # character -> the text that it stands for
+
+    def in_all(self, value: Any) -> Any:
+        """A copy of JSON-like data with no control text in it."""
+        if isinstance(value, str):
+            return self._in_text(value)
+        if isinstance(value, Mapping):
+            return {self.in_all(key): self.in_all(item) for key, item in value.items()}
+        return [self.in_all(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def _in_text(self, text: str) -> str:
+        if self._pattern is None:
+            return text
+        text = self._pattern.sub(lambda match: self._mark(match[0]), text)
+        core = text.strip()
+        if not core:
+            return text
+        before, after = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+        for n in range(min(self._longest - 1, len(core)), 0, -1):
+            if core[-n:].lower() in self._beginnings:
+                core = core[:-n] + self._mark(core[-n:])
+                break
+        for n in range(min(self._longest - 1, len(core)), 0, -1):
+            if core[:n].lower() in self._ends:
+                core = self._mark(core[:n]) + core[n:]
+                break
+        return before + core + after
+
+    def _mark(self, meaning: str) -> str:
+        if meaning not in self._marks:
+            mark = next(self._free, None)
+            if mark is None:
+                raise BadRequest("messages spell control tokens in too many ways", "messages")
+            self._marks[meaning], self.meanings[mark] = mark, meaning
+        return self._marks[meaning]
