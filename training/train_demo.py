@@ -229,7 +229,8 @@ def export(training: Training, tokenizer: bytes) -> None:
     fields = training.model.config.to_dict()
     config = {"architectures": [HF_ARCHITECTURES["mistral"]], "model_type": "mistral", "hidden_act": "silu",
               "torch_dtype": "bfloat16", "tie_word_embeddings": False, "rope_theta": CONFIG.rope_theta,
-              "head_dim": CONFIG.head_dim, "sliding_window": None, **{foreign: fields[name] for name, foreign in HF_NAMES.items()}}
+              "head_dim": CONFIG.head_dim, "sliding_window": None,
+              **{foreign: fields[name] for name, foreign in HF_NAMES.items()}}
     (DEMO / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (DEMO / "tokenizer.model").write_bytes(tokenizer)
     save_file(training.model.to_hf(), DEMO / "model.safetensors", {"format": "pt"})
