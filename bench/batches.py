@@ -1,8 +1,8 @@
-"""What a short batch costs beside one token, as a speculating decoder or several users would bring it, in turns.
+"""What a step of several rows costs beside one of one row, in turns: one token each of so many sequences.
 
     python bench/batches.py WORK [--bits 8]
 
-Every token of a batch gets its logits. The blob is the one that seven_b.py leaves in WORK, or --blob.
+Every row gets its logits. The blob is the one that seven_b.py leaves in WORK, or --blob.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from bench.harness import save, work_argument
 from edgemistral.files.blob import Blob
 from edgemistral.measure.benchmark import seconds
+from edgemistral.runtime.segments import Row, Sequence
 from edgemistral.runtime.threads import performance_cores
 from edgemistral.runtime.transformer import Transformer
 
@@ -27,10 +28,13 @@ def measure(blob: Path, threads: int, rounds: int) -> list[dict[str, Any]]:
     """For each size the median seconds, and the median over the rounds of its ratio to one token's."""
     transformer = Transformer(Blob.open(blob), context=64, threads=threads)
 
+    sequences = [Sequence(transformer.pool) for _ in range(max(SIZES))]
+
     def took(size: int) -> float:
-        ids = np.arange(size, dtype=np.int32) + 3
-        taken = seconds(lambda: transformer.forward(ids, size))
-        transformer.truncate(0)
+        rows = [Row(sequence, np.array([n + 3], np.int32), 1) for n, sequence in enumerate(sequences[:size])]
+        taken = seconds(lambda: transformer.step(rows))
+        for sequence in sequences[:size]:
+            sequence.cut(0)
         return taken
 
     for size in SIZES:

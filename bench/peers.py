@@ -77,8 +77,12 @@ def write_gguf(path: Path, blob: Blob, bits: int) -> None:
 class Peer:
     """A process that measures when it reads a line: "prefill" or "decode" (and for ours "bandwidth" or "peak")."""
 
-    def __init__(self, python: str, kind: str, model: Path, threads: int, environment: Mapping[str, str] | None = None) -> None:
-        command = [python, "-m", "bench.peers", "--worker", kind, str(model), str(threads)]
+    def __init__(
+        self, python: str, kind: str, model: Path, threads: int, environment: Mapping[str, str] | None = None,
+        module: str = "bench.peers",
+    ) -> None:
+        """module: whose `--worker` it runs; its tasks are the lines."""
+        command = [python, "-m", module, "--worker", kind, str(model), str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                          text=True, env={**os.environ, **(environment or {})}, cwd=Path(__file__).parents[1])
         self.ask("decode")     # warms up, and waits for the model to be loaded
@@ -105,27 +109,27 @@ def work(kind: str, model: str, threads: str) -> None:
 
 
 def ours(model: str, threads: int) -> dict[str, Any]:
-    from edgemistral.measure.benchmark import Roofline
+    from edgemistral.measure.benchmark import Roofline, append
+    from edgemistral.runtime.segments import Row, Sequence
     from edgemistral.runtime.transformer import Transformer
 
     transformer = Transformer(Blob.open(model), threads=threads)
-    roofline = Roofline(threads, transformer.blob.data)
+    roofline, sequence = Roofline(threads, transformer.blob.data), Sequence(transformer.pool)
     ids = np.arange(PROMPT, dtype=np.int32) + 3
 
     def prefill() -> float:
         start = time.perf_counter()
-        for first in range(0, PROMPT, transformer.chunk):
-            transformer.forward(ids[first : first + transformer.chunk], int(first + transformer.chunk >= PROMPT))
+        append(transformer, sequence, ids)
         took = time.perf_counter() - start
-        transformer.truncate(0)
+        sequence.cut(0)
         return PROMPT / took
 
     def decode() -> float:
         start = time.perf_counter()
         for n in range(DECODED):
-            transformer.forward(ids[n : n + 1], 1)
+            transformer.step([Row(sequence, ids[n : n + 1], 1)])
         took = time.perf_counter() - start
-        transformer.truncate(0)
+        sequence.cut(0)
         return DECODED / took
 
     return {"prefill": prefill, "decode": decode, "bandwidth": roofline.bandwidth, "peak": roofline.int8_peak,

@@ -20,6 +20,7 @@ from edgemistral.errors import (
     BadConfig,
     BadInput,
     BadRequest,
+    BadSession,
     Cancelled,
     ContextOverflow,
     DamagedBlob,
@@ -30,9 +31,10 @@ from edgemistral.errors import (
 if TYPE_CHECKING:
     from edgemistral.config import ModelConfig
     from edgemistral.demo import demo_model
-    from edgemistral.generate.engine import Generation, Usage
     from edgemistral.generate.sampler import SamplingParams
+    from edgemistral.generate.tasks import Generation, Usage
     from edgemistral.model import Model, Reply, load
+    from edgemistral.session import Session
 
 __version__ = "0.1.0"
 
@@ -42,6 +44,7 @@ __all__ = [
     "BadConfig",
     "BadInput",
     "BadRequest",
+    "BadSession",
     "Cancelled",
     "ContextOverflow",
     "DamagedBlob",
@@ -52,6 +55,7 @@ __all__ = [
     "OutOfMemoryBudget",
     "Reply",
     "SamplingParams",
+    "Session",
     "Usage",
     "__version__",
     "demo_model",
@@ -60,12 +64,13 @@ __all__ = [
 
 # What is imported on first use (PEP 562): name -> module.
 _LAZY = {
-    "Generation": "generate.engine",
+    "Generation": "generate.tasks",
     "Model": "model",
     "ModelConfig": "config",
     "Reply": "model",
     "SamplingParams": "generate.sampler",
-    "Usage": "generate.engine",
+    "Session": "session",
+    "Usage": "generate.tasks",
     "demo_model": "demo",
     "load": "model",
 }

@@ -151,12 +151,10 @@ class ModelConfig:
             if not _divides(ours["n_heads"], ours["dim"]):
                 raise BadConfig("head_dim is missing and hidden_size is no multiple of num_attention_heads")
             head_dim = ours["dim"] // ours["n_heads"]
-        eos_id = ours.pop("eos_id")
         rope_theta, scaling = _hf_rope(fields, LLAMA_ROPE_THETA if is_llama else None)
         return cls(
             **ours,
             head_dim=head_dim,
-            eos_id=eos_id[0] if isinstance(eos_id, list) and len(eos_id) == 1 else eos_id,
             rope_theta=rope_theta,
             rope_factors=None if scaling is None else rope_factors(scaling, rope_theta, head_dim),
             sliding_window=None if is_llama else fields.get("sliding_window"),   # transformers' Llama has none

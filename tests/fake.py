@@ -7,6 +7,7 @@ import hashlib
 import numpy as np
 
 from edgemistral.config import ModelConfig
+from edgemistral.runtime.segments import SegmentPool
 
 VOCAB_SIZE = 300
 
@@ -20,38 +21,44 @@ def tiny_config(**changes) -> ModelConfig:
 
 
 class FakeTransformer:
-    """Logits are random numbers seeded by all ids up to the position, so a wrong KV cache gives wrong logits.
+    """Logits are random numbers seeded by all ids up to the position, so a wrong sequence gives wrong logits.
 
-    script: after a prefix of this many tokens, this id is the most likely one by far.
+    script: after a prefix of this many tokens, this id is the most likely one by far. segments: the budget of the pool.
     """
 
-    def __init__(self, config=None, context=None, chunk=8, script=None):
+    def __init__(self, config=None, context=None, chunk=8, script=None, segments=64):
         self.config = config or tiny_config()
         self.context, self.chunk = context or self.config.context, chunk
         self.script = script or {}
-        self.held: list[int] = []
-        self.calls: list[list[int]] = []   # the ids of every forward call
-        self.fail_at: int | None = None    # raise KeyboardInterrupt at this call, before anything is appended
+        self.pool = SegmentPool(self.config, budget=0)
+        self.pool.capacity = segments
+        self.steps: list[list[list[int]]] = []   # the ids of every row of every step
+        self.fail_at: int | None = None    # raise KeyboardInterrupt at this step, before anything is appended
         self.closed = False
-        self.kv_bytes = 0
-        self._logits = np.empty((chunk, self.config.vocab_size), np.float32)   # used again by every call
 
     @property
-    def length(self) -> int:
-        return len(self.held)
+    def calls(self):
+        """The ids of every row."""
+        return [ids for step in self.steps for ids in step]
 
-    def forward(self, ids, n_logits):
-        assert not self.closed and ids.dtype == np.int32
-        assert 0 <= n_logits <= len(ids) <= self.chunk and len(ids) > 0
-        assert self.length + len(ids) <= self.context
-        if self.fail_at is not None and len(self.calls) == self.fail_at:
+    def step(self, rows):
+        assert not self.closed and rows
+        assert len({id(row.sequence) for row in rows}) == len(rows)
+        assert 0 < sum(len(row.ids) for row in rows) <= self.chunk
+        for row in rows:
+            assert row.ids.dtype == np.int32 and 0 <= row.n_logits <= len(row.ids) > 0
+            assert row.sequence.length + len(row.ids) <= self.context
+        if self.fail_at is not None and len(self.steps) == self.fail_at:
             self.fail_at = None
             raise KeyboardInterrupt
-        self.calls.append(ids.tolist())
-        self.held += ids.tolist()
-        for row, end in enumerate(range(self.length - n_logits + 1, self.length + 1)):
-            self._logits[row] = self.expected_logits(self.held[:end])
-        return self._logits[:n_logits]
+        self.steps.append([row.ids.tolist() for row in rows])
+        logits = []
+        for row in rows:
+            row.sequence.reserve(row.sequence.length + len(row.ids))
+            row.sequence.append(row.ids)
+            held = row.sequence.ids.tolist()
+            logits += [self.expected_logits(held[:end]) for end in range(len(held) - row.n_logits + 1, len(held) + 1)]
+        return np.array(logits, np.float32).reshape(len(logits), self.config.vocab_size)
 
     def expected_logits(self, ids):
         seed = int.from_bytes(hashlib.sha256(repr(list(ids)).encode()).digest()[:8], "little")
@@ -60,9 +67,9 @@ class FakeTransformer:
             logits[self.script[len(ids)]] = 100
         return logits
 
-    def truncate(self, length):
-        assert not self.closed and 0 <= length <= self.length
-        del self.held[length:]
+    def wait(self):
+        pass
 
     def close(self):
         self.closed = True
+        self.pool.close()

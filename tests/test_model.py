@@ -14,7 +14,7 @@ from edgemistral.files.blob import Blob
 from edgemistral.generate.engine import Engine
 from edgemistral.model import Model
 from edgemistral.runtime.plan import plan
-from edgemistral.text.tokenizer import Tokenizer
+from edgemistral.text.sentencepiece import SentencePieceTokenizer
 from tests.fake import FakeTransformer, tiny_config
 
 TOKENIZER = Path(__file__).parent / "data" / "tokenizer.model"
@@ -22,7 +22,7 @@ TOKENIZER = Path(__file__).parent / "data" / "tokenizer.model"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(TOKENIZER.read_bytes())
+    return SentencePieceTokenizer(TOKENIZER.read_bytes())
 
 
 def scripted(tokenizer, prompt_ids, answer, chunk=64, context=512):
@@ -105,7 +105,7 @@ def test_the_next_turn_computes_only_what_is_new(tokenizer):
     model = scripted(tokenizer, tokenizer.encode_chat(USER), "In Paris.")
     answer = "".join(model.chat(USER, temperature=0))
     fake = model.engine._transformer
-    fake.calls.clear()
+    fake.steps.clear()
     messages = [*USER, {"role": "assistant", "content": answer}, {"role": "user", "content": "And now?"}]
     reply = model.chat(messages, 1, temperature=0)
     list(reply)

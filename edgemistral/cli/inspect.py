@@ -15,6 +15,7 @@ from edgemistral.cli.options import (
     context_option,
     json_flag,
     kv_bits_option,
+    kv_budget_option,
     max_ram_option,
     model_argument,
     open_blob,
@@ -47,6 +48,14 @@ def inspect(model: str, as_json: bool) -> None:
     click.echo(f"bits per weight     {bits['layers']:.3f} in the layers, {bits['file']:.3f} in the whole file")
     recipe = facts["recipe"]
     click.echo(f"recipe              {recipe['bits']} bits in the layers, {recipe['output_bits']} in the output head")
+    if calibration := facts["calibration"]:
+        about = f"{calibration['method']}, {calibration['tokens']:,} tokens of text {calibration['text_sha256'][:16]}"
+    click.echo(f"calibration         {about if calibration else 'none'}")
+    text = facts["text"]
+    click.echo(f"chat template       {text['chat_template']}")
+    click.echo(f"tokenizer           {text['tokenizer']}, {text['added_tokens']} added tokens")
+    click.echo(f"ends of turn        {', '.join(f'{token_id} {spelled}'.strip() for token_id, spelled in text['ends'])}")
+    click.echo(f"sampling defaults   {', '.join(f'{k} {v:g}' for k, v in text['defaults'].items()) or '-'}")
     click.echo(f"format version      {facts['format_version']}")
     click.echo(f"source fingerprint  {facts['source_sha256']}\n")
     for name, value in facts["config"].items():
@@ -80,10 +89,11 @@ def verify(model: str) -> None:
 @context_option
 @kv_bits_option
 @threads_option
+@kv_budget_option
 @max_ram_option
 @json_flag
 def plan(
-    model: str, context: int | None, kv_bits: str, threads: Threads, max_ram: int | None, as_json: bool
+    model: str, context: int | None, kv_bits: str, threads: Threads, kv_budget: int | None, max_ram: int | None, as_json: bool
 ) -> None:
     """Show the exact memory that MODEL takes, before any of it is taken.
 
@@ -94,7 +104,7 @@ def plan(
     from edgemistral.runtime.plan import plan as make_plan
 
     with open_blob(model) as blob:
-        planned = make_plan(blob, context, int(kv_bits), threads)
+        planned = make_plan(blob, context, int(kv_bits), threads, kv_budget, max_ram)
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(planned), "total_bytes": planned.total_bytes}, indent=2))
     else:
@@ -103,9 +113,27 @@ def plan(
             ("keys and values", planned.kv_bytes, f"{planned.context} tokens in {planned.kv_bits} bits, as they come"),
             ("work space", planned.work_bytes, f"{planned.threads} threads"),
             ("in all", planned.total_bytes, ""),
+            ("kept at most", planned.kv_budget, "keys and values of other conversations, too"),
         ):
             click.echo(f"{label:16}{size:>16,} bytes{human_bytes(size):>12}   {remark}".rstrip())
     planned.check(max_ram)
+
+
+def _describe_text(blob: Blob) -> dict[str, Any]:
+    """What the blob says of the model's text."""
+    from edgemistral.model import tokenizer_of
+
+    tokenizer = tokenizer_of(blob)
+    kinds = {"sentencepiece": "SentencePiece", "tokenizers": "tokenizer.json"}
+    return {
+        "tokenizer": kinds[blob.text.kind],
+        "added_tokens": len(blob.text.added),
+        "chat_template": tokenizer.chat.name,
+        "chat_template_text": tokenizer.chat.text,
+        "bos_id": tokenizer.bos_id,
+        "ends": [[token_id, tokenizer.control.get(token_id, "")] for token_id in sorted(tokenizer.end_ids)],
+        "defaults": dict(tokenizer.defaults),
+    }
 
 
 def describe(blob: Blob) -> dict[str, Any]:
@@ -140,6 +168,8 @@ def describe(blob: Blob) -> dict[str, Any]:
         },
         "format_version": blob.metadata["format_version"],
         "recipe": dataclasses.asdict(blob.recipe),
+        "text": _describe_text(blob),
+        "calibration": _calibration(blob),
         "config": config.to_dict(),
         # Equal for two files that were made of the same weights, whatever the recipes and the checkpoint's layout.
         "source_sha256": sources.hexdigest(),
@@ -154,3 +184,12 @@ def describe(blob: Blob) -> dict[str, Any]:
             for kind in weights
         ],
     }
+
+
+def _calibration(blob: Blob) -> dict[str, Any] | None:
+    """How the weights were prepared: method, text_sha256, tokens. None: not at all, or in words that are not known here."""
+    try:
+        found = json.loads(blob.metadata.get("calibration", "null"))
+        return {"method": str(found["method"]), "text_sha256": str(found["text_sha256"]), "tokens": int(found["tokens"])}
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -54,13 +54,24 @@ context_option = click.option(
     "--context", type=int, metavar="N", help="Positions to make room for.  [default: the model's own]"
 )
 kv_bits_option = click.option(
-    "--kv-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits of a stored key or value."
+    "--kv-bits", type=click.Choice(["4", "8", "16"]), default="8", show_default=True, help="Bits of a stored key or value."
 )
 threads_option = click.option(
     "--threads", type=threads, metavar="N", help="Threads, or auto: measured once.  [default: performance cores]"
 )
 max_ram_option = click.option(
     "--max-ram", type=size, metavar="SIZE", help="Refuse to start when the plan is over this size."
+)
+no_lookup_option = click.option(
+    "--no-lookup", is_flag=True, help="Guess no tokens from what was said before (the answers are the same)."
+)
+on_overflow_option = click.option(
+    "--on-overflow", type=click.Choice(["error", "drop-oldest"]), default="error", show_default=True,
+    help="A conversation longer than the context: refuse it, or leave out its oldest turns.",
+)
+kv_budget_option = click.option(
+    "--kv-budget", type=size, metavar="SIZE",
+    help="Memory for conversations that are kept.  [default: a quarter of the memory, at most half of the free disk]",
 )
 
 
@@ -93,11 +104,14 @@ def open_blob(name: str) -> Blob:
 
 
 def read_text(source: str) -> str:
-    """The text of a file, or of standard input for "-". Raises BadInput if it cannot be read or is no UTF-8."""
+    """The text of a file, or of standard input for "-", its lines ending in line feeds, without a byte-order mark.
+
+    Raises BadInput if it cannot be read or is no UTF-8.
+    """
     name = "standard input" if source == "-" else source
     try:
         data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise BadInput(f"{name} is no UTF-8 text (byte {error.start})") from None
     except OSError as error:

@@ -11,8 +11,11 @@ from edgemistral.cli.options import (
     about_demo,
     context_option,
     kv_bits_option,
+    kv_budget_option,
     max_ram_option,
     model_path,
+    no_lookup_option,
+    on_overflow_option,
     size,
     threads_option,
 )
@@ -20,6 +23,7 @@ from edgemistral.terminal import compile_notice
 
 if TYPE_CHECKING:
     from edgemistral.runtime.plan import Threads
+    from edgemistral.text.overflow import OnOverflow
 
 
 @click.command(cls=Command)
@@ -35,13 +39,18 @@ if TYPE_CHECKING:
               help="Answer to this name, too (of a proxy, or in a network).")
 @click.option("--queue", type=click.IntRange(1, 100_000), default=128, show_default=True, help="Requests that may wait.")
 @click.option("--max-body", type=size, metavar="SIZE", default="4MiB", show_default=True, help="Largest request.")
+@click.option("--parallel", type=click.IntRange(1, 64), default=4, show_default=True,
+              help="Answers that are written at once; each step computes a token of every one.")
 @context_option
 @kv_bits_option
+@kv_budget_option
+@no_lookup_option
+@on_overflow_option
 @threads_option
 @max_ram_option
 def serve(
     model: str | None, host: str, port: int, context: int | None, kv_bits: str, threads: Threads,
-    max_ram: int | None, **settings: Any,
+    max_ram: int | None, kv_budget: int | None, no_lookup: bool, on_overflow: OnOverflow, **settings: Any,
 ) -> None:
     """Serve MODEL over HTTP on this computer: a chat page, the OpenAI interface, and the model card's sample JSON.
 
@@ -65,9 +74,13 @@ def serve(
     path = model_path(model)
     with compile_notice():
         with Blob.open(path) as blob:   # what is wrong is said before the port opens
-            planned = plan(blob, context, int(kv_bits), threads)
+            planned = plan(blob, context, int(kv_bits), threads, kv_budget, max_ram)
         planned.check(max_ram)
         run(
-            lambda: load(path, planned.context, planned.kv_bits, planned.threads), host, port,
+            lambda: load(
+                path, planned.context, planned.kv_bits, planned.threads, kv_budget=planned.kv_budget, lookup=not no_lookup,
+                on_overflow=on_overflow,
+            ),
+            host, port,
             listening=listening, **settings,
         )

@@ -1,119 +1,101 @@
 """The engine: token ids in, token ids out, nothing computed twice.
 
-It knows neither text nor files. What the transformer's KV cache holds is known by its ids, so every call computes only
-what follows the longest common prefix with them: the next turn of a chat, the next token of a generation, and a
-generation that goes on after another one used the cache in between are all the same case.
+It knows neither text nor files. Whatever computes is a `Task`: ids, of which a kept sequence holds a prefix, and something
+that takes the logits behind the last of them. One `step` computes rows of several tasks at once: each token that is being
+generated, and beside them as much of a waiting prompt as their readers do not notice. No task's bits depend on the others.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
-from edgemistral.errors import BadRequest, Cancelled, ContextOverflow, EdgeMistralError
-from edgemistral.generate.sampler import Logprobs, Sampler, SamplingParams
+from edgemistral.errors import BadRequest, ContextOverflow, EdgeMistralError
+from edgemistral.generate.pace import Pace
+from edgemistral.generate.sampler import Sampler, SamplingParams
+from edgemistral.generate.sequences import KeptSequences, common_prefix
+from edgemistral.generate.tasks import AllLogits, Cancel, Generation, LastLogits, Progress, Task
+from edgemistral.runtime import segments
+from edgemistral.runtime.segments import Row, SegmentPool, segments_of
 
+Pinned = TypeVar("Pinned", bound=segments.Sequence)
 Ids = Sequence[int] | NDArray[np.integer]
-Progress = Callable[[int, int], None]   # (done, total) prompt tokens of those that had to be computed
-Cancel = Callable[[], bool]             # asked before every chunk and every token: True stops
+WORTH_WAITING = 16                      # tokens of a prefix that another task is about to compute
+MOST_DECODED = 8                        # tokens of a step that only decodes: more would wait for products, not for memory
+GATHERING = 0.002                       # seconds to wait for other threads' tasks before a step
 
 
 class Transformer(Protocol):
-    """What the engine needs of a model. `length` changes only when a call has done its work."""
+    """What the engine needs of a model."""
 
     config: ModelConfig
-    context: int   # positions the KV cache can hold
-    chunk: int     # most tokens of one forward call
+    context: int        # the longest sequence
+    chunk: int          # most tokens of one step
+    pool: SegmentPool
 
-    @property
-    def length(self) -> int:
-        """Positions that the KV cache holds."""
+    def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        """Append each row's ids to its sequence, all or none; logits (sum of n_logits, vocab_size), valid until the next."""
 
-    def forward(self, ids: NDArray[np.int32], n_logits: int) -> NDArray[np.float32]:
-        """Append ids (m,) at `length`; logits (n_logits, vocab_size) of the last of them, valid until the next call."""
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the KV file now."""
-
-    def truncate(self, length: int) -> None:
-        """Forget every position from `length` on."""
+    def wait(self) -> None:
+        """Until nothing of an interrupted step is at work."""
 
     def close(self) -> None: ...
 
 
-@dataclass
-class Usage:
-    """What a generation took so far: counts of tokens, and seconds."""
-
-    prompt_tokens: int
-    cached_tokens: int = 0         # of the prompt, already in the KV cache
-    new_tokens: int = 0            # given to the caller; </s> is not
-    prefill_seconds: float = 0.0   # from the start to the first token
-    decode_seconds: float = 0.0    # all tokens after the first
-
-    @property
-    def prefill_rate(self) -> float:
-        """Prompt tokens computed per second."""
-        return (self.prompt_tokens - self.cached_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_rate(self) -> float:
-        """Tokens per second after the first."""
-        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
-
-
 class Engine:
-    """One transformer and the ids its KV cache holds. Calls from several threads take turns."""
+    """One transformer and the sequences that are kept. Threads may share it: their tasks share the steps."""
 
-    def __init__(self, transformer: Transformer) -> None:
+    def __init__(self, transformer: Transformer, lookup: bool = True) -> None:
+        """lookup: guess tokens from what was said before and verify several in one step; the answers are the same."""
         self.config, self.context = transformer.config, transformer.context
         self._transformer: Transformer | None = transformer
-        self._held = np.empty(self.context, np.int32)   # of these the first transformer.length are in the KV cache
-        self._lock = threading.Lock()
+        self.end_ids = frozenset({self.config.eos_id})
+        self._kept = KeptSequences(transformer.pool)
+        self._pace, self._lookup = Pace(), lookup
+        self._turns = 0
+        self._lock = threading.Lock()                # held for a step, and for whatever touches a sequence
+        self._demanded = threading.Condition()
+        self._demands: dict[Task, int] = {}          # tasks that a thread waits for, and which thread
+        self._last: list[tuple[Task, int]] = []      # those of the last step
 
     @property
     def tokens(self) -> NDArray[np.int32]:
-        """The ids that the KV cache holds, as a copy."""
+        """The ids of the sequence that was used last, as a copy."""
         with self._lock:
-            held: NDArray[np.int32] = self._held[: self._open().length].copy()
-            return held
+            self._open()
+            newest = self._kept.newest
+            return newest.ids.copy() if newest is not None else np.zeros(0, np.int32)
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV file now; answers at once, also while another thread computes."""
         transformer = self._transformer
-        return transformer.kv_bytes if transformer is not None else 0
+        return transformer.pool.file_bytes if transformer is not None else 0
 
     def prefill(self, ids: Ids, progress: Progress | None = None, cancel: Cancel | None = None) -> NDArray[np.float32]:
-        """Make the KV cache hold exactly `ids`; returns the logits (vocab_size,) after the last of them.
+        """Make a kept sequence hold `ids`; returns the logits (vocab_size,) after the last of them.
 
         Raises BadRequest, ContextOverflow (before anything is computed) or Cancelled (what was computed stays).
         """
-        checked = self._checked(ids)
-        with self._lock:
-            logits: NDArray[np.float32] = self._extend(checked, progress, cancel)[0].copy()
-            return logits
+        task = LastLogits(self, self._checked(ids), progress, cancel)
+        while task.logits is None:
+            self.advance(task)
+        return task.logits
 
     def logits(self, ids: Ids) -> NDArray[np.float32]:
         """Logits (len(ids), vocab_size) at every position. Computes all of them anew: a cached position has none."""
-        checked = self._checked(ids)
-        with self._lock:
-            transformer = self._open()
-            transformer.truncate(0)
-            logits = np.empty((len(checked), self.config.vocab_size), np.float32)
-            for start in range(0, len(checked), transformer.chunk):
-                piece = checked[start : start + transformer.chunk]
-                self._held[start : start + len(piece)] = piece
-                logits[start : start + len(piece)] = transformer.forward(piece, len(piece))
-            return logits
+        task = AllLogits(self, self._checked(ids))
+        while not task.done:
+            self.advance(task)
+        return task.logits
 
     def generate(
         self,
@@ -122,21 +104,92 @@ class Engine:
         max_new_tokens: int | None = None,
         progress: Progress | None = None,
         cancel: Cancel | None = None,
+        home: segments.Sequence | None = None,
     ) -> Generation:
-        """Continue `ids` until </s>, `max_new_tokens` or the end of the context. Nothing is computed before the first
-        token is asked for, but what is wrong with the arguments is raised here (see `prefill`)."""
+        """Continue `ids` until an end of turn, `max_new_tokens` or the end of the context. Nothing is computed before the first
+        token is asked for, but what is wrong with the arguments is raised here (see `prefill`).
+
+        home: the pinned sequence that holds it all then.
+        """
         if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 0):
             message = f"max_new_tokens is {max_new_tokens!r}: it must be a whole number, at least 0"
             raise BadRequest(message, "max_new_tokens")
         params.check_vocabulary(self.config.vocab_size)
-        return Generation(self, self._checked(ids), Sampler(params), max_new_tokens, progress, cancel)
+        made = Generation(self, self._checked(ids), Sampler(params), max_new_tokens, progress, cancel)
+        made.home = home
+        return made
+
+    def pin(self, make: Callable[[SegmentPool], Pinned]) -> Pinned:
+        """Keep the sequence that `make` makes, until `unpin`: it is never evicted."""
+        with self._lock:
+            made = make(self._open().pool)
+            self._kept.pin(made)
+            return made
+
+    def unpin(self, sequence: segments.Sequence) -> None:
+        """Close a pinned sequence, after its `save`. Generations that write to it go on without it."""
+        with self._lock:
+            if self._transformer is None or not self._kept.is_pinned(sequence):
+                return
+            self._transformer.wait()
+            self._close_pinned(sequence)
+
+    def save(self, sequence: segments.Sequence, notes: str | None = None, length: int | None = None) -> None:
+        """Save a pinned sequence, with these notes, and cut to this length, if they are given. SessionFailed: it cannot be."""
+        with self._lock:
+            self._open().wait()
+            if not self._kept.is_pinned(sequence):
+                raise EdgeMistralError("the session is closed")
+            if length is not None and length < sequence.length:
+                self._kept.cut_home(sequence, length)
+            sequence.save(notes)
+
+    def advance(self, task: Task) -> None:
+        """Bring a task nearer to what it waits for, by a step that tasks of other waiting threads share.
+
+        Raises what stopped the task: Cancelled, or what its sampler or a callback of its own raised.
+        """
+        news, me = task.news, threading.get_ident()
+        with self._demanded:
+            self._demands[task] = me
+            self._demanded.notify_all()
+        try:
+            with self._lock:
+                if task.news == news and task.error is None:     # else another thread's step has done it
+                    self._gather(me)
+                    with self._demanded:
+                        waiting = dict(self._demands)
+                    self._last = list(waiting.items())
+                    self._step([one for one in waiting if one.error is None])
+        finally:
+            with self._demanded:
+                self._demands.pop(task, None)
+        if task.error is not None:
+            raise task.error
+
+    def step(self, tasks: Sequence[Task]) -> None:
+        """One step for these tasks. What stops one of them is in its `error`, and no other is disturbed."""
+        with self._lock:
+            self._step(tasks)
 
     def close(self) -> None:
         """Wait for the call in progress, then free the transformer. Any later call raises EdgeMistralError."""
         with self._lock:
             if self._transformer is not None:
+                self._transformer.wait()
+                for sequence in self._kept.pinned:
+                    with contextlib.suppress(EdgeMistralError):      # what was saved last stays
+                        self._close_pinned(sequence)
+                self._kept.evict_all()
                 self._transformer.close()
                 self._transformer = None
+
+    def _close_pinned(self, sequence: segments.Sequence) -> None:
+        try:
+            sequence.save()
+        finally:
+            self._kept.unpin(sequence)
+            sequence.close()
 
     def _open(self) -> Transformer:
         if self._transformer is None:
@@ -149,83 +202,123 @@ class Engine:
             raise ContextOverflow(len(array), self.context)
         return array
 
-    def _next_token(
-        self, history: NDArray[np.int32], sampler: Sampler, progress: Progress | None, cancel: Cancel | None
-    ) -> tuple[int, int]:
-        """(the token drawn after `history`, how many of its positions were in the KV cache)."""
-        with self._lock:
-            logits, reused = self._extend(history, progress, cancel)
-            return sampler(logits, history), reused
+    def _gather(self, me: int) -> None:
+        """Wait a moment for the threads whose tasks shared the last step: they are about to ask for their next tokens."""
+        end = time.monotonic() + GATHERING
+        with self._demanded:
+            while True:
+                missing = [one for one, thread in self._last if thread != me and one not in self._demands and not one.done]
+                left = end - time.monotonic()
+                if not missing or left <= 0:
+                    return
+                self._demanded.wait(left)
 
-    def _extend(
-        self, ids: NDArray[np.int32], progress: Progress | None, cancel: Cancel | None
-    ) -> tuple[NDArray[np.float32], int]:
-        """`prefill` with the lock held: logits, valid while it is held, and how many positions were reused."""
+    def _step(self, tasks: Sequence[Task]) -> None:
         transformer = self._open()
-        # The last token is always computed, for its logits.
-        reused = min(common_prefix(self._held[: transformer.length], ids), len(ids) - 1)
-        transformer.truncate(reused)
-        for start in range(reused, len(ids), transformer.chunk):
-            if cancel is not None and cancel():
-                raise Cancelled("stopped as asked")
-            end = min(start + transformer.chunk, len(ids))
-            # Written first: they count once `length` has grown over them, so an exception in between does no harm.
-            self._held[start:end] = ids[start:end]
-            logits = transformer.forward(ids[start:end], int(end == len(ids)))
-            if progress is not None:
-                progress(end - reused, len(ids) - reused)
-        return logits[0], reused
+        transformer.wait()
+        started = time.perf_counter()
+        going = [task for task in tasks if not task.done and not task.stopped()]
+        rows = self._compose(transformer, going)
+        if not rows:
+            return
+        try:
+            logits = self._compute(transformer, [row for _, row in rows])
+        except Exception as error:
+            for task, _ in rows:
+                task.error = error
+            return
+        seconds, first = time.perf_counter() - started, 0
+        decoded = sum(len(row.ids) for _, row in rows if row.n_logits == len(row.ids))
+        self._pace.note(decoded, sum(len(row.ids) for _, row in rows) - decoded, seconds)
+        for task, row in rows:
+            task.take(logits[first : first + row.n_logits], seconds)
+            first += row.n_logits
+            if task.done and task.sequence is not None:
+                self._kept.leave(task.sequence)
+                self._save(task)
 
+    def _save(self, task: Task) -> None:
+        """At the end of a turn. What the disk does not take, the next turn or `save` complains of."""
+        if task.sequence is not None and task.sequence.pinned:
+            with contextlib.suppress(EdgeMistralError):
+                task.sequence.save()
 
-class Generation(Iterator[int]):
-    """The new tokens of one `Engine.generate`, one computed at each `next`.
+    def _compute(self, transformer: Transformer, rows: list[Row]) -> NDArray[np.float32]:
+        try:
+            return transformer.step(rows)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self._kept.evict_all(but=[row.sequence for row in rows])     # the disk is full: what is only kept goes first
+            return transformer.step(rows)
 
-    usage: counts and times so far. finish_reason: None until the end, then "stop" (the model gave </s>), "length"
-    (max_new_tokens) or "context" (it is full). logprobs: one for each token, if `SamplingParams.top_logprobs` is set.
-    It may be dropped, or go on after other calls, at any point: it holds no lock between two tokens.
-    """
+    def _compose(self, transformer: Transformer, tasks: Sequence[Task]) -> list[tuple[Task, Row]]:
+        """The rows of the next step: one token of every task that generates, and prompts in turn in what is left."""
+        in_use = {task.sequence for task in tasks if task.sequence is not None}
+        decoding = [task for task in tasks if task.pending == 1]
+        prompts = sorted((task for task in tasks if task.pending != 1), key=lambda task: task.turn)
+        rows: list[tuple[Task, Row]] = []
+        left, guesses = transformer.chunk, 0 if prompts or not self._lookup else MOST_DECODED - len(decoding)
+        for task in (*decoding, *prompts):
+            task.guessed = ()
+            if task.sequence is None and not self._attach(task, tasks, in_use):
+                continue
+            assert task.sequence is not None
+            if task.pending > 1 and decoding:
+                left = min(left, self._pace.prompt_tokens)
+            if task.pending == 1 and guesses > 0:
+                guesses -= task.guess(guesses, self._pace)
+            n = min(task.pending, left)
+            if n == 0 or not self._has_room(task.sequence, n + len(task.guessed), [row.sequence for _, row in rows]):
+                continue
+            if task.sequence.pinned and not self._reserve(task, task.sequence.length + n + len(task.guessed)):
+                continue
+            self._turns += 1
+            task.turn = self._turns
+            self._kept.touch(task.sequence)
+            rows.append((task, task.row(n)))
+            left -= len(rows[-1][1].ids)
+        return rows
 
-    def __init__(
-        self,
-        engine: Engine,
-        ids: NDArray[np.int32],
-        sampler: Sampler,
-        max_new_tokens: int | None,
-        progress: Progress | None,
-        cancel: Cancel | None,
-    ) -> None:
-        self.usage = Usage(prompt_tokens=len(ids))
-        self.finish_reason: str | None = None
-        self.logprobs: list[Logprobs] = []
-        self._engine, self._sampler, self._progress, self._cancel = engine, sampler, progress, cancel
-        self._max_new_tokens = max_new_tokens
-        self._history = np.empty(engine.context + 1, np.int32)   # the last token needs no place in the KV cache
-        self._history[: len(ids)] = ids
+    def _attach(self, task: Task, tasks: Sequence[Task], in_use: set[segments.Sequence]) -> bool:
+        """Give a task the kept sequence with the longest prefix of its ids; False: it has to wait."""
+        if task.keeps_nothing:
+            task.sequence = self._kept.new(task)
+        else:
+            known = task.history[: task.length - 1]       # the last id is always computed, for its logits
+            _, common = self._kept.longest_prefix(known)
+            for other in tasks:    # one that is about to compute more of the same prompt
+                if other is task or other.sequence is None or other.pending <= 1:
+                    continue
+                if common_prefix(other.history[: other.length], known) >= common + WORTH_WAITING:
+                    return False
+            if task.home is not None and self._kept.is_pinned(task.home):
+                try:
+                    if not self._kept.take_home(task, task.home, known, tasks, in_use):
+                        return False
+                except (OSError, EdgeMistralError) as error:
+                    task.error = error
+                    return False
+                task.sequence = task.home
+            else:
+                task.sequence = self._kept.take(task, known, in_use)
+        in_use.add(task.sequence)
+        task.attached()
+        return True
 
-    def __next__(self) -> int:
-        usage, engine = self.usage, self._engine
-        length = usage.prompt_tokens + usage.new_tokens
-        if self.finish_reason is None and usage.new_tokens == self._max_new_tokens:
-            self.finish_reason = "length"
-        if self.finish_reason is None and length > engine.context:
-            self.finish_reason = "context"
-        if self.finish_reason is not None:
-            raise StopIteration
-        first, history, started = usage.new_tokens == 0, self._history[:length], time.perf_counter()
-        token, reused = engine._next_token(history, self._sampler, self._progress if first else None, self._cancel)
-        seconds = time.perf_counter() - started
-        if first:
-            usage.cached_tokens, usage.prefill_seconds = reused, seconds
-        if token == engine.config.eos_id:
-            self.finish_reason = "stop"
-            raise StopIteration
-        if not first:
-            usage.decode_seconds += seconds
-        self._history[length] = token
-        if self._sampler.logprobs is not None:
-            self.logprobs.append(self._sampler.logprobs)
-        usage.new_tokens += 1
-        return token
+    def _reserve(self, task: Task, length: int) -> bool:
+        """Make room in the file of a session; False: it cannot grow, which stops its own task only."""
+        assert task.sequence is not None
+        try:
+            task.sequence.reserve(length)
+        except EdgeMistralError as error:
+            task.error = error
+        return task.error is None
+
+    def _has_room(self, sequence: segments.Sequence, n: int, in_step: list[segments.Sequence]) -> bool:
+        """Whether a sequence can grow by n positions. Alone it always may: one full context was promised."""
+        needed = segments_of(sequence.length + n) - len(sequence.addresses)
+        return needed <= 0 or self._kept.make_room(needed, [sequence, *in_step]) or not in_step
 
 
 def check_ids(ids: Ids, vocab_size: int) -> NDArray[np.int32]:
@@ -243,10 +336,3 @@ def check_ids(ids: Ids, vocab_size: int) -> NDArray[np.int32]:
         at = int(outside[0])
         raise BadRequest(f"token id {array[at]} at position {at} is outside the vocabulary of {vocab_size}", "ids")
     return np.ascontiguousarray(array, np.int32)
-
-
-def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
-    """How many leading ids two sequences share."""
-    n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n

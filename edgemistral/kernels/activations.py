@@ -1,9 +1,9 @@
 """Activations on their way into a matrix: RMSNorm, SwiGLU, and int8 codes with one scale for every 128 columns.
 
-    d = absmax / 127,  code = round(x * 127 / absmax),  and for every group of 32 columns -zero * sum(codes)
+    d = absmax / 127,  code = round(x * 127 / absmax),  and for every group of 32 columns -zero_point * sum(codes)
 
-The sums take back the offset `zero` that makes stored weights unsigned. Codes are packed for the matrix kernels: tokens in
-tiles of T, a block of 128 columns of all tiles before the next block,
+The sums take back the offset `zero_point` that makes stored weights unsigned. Codes are packed for the matrix kernels: tokens
+in tiles of T, a block of 128 columns of all tiles before the next block,
 
     codes   int8     [block][tile][32 chunks of 4 columns][T][4]
     sums    int32    [block][tile][4 groups][T]
@@ -92,7 +92,7 @@ def normalize_block(x, at, weight, weight_at, factor, size, result):
 
 
 @inlined
-def quantize_block(x, at, zero, activations, tokens, token, block):
+def quantize_block(x, at, zero_point, activations, tokens, token, block):
     """x[at:at + 128] -> codes, sums and scale of one token's block; returns the largest magnitude."""
     peak = zero_f32()
     for i in range(0, BLOCK, 16):
@@ -109,7 +109,7 @@ def quantize_block(x, at, zero, activations, tokens, token, block):
         words = (tile * GROUPS + g) * 8 * t + slot
         spread_words(activations.words, words, t, a)
         spread_words(activations.words, words + 4 * t, t, b)
-        activations.sums[(tile * GROUPS + g) * t + slot] = -zero * total_i32(add_i32(a, b))
+        activations.sums[(tile * GROUPS + g) * t + slot] = -zero_point * total_i32(add_i32(a, b))
     activations.scales[tile * t + slot] = top / np.float32(127)
     return top
 

@@ -1,8 +1,11 @@
 """The forward pass: it reads as the paper does, and a team of threads runs it from top to bottom together.
 
-Three structures: the blueprint (`Shape`), the weights, and the scratch (`State`, shared by the threads, and `Own`, one for
-each). Between its phases the threads meet at a barrier; inside a phase whoever is free takes the next share of the work.
-No sum depends on who computes it, on how many tokens a call brings, or on how many threads there are.
+One call computes a step: any mix of prompt chunks, single tokens and drafts, each a row of consecutive tokens of another
+sequence. Matrices see tokens only; attention sees each token's own sequence. Between its phases the threads meet at a
+barrier; inside a phase whoever is free takes the next share of the work. No sum depends on who computes it, on what else
+the step brings, or on how many threads there are.
+
+Everything a phase needs comes in one `Pass`: the blueprint, the weights, what to compute, and the scratch.
 """
 
 from __future__ import annotations
@@ -22,24 +25,15 @@ from edgemistral.kernels.activations import (
     quantize_block,
     swiglu,
 )
-from edgemistral.kernels.attention import (
-    POSITIONS,
-    ROWS,
-    SPAN,
-    AttentionScratch,
-    Queries,
-    append_key_value,
-    attend,
-    block_at,
-    rotate,
-    take_query,
-)
+from edgemistral.kernels.attention import AttentionScratch, Queries, Rows, attend, block_at
 from edgemistral.kernels.jit import entry, inner
-from edgemistral.kernels.matmul import PAIR, STREAM, MatrixAt, MatrixScratch, multiply_pairs, streams_of, zero_of
+from edgemistral.kernels.kv_formats import append_key_value, quantize_query
+from edgemistral.kernels.kv_layout import POSITIONS, KVLayout
+from edgemistral.kernels.matmul import PAIR, STREAM, MatrixScratch, matrix_at, multiply_pairs, streams_of
+from edgemistral.kernels.rope import rotate
 from edgemistral.kernels.simd import add, load_bf16_as_f32, load_f32, store_f32
-from edgemistral.kernels.sync import barrier, take
+from edgemistral.kernels.sync import Member, barrier, take
 
-PHASES_OF_LAYER = 9
 PAIRS_OF_HIDDEN = 2 * BLOCK // PAIR      # pairs of w13's panels that make one block of w2's columns
 
 
@@ -61,14 +55,23 @@ class Shape(NamedTuple):
     qkv_dim: int         # rows of wqkv
 
 
+class Weights(NamedTuple):
+    """Byte offsets into `blob`, which stays the file's own mapping; nothing is copied."""
+
+    blob: NDArray[np.uint8]         # (bytes of the file,), read-only
+    tok_embeddings: int             # bf16 (vocab_size, dim)
+    matrices: NDArray[np.int64]     # (4 * n_layers + 1, 7): wqkv, wo, w13, w2 of every layer, then the output head; `MatrixAt`s
+    norms: NDArray[np.int64]        # (2 * n_layers + 1,): attention_norm, ffn_norm of every layer, then the last norm; float32
+
+
 class State(NamedTuple):
-    """What the threads share during one call, for up to CHUNK tokens."""
+    """What the threads share during one step."""
 
     x: NDArray[np.float32]         # (tokens, dim_cols) the residual stream; zeros behind dim
     qkv: NDArray[np.float32]       # (tokens, qkv_dim) queries, keys, values
-    mixed: NDArray[np.float32]     # (tokens, q_cols) what attention brought; zeros behind q_dim
-    narrow: Activations            # inputs of wqkv, wo, w13 and the output head
-    wide: Activations              # inputs of w2
+    attn_out: NDArray[np.float32]  # (tokens, q_cols) what attention brought; zeros behind q_dim
+    xq: Activations                # quantized inputs of wqkv, wo, w13 and the output head
+    hq: Activations                # quantized inputs of w2
     queries: Queries
     logits: NDArray[np.float32]    # (2 * n_logits, vocab rows) the head's product with both digits of each token
     cos: NDArray[np.float32]       # (tokens, head_dim / 2)
@@ -84,27 +87,41 @@ class Own(NamedTuple):
     row: NDArray[np.float32]       # (128,) one block of one token
 
 
-# ---- the phases ------------------------------------------------------------------------------------------------------
+class Pass(NamedTuple):
+    """One thread's view of one step."""
+
+    member: Member
+    shape: Shape
+    weights: Weights
+    kv: KVLayout
+    rows: Rows
+    state: State
+    own: Own
+
+
+# ---- the phases: each hands out its work with `take` and ends with a `barrier` -----------------------------------------
 
 @inner
-def _embed(rank, threads, sync, phase, shape, weights, ids, state):
+def embed(p):
     """x[token] = tok_embeddings[id]."""
+    shape, ids = p.shape, p.rows.ids
     while True:
-        first, last = take(sync, phase, threads, ids.size, 4)
+        first, last = take(p.member, ids.size, 4)
         if first >= last:
             break
         for token in range(first, last):
-            row = weights.tok_embeddings + 2 * shape.dim * ids[token]
+            row = p.weights.tok_embeddings + 2 * shape.dim * ids[token]
             for i in range(0, shape.dim, 16):
-                store_f32(state.x, token * shape.dim_cols + i, load_bf16_as_f32(weights.blob, row + 2 * i))
-    barrier(sync, phase, threads)
+                store_f32(p.state.x, token * shape.dim_cols + i, load_bf16_as_f32(p.weights.blob, row + 2 * i))
+    barrier(p.member)
 
 
 @inner
-def _normalize(rank, threads, sync, phase, shape, weights, norm, zero, tokens, state, own):
-    """narrow = quantize(RMSNorm(x))."""
+def rms_norm(p, norm, zero_point):
+    """xq = quantize(RMSNorm(x)), for a matrix with this zero point."""
+    shape, state, row, tokens = p.shape, p.state, p.own.row, p.rows.ids.size
     while True:
-        first, last = take(sync, phase, threads, tokens, 4)
+        first, last = take(p.member, tokens, 4)
         if first >= last:
             break
         for token in range(first, last):
@@ -112,168 +129,159 @@ def _normalize(rank, threads, sync, phase, shape, weights, norm, zero, tokens, s
             factor = inverse_rms(state.x, at, shape.dim, shape.norm_eps)
             for block in range(shape.dim_cols // BLOCK):
                 size, weight_at = shape.dim - BLOCK * block, norm + 4 * BLOCK * block
-                normalize_block(state.x, at + BLOCK * block, weights.blob, weight_at, factor, size, own.row)
-                quantize_block(own.row, 0, zero, state.narrow, tokens, token, block)
-    barrier(sync, phase, threads)
+                normalize_block(state.x, at + BLOCK * block, p.weights.blob, weight_at, factor, size, row)
+                quantize_block(row, 0, zero_point, state.xq, tokens, token, block)
+    barrier(p.member)
 
 
 @inner
-def _project(rank, threads, sync, phase, weights, matrix, x, tokens, out, stride, adds, own):
+def matmul(p, w, x, tokens, out, stride, adds):
     """out[token * stride + row] = (W x[token])[row], added to what is there if `adds`."""
-    streams = streams_of(tokens)
-    apart = (matrix.pairs + streams - 1) // streams
+    streams, result = streams_of(tokens), p.own.matrix.result
+    apart = (w.pairs + streams - 1) // streams
     while True:
-        first, last = take(sync, phase, threads, apart, 2)
+        first, last = take(p.member, apart, 2)
         if first >= last:
             break
         for unit in range(first, last):
-            multiply_pairs(weights.blob, matrix, unit, apart, x, tokens, own.matrix)
+            multiply_pairs(p.weights.blob, w, unit, apart, x, tokens, p.own.matrix)
             for stream in range(streams):
                 pair = unit + stream * apart
-                if pair < matrix.pairs:
+                if pair < w.pairs:
                     for token in range(tokens):
                         for half in range(0, PAIR, PANEL):
                             to = token * stride + PAIR * pair + half
-                            product = load_f32(own.matrix.result, STREAM * stream + PAIR * token + half)
+                            product = load_f32(result, STREAM * stream + PAIR * token + half)
                             store_f32(out, to, add(load_f32(out, to), product) if adds else product)
-    barrier(sync, phase, threads)
+    barrier(p.member)
 
 
 @inner
-def _rotate_and_append(rank, threads, sync, phase, shape, layer, position, tokens, state, cache, kv, own):
-    """Rotate queries and keys, quantize the queries, append keys and values to the cache; a unit is a head and a token."""
-    rows_of_head = (tokens * shape.group + ROWS - 1) // ROWS * ROWS
-    half, hd = shape.head_dim // 2, shape.head_dim
+def rope_and_append(p, layer):
+    """Rotate queries and keys, quantize the queries, append keys and values to the cache; a unit is a KV head and a token."""
+    shape, rows, state, bits = p.shape, p.rows, p.state, p.kv.bits
+    half, hd, tokens = shape.head_dim // 2, shape.head_dim, rows.ids.size
     while True:
-        first, last = take(sync, phase, threads, shape.n_kv_heads * tokens, 4)
+        first, last = take(p.member, shape.n_kv_heads * tokens, 4)
         if first >= last:
             break
         for unit in range(first, last):
             head, token = unit // tokens, unit % tokens
-            at = token * shape.qkv_dim
+            at, position = token * shape.qkv_dim, rows.positions[token]
             for h in range(shape.group):
                 query = at + (head * shape.group + h) * hd
                 rotate(state.qkv, query, hd, state.cos, state.sin, token * half)
-                row = head * rows_of_head + token * shape.group + h
-                take_query(state.qkv, query, hd, kv.bits, state.queries, row)
+                quantize_query(state.qkv, query, hd, bits, state.queries, head * rows.rows_of_head + rows.query_rows[token] + h)
             key = at + (shape.n_heads + head) * hd
             rotate(state.qkv, key, hd, state.cos, state.sin, token * half)
-            value = key + shape.n_kv_heads * hd
-            block = block_at(kv, layer, shape.n_layers, shape.n_kv_heads, head, (position + token) // POSITIONS)
-            append_key_value(cache, block, kv.bits, position + token, state.qkv, key, value, hd)
-    barrier(sync, phase, threads)
+            block = block_at(p.kv, rows, token, layer, head, position // POSITIONS)
+            append_key_value(block, bits, position, state.qkv, key, key + shape.n_kv_heads * hd, hd)
+    barrier(p.member)
 
 
 @inner
-def _attend(rank, threads, sync, phase, shape, layer, position, tokens, state, cache, kv, own):
-    """mixed = attention over the cache; a unit is a head and a span of tokens, the longest rows first."""
-    spans = (tokens + SPAN - 1) // SPAN
+def attention(p, layer):
+    """attn_out = attention over the cache; a unit is a KV head and a span of tokens."""
+    shape, rows, state = p.shape, p.rows, p.state
+    spans = rows.spans.size // 2
     while True:
-        unit, last = take(sync, phase, threads, shape.n_kv_heads * spans, 1)
-        if unit >= last:
+        first, last = take(p.member, shape.n_kv_heads * spans, 1)
+        if first >= last:
             break
-        for u in range(unit, last):
-            head, span = u % shape.n_kv_heads, spans - 1 - u // shape.n_kv_heads
-            first, end = span * SPAN, min(span * SPAN + SPAN, tokens)
-            attend(cache, kv, layer, shape.n_layers, shape.n_kv_heads, head, shape.group, shape.head_dim, shape.window,
-                   position, tokens, first, end, state.queries, state.mixed, shape.q_cols, own.attention)
-    barrier(sync, phase, threads)
+        for unit in range(first, last):
+            span, head = 2 * (unit // shape.n_kv_heads), unit % shape.n_kv_heads
+            attend(p.kv, rows, layer, head, rows.spans[span], rows.spans[span + 1], shape.group, shape.head_dim, shape.window,
+                   state.queries, state.attn_out, shape.q_cols, p.own.attention)
+    barrier(p.member)
 
 
 @inner
-def _quantize_mixed(rank, threads, sync, phase, shape, zero, tokens, state, own):
-    """narrow = quantize(mixed)."""
+def quantize_attn_out(p, zero_point):
+    """xq = quantize(attn_out), for a matrix with this zero point."""
+    shape, state, tokens = p.shape, p.state, p.rows.ids.size
     while True:
-        first, last = take(sync, phase, threads, tokens, 4)
+        first, last = take(p.member, tokens, 4)
         if first >= last:
             break
         for token in range(first, last):
             for block in range(shape.q_cols // BLOCK):
-                at = token * shape.q_cols + BLOCK * block
-                quantize_block(state.mixed, at, zero, state.narrow, tokens, token, block)
-    barrier(sync, phase, threads)
+                quantize_block(state.attn_out, token * shape.q_cols + BLOCK * block, zero_point, state.xq, tokens, token, block)
+    barrier(p.member)
 
 
 @inner
-def _gate_and_up(rank, threads, sync, phase, weights, matrix, zero, tokens, state, own):
-    """wide = quantize(silu(w1 narrow) * w3 narrow); a unit is one block of hidden columns."""
-    streams, blocks = streams_of(tokens), matrix.pairs // PAIRS_OF_HIDDEN
+def gate_and_up(p, w13, zero_point):
+    """hq = quantize(silu(w1 xq) * w3 xq), for a matrix with this zero point; a unit is one block of hidden columns."""
+    state, hidden, tokens, result = p.state, p.own.hidden, p.rows.ids.size, p.own.matrix.result
+    streams, blocks = streams_of(tokens), w13.pairs // PAIRS_OF_HIDDEN
     apart = (blocks + streams - 1) // streams
     while True:
-        first, last = take(sync, phase, threads, apart, 1)
+        first, last = take(p.member, apart, 1)
         if first >= last:
             break
         for unit in range(first, last):
             for n in range(PAIRS_OF_HIDDEN):
                 pair = PAIRS_OF_HIDDEN * unit + n
-                multiply_pairs(weights.blob, matrix, pair, PAIRS_OF_HIDDEN * apart, state.narrow, tokens, own.matrix)
+                multiply_pairs(p.weights.blob, w13, pair, PAIRS_OF_HIDDEN * apart, state.xq, tokens, p.own.matrix)
                 for stream in range(streams):
                     for token in range(tokens):
-                        gate = load_f32(own.matrix.result, STREAM * stream + PAIR * token)
-                        up = load_f32(own.matrix.result, STREAM * stream + PAIR * token + PANEL)
-                        to = (SHORT * stream + token) * BLOCK + PANEL * n
-                        store_f32(own.hidden, to, swiglu(gate, up))
+                        gate = load_f32(result, STREAM * stream + PAIR * token)
+                        up = load_f32(result, STREAM * stream + PAIR * token + PANEL)
+                        store_f32(hidden, (SHORT * stream + token) * BLOCK + PANEL * n, swiglu(gate, up))
             for stream in range(streams):
                 block = unit + stream * apart
                 if block < blocks:
                     for token in range(tokens):
-                        at = (SHORT * stream + token) * BLOCK
-                        quantize_block(own.hidden, at, zero, state.wide, tokens, token, block)
-    barrier(sync, phase, threads)
+                        quantize_block(hidden, (SHORT * stream + token) * BLOCK, zero_point, state.hq, tokens, token, block)
+    barrier(p.member)
 
 
 @inner
-def _normalize_in_two_digits(rank, threads, sync, phase, shape, weights, norm, zero, skip, tokens, state, own):
-    """narrow = quantize(RMSNorm(x)) of the last tokens, each followed by what rounding left of it, quantized again.
+def rms_norm_in_two_digits(p, norm, zero_point):
+    """xq = quantize(RMSNorm(x)) of the tokens with logits, each followed by what rounding left of it, quantized again.
 
-    The head is the last to add noise to the logits, and it is read once a call: two products with it cost a hundredth of a
+    The head is the last to add noise to the logits, and it is read once a step: two products with it cost a hundredth of a
     step and bring its share of the noise to nothing.
     """
+    shape, state, row, tokens = p.shape, p.state, p.own.row, p.rows.with_logits.size
     while True:
-        first, last = take(sync, phase, threads, tokens, 4)
+        first, last = take(p.member, tokens, 4)
         if first >= last:
             break
-        for token in range(first, last):
-            at = (skip + token) * shape.dim_cols
+        for n in range(first, last):
+            at = p.rows.with_logits[n] * shape.dim_cols
             factor = inverse_rms(state.x, at, shape.dim, shape.norm_eps)
             for block in range(shape.dim_cols // BLOCK):
                 size, weight_at = shape.dim - BLOCK * block, norm + 4 * BLOCK * block
-                normalize_block(state.x, at + BLOCK * block, weights.blob, weight_at, factor, size, own.row)
-                top = quantize_block(own.row, 0, zero, state.narrow, 2 * tokens, 2 * token, block)
-                keep_residue(own.row, top)
-                quantize_block(own.row, 0, zero, state.narrow, 2 * tokens, 2 * token + 1, block)
-    barrier(sync, phase, threads)
-
-
-@inner
-def _matrix(weights, index):
-    m = weights.matrices
-    return MatrixAt(m[index, 0], m[index, 1], m[index, 2], m[index, 3], m[index, 4], m[index, 5])
+                normalize_block(state.x, at + BLOCK * block, p.weights.blob, weight_at, factor, size, row)
+                top = quantize_block(row, 0, zero_point, state.xq, 2 * tokens, 2 * n, block)
+                keep_residue(row, top)
+                quantize_block(row, 0, zero_point, state.xq, 2 * tokens, 2 * n + 1, block)
+    barrier(p.member)
 
 
 @entry
-def forward(rank, threads, sync, shape, weights, ids, position, n_logits, state, cache, kv, own):
-    """The model for the tokens `ids` from `position` on; state.logits receives both digits' logits of the last n_logits."""
-    tokens = ids.size
-    phase = 0
-    _embed(rank, threads, sync, phase, shape, weights, ids, state)
+def forward(member, shape, weights, kv, rows, state, own):
+    """One step; state.logits receives both digits' logits of the tokens `rows.with_logits`."""
+    p = Pass(member, shape, weights, kv, rows, state, own)
+    tokens, n_logits = rows.ids.size, rows.with_logits.size
+    embed(p)
     for layer in range(shape.n_layers):
-        wqkv, wo = _matrix(weights, 4 * layer), _matrix(weights, 4 * layer + 1)
-        w13, w2 = _matrix(weights, 4 * layer + 2), _matrix(weights, 4 * layer + 3)
-        norm, zero = weights.norms[2 * layer], zero_of(wqkv.bits)
-        _normalize(rank, threads, sync, phase + 1, shape, weights, norm, zero, tokens, state, own)
-        _project(rank, threads, sync, phase + 2, weights, wqkv, state.narrow, tokens, state.qkv, shape.qkv_dim, False, own)
-        _rotate_and_append(rank, threads, sync, phase + 3, shape, layer, position, tokens, state, cache, kv, own)
-        _attend(rank, threads, sync, phase + 4, shape, layer, position, tokens, state, cache, kv, own)
-        _quantize_mixed(rank, threads, sync, phase + 5, shape, zero, tokens, state, own)
-        _project(rank, threads, sync, phase + 6, weights, wo, state.narrow, tokens, state.x, shape.dim_cols, True, own)
-        norm = weights.norms[2 * layer + 1]
-        _normalize(rank, threads, sync, phase + 7, shape, weights, norm, zero, tokens, state, own)
-        _gate_and_up(rank, threads, sync, phase + 8, weights, w13, zero, tokens, state, own)
-        _project(rank, threads, sync, phase + 9, weights, w2, state.wide, tokens, state.x, shape.dim_cols, True, own)
-        phase += 9
+        wqkv, wo = matrix_at(weights.matrices, 4 * layer), matrix_at(weights.matrices, 4 * layer + 1)
+        w13, w2 = matrix_at(weights.matrices, 4 * layer + 2), matrix_at(weights.matrices, 4 * layer + 3)
+        attention_norm, ffn_norm = weights.norms[2 * layer], weights.norms[2 * layer + 1]
+
+        rms_norm(p, attention_norm, wqkv.zero_point)
+        matmul(p, wqkv, state.xq, tokens, state.qkv, shape.qkv_dim, False)
+        rope_and_append(p, layer)
+        attention(p, layer)
+        quantize_attn_out(p, wo.zero_point)
+        matmul(p, wo, state.xq, tokens, state.x, shape.dim_cols, True)
+
+        rms_norm(p, ffn_norm, w13.zero_point)
+        gate_and_up(p, w13, w2.zero_point)
+        matmul(p, w2, state.hq, tokens, state.x, shape.dim_cols, True)
     if n_logits > 0:
-        output, norm, skip = _matrix(weights, 4 * shape.n_layers), weights.norms[2 * shape.n_layers], tokens - n_logits
-        zero, stride = zero_of(output.bits), PAIR * output.pairs
-        _normalize_in_two_digits(rank, threads, sync, phase + 1, shape, weights, norm, zero, skip, n_logits, state, own)
-        _project(rank, threads, sync, phase + 2, weights, output, state.narrow, 2 * n_logits, state.logits, stride, False, own)
+        output = matrix_at(weights.matrices, 4 * shape.n_layers)
+        rms_norm_in_two_digits(p, weights.norms[2 * shape.n_layers], output.zero_point)
+        matmul(p, output, state.xq, 2 * n_logits, state.logits, PAIR * output.pairs, False)

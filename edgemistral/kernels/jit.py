@@ -4,6 +4,8 @@
 functions call; it becomes part of their code. Both release the GIL and leave floating point strict (no fast-math), because
 the same input must give the same bits whatever the compiler reorders.
 
+Under EDGEMISTRAL_SIMD=interpret nothing is compiled: kernels are the functions of their source files, for a debugger.
+
 numba's own cache keys a function by its own file's time stamp, so editing a helper elsewhere leaves stale code behind
 (and two processes that compile at once can swap each other's entries). Ours keys every file by the content of all kernel
 sources, the versions of Python, numba and LLVM, the CPU, the lowering and the signature: one file an overload, written
@@ -13,6 +15,7 @@ aside and renamed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import os
@@ -26,10 +29,11 @@ from typing import Any
 
 import llvmlite.binding
 import numba
+import numpy as np
 from numba.core import caching
 from numba.core.compiler import CompileResult
 
-from edgemistral.kernels.lowering import choose, prefetch_ahead
+from edgemistral.kernels.lowering import choose, interpreted, prefetch_ahead
 from edgemistral.paths import cache_dir
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
@@ -42,6 +46,8 @@ on_compiled: Callable[[], None] | None = None
 
 def entry(function: Callable[..., Any]) -> Any:
     """Jit a function that Python calls; cached on disk."""
+    if interpreted(function):
+        return _checking(function)
     dispatcher: Any = numba.njit(**_OPTIONS)(function)
     dispatcher._cache = _DiskCache(function)
     return dispatcher
@@ -49,12 +55,60 @@ def entry(function: Callable[..., Any]) -> Any:
 
 def inner(function: Callable[..., Any]) -> Any:
     """Jit a function that only jitted functions call."""
+    if interpreted(function):
+        return _plain(function)
     return numba.njit(**_OPTIONS, no_cpython_wrapper=True)(function)  # type: ignore[call-overload]
 
 
 def inlined(function: Callable[..., Any]) -> Any:
     """`inner` whose code becomes part of its caller's: passing named tuples of arrays takes hundreds of stores a call."""
+    if interpreted(function):
+        return _plain(function)
     return numba.njit(**_OPTIONS, no_cpython_wrapper=True, forceinline=True)(function)  # type: ignore[call-overload]
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself, with the attribute that jitted ones have."""
+    function.py_func = function  # type: ignore[attr-defined]
+    return function
+
+
+def _checking(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that runs as Python: its arrays refuse negative indices, and floats overflow in silence, as in compiled code."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        with np.errstate(all="ignore"):
+            return function(*map(_checked, arguments))
+
+    return _plain(call)
+
+
+class _CheckedArray(np.ndarray):
+    """An array without indices from the end: compiled code would read what lies before the array."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(self._check(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(self._check(index), value)
+
+    @staticmethod
+    def _check(index: Any) -> Any:
+        for each in index if isinstance(index, tuple) else (index,):
+            if not isinstance(each, slice) and np.any(np.less(each, 0)):
+                raise IndexError(f"index {index} is negative")
+        return index
+
+
+def _checked(argument: Any) -> Any:
+    """The same argument, all arrays in it checked."""
+    if isinstance(argument, np.ndarray):
+        return argument.view(_CheckedArray)
+    if isinstance(argument, tuple):
+        parts = map(_checked, argument)
+        return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
+    return argument
 
 
 def digest_of(*parts: object) -> str:

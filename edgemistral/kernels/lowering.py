@@ -6,9 +6,9 @@
 
 All lowerings give the same bits: these operations are exact, and everything else in `simd` is one sequence that LLVM splits
 into whatever width the machine has. To add an instruction set: write a class and name it in `LOWERINGS`.
-`EDGEMISTRAL_SIMD` (one of the names) overrides the choice.
+`EDGEMISTRAL_SIMD` (one of the names) overrides the choice; `interpret` stands for no compiling at all (see `simd_numpy`).
 
-How far ahead to ask for memory is no matter of instructions but of the very processor, and told here too.
+How far ahead to prefetch is set here too. The best distance depends on the CPU model, not on its instructions.
 """
 
 from __future__ import annotations
@@ -30,6 +30,14 @@ config: Any = numba_config    # its names are made at run time
 if config.CPU_NAME is not None and config.CPU_FEATURES is None:
     config.CPU_FEATURES = ""  # what the CPU of NUMBA_CPU_NAME has: numba would add what the host has beside
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
+
+INTERPRET = os.environ.get("EDGEMISTRAL_SIMD") == "interpret"
+"""Whether kernels run as ordinary Python over `simd_numpy`: a thousand times slower, with bounds checked, for debuggers."""
+
+
+def interpreted(function: Any) -> bool:
+    """Whether this jitted function is one of those. The quantizer's use no vectors, and a model would take them days."""
+    return INTERPRET and not function.__module__.startswith("edgemistral_quantize.")
 
 
 def vector(element: ir.Type, lanes: int) -> ir.VectorType:
@@ -289,7 +297,9 @@ def prefetch_ahead() -> tuple[int, int]:
 
 def choose() -> Plain:
     """The best lowering for this CPU, or the one that EDGEMISTRAL_SIMD names. Raises BadInput if the CPU cannot run that."""
+    if INTERPRET:
+        return Plain()
     name = os.environ.get("EDGEMISTRAL_SIMD") or available()[0]
     if name not in available():
-        raise BadInput(f"EDGEMISTRAL_SIMD is {name!r}: this processor runs {', '.join(available())}")
+        raise BadInput(f"EDGEMISTRAL_SIMD is {name!r}: this processor runs {', '.join(available())} (and interpret)")
     return LOWERINGS[name]()

@@ -57,9 +57,10 @@ BLOCK4, BLOCK8 = BLOCK_BYTES[4], BLOCK_BYTES[8]
 
 
 class MatrixAt(NamedTuple):
-    """Where one matrix lies in the blob."""
+    """Where one matrix lies in the blob, and what its codes mean."""
 
     bits: int
+    zero_point: int       # what a stored weight is larger by than the value it stands for
     blocks: int           # of 128 columns
     pairs: int            # of panels of 16 rows
     codes: int            # byte offsets
@@ -75,10 +76,15 @@ class MatrixScratch(NamedTuple):
     result: NDArray[np.float32]    # (tokens * 32,) the pair's outputs of every token; (STREAMS, SHORT, 32) for FEW tokens
 
 
-@inner
-def zero_of(bits):
-    """What a stored weight is larger by than the value it stands for."""
-    return np.int32(LEVEL_ZERO) if bits == 4 else np.int32(CODE_ZERO)
+ZERO_POINTS = {4: LEVEL_ZERO, 8: CODE_ZERO}
+
+
+@inlined
+def matrix_at(table, index):
+    """Row `index` of an int64 table whose rows are `MatrixAt`s."""
+    return MatrixAt(
+        table[index, 0], table[index, 1], table[index, 2], table[index, 3], table[index, 4], table[index, 5], table[index, 6]
+    )
 
 
 # ---- up to SHORT tokens ----------------------------------------------------------------------------------------------

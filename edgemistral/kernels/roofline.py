@@ -27,14 +27,14 @@ PRODUCTS = WEIGHTS * TOKENS * 64     # of bytes, in one round
 def _make_read(LINES, PREFETCHED, STREAMS):
     @entry
     @unrolled(LINES=LINES, PREFETCHED=PREFETCHED, STREAMS=STREAMS)
-    def read(rank, threads, sync, data, result):
+    def read(member, data, result):
         """Nothing but loads of `data` (whole pieces of it), in as many streams and shared out as the kernels' panels."""
         i = registers()
         apart = data.size // PIECE // STREAMS * PIECE
         for line in unroll(LINES):
             i[line] = zero_i32()
         while True:
-            first, last = take(sync, 0, threads, apart // PIECE, 1)
+            first, last = take(member, apart // PIECE, 1)
             if first >= last:
                 break
             for at in range(first * PIECE, last * PIECE, 64 * LINES):
@@ -46,14 +46,14 @@ def _make_read(LINES, PREFETCHED, STREAMS):
                         i[line] = dot4(i[line], v, v)
         for line in unroll(LINES):
             store_f32(result, 16 * line, to_f32(i[line]))      # a result, or the compiler would leave the loads out
-        barrier(sync, 0, threads)
+        barrier(member)
     return read
 
 
 def _make_multiply(WEIGHTS, TOKENS):
     @entry
     @unrolled(WEIGHTS=WEIGHTS, TOKENS=TOKENS)
-    def multiply(rank, threads, sync, data, rounds, result):
+    def multiply(member, data, rounds, result):
         """`rounds` x WEIGHTS x TOKENS dot products of 64 bytes on every thread, all different and in registers."""
         i = registers()
         s = registers()
@@ -72,7 +72,7 @@ def _make_multiply(WEIGHTS, TOKENS):
             for t in unroll(TOKENS):
                 total = add_i32(total, i[w, t])
         store_f32(result, 0, to_f32(total))
-        barrier(sync, 0, threads)
+        barrier(member)
     return multiply
 
 

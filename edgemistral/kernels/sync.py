@@ -1,42 +1,60 @@
 """What the threads of a team share while they run one jitted function together: barriers, and who takes which work.
 
-`sync` is an int64 array that is all zeros before a run. A function counts its phases 0, 1, 2, ...; `sync[0]` counts
-arrivals at barriers, `sync[8 (1 + phase)]` hands out the work of that phase, each in a cache line of its own.
+Each thread counts its phases itself, in `turn[0]`: `take` hands out the work of the phase at hand and `barrier` ends it. So no
+function counts phases, and none can miscount. `sync` is an int64 array of SYNC_SIZE zeros before a run: `sync[0]` counts
+arrivals at barriers, and three tickets, each in a cache line of its own, hand out work in turn. The ticket of the next phase
+is set back to zero during this one: the threads have left the phase that used it last, and have not reached the next.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgemistral.kernels.jit import inner
 from edgemistral.kernels.simd import atomic_add, atomic_load, pause, yield_thread
 
 SPINS = 4000    # of waiting before a thread lets others run: some 50 us, longer than any wait with a core for every thread
+TICKETS = 3
+SYNC_SIZE = 8 * (1 + TICKETS)
 
 
-def sync_size(phases: int) -> int:
-    """Elements of `sync` for a function of so many phases."""
-    return 8 * (phases + 1)
+class Member(NamedTuple):
+    """One thread of a team."""
+
+    rank: int
+    threads: int
+    sync: NDArray[np.int64]    # (SYNC_SIZE,) shared
+    turn: NDArray[np.int64]    # (1,) its own: the number of the phase it is in
 
 
 @inner
-def barrier(sync, phase, threads):
-    """Wait until every thread has come to the end of this phase."""
-    atomic_add(sync, 0, 1)
+def barrier(member):
+    """The end of a phase: wait until every thread has come to it."""
+    phase = member.turn[0]
+    if member.rank == 0:
+        member.sync[8 * (1 + (phase + 1) % TICKETS)] = 0
+    atomic_add(member.sync, 0, 1)
     spins = 0
-    while atomic_load(sync, 0) < (phase + 1) * threads:
+    while atomic_load(member.sync, 0) < (phase + 1) * member.threads:
         pause()
         spins += 1
         if spins > SPINS:
             yield_thread()
+    member.turn[0] = phase + 1
 
 
 @inner
-def take(sync, phase, threads, total, least):
-    """The next share (first, last) of `total` pieces of work, or an empty one when nothing is left.
+def take(member, total, least):
+    """The next share (first, last) of `total` pieces of this phase's work, or an empty one when nothing is left.
 
     Shares shrink from total / (2 threads) down to `least`: long runs of memory at first, and a small one to wait for at the
     end, whatever the speed of each core. Who takes which share changes no result.
     """
-    ticket = atomic_add(sync, 8 * (phase + 1), 1)
+    threads = member.threads
+    ticket = atomic_add(member.sync, 8 * (1 + member.turn[0] % TICKETS), 1)
     first = 0
     while first < total:
         size = max(least, (total - first) // (2 * threads))

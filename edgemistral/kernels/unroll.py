@@ -12,6 +12,8 @@ A vector register cannot be an element of an array, so `v[r]` becomes the variab
 repeats its body with r = 0 ... n - 1; `if static(condition)` keeps one branch. Everything inside `unroll`, `static` and
 the indices of registers is computed here, from the constants given to the decorator and the loops around.
 `function.__unrolled_source__` is what numba compiles.
+
+Under EDGEMISTRAL_SIMD=interpret nothing is rewritten: registers are a dictionary, and a debugger stops in the very source.
 """
 
 from __future__ import annotations
@@ -23,11 +25,15 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
+from edgemistral.kernels.lowering import INTERPRET, interpreted
+
 
 def unrolled(**constants: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: rewrite the function for these constants. Needs the source file beside the code (as numba's tracebacks do)."""
 
     def rewrite(function: Callable[..., Any]) -> Callable[..., Any]:
+        if interpreted(function):
+            return _with_constants(function, constants)
         definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
         assert isinstance(definition, ast.FunctionDef)
         suffix = "".join(f"_{name}{value}" for name, value in constants.items())
@@ -45,6 +51,16 @@ def unrolled(**constants: int) -> Callable[[Callable[..., Any]], Callable[..., A
         return result
 
     return rewrite
+
+
+def _with_constants(function: Callable[..., Any], constants: dict[str, int]) -> Callable[..., Any]:
+    """The function itself, which must see the constants around it."""
+    around = inspect.getclosurevars(function)
+    seen = {**around.globals, **around.nonlocals}
+    for name, value in constants.items():
+        if name in around.unbound or seen.get(name, value) != value:
+            raise TypeError(f"{function.__qualname__} does not see {name} = {value} around it: interpreting needs that")
+    return function
 
 
 class _Unroller:
@@ -114,14 +130,20 @@ def _calls(node: ast.expr, name: str) -> bool:
 
 def registers() -> Any:
     """Declares a family of vector variables; means something only inside `unrolled`."""
+    if INTERPRET:
+        return {}
     raise TypeError("registers() outside of an unrolled function")
 
 
 def unroll(*bounds: int) -> range:
     """Marks a loop to unroll; means something only inside `unrolled`."""
+    if INTERPRET:
+        return range(*bounds)
     raise TypeError("unroll() outside of an unrolled function")
 
 
 def static(condition: bool) -> bool:
     """Marks a condition that the unrolling decides; means something only inside `unrolled`."""
+    if INTERPRET:
+        return condition
     raise TypeError("static() outside of an unrolled function")

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from edgemistral.config import ModelConfig
 from edgemistral.files.layout import Recipe, matrices, round_up
 from edgemistral.kernels import roofline
-from edgemistral.kernels.attention import POSITIONS
-from edgemistral.runtime.kv_cache import block_bytes
+from edgemistral.kernels.kv_layout import POSITIONS, block_bytes
+from edgemistral.runtime.segments import Row
+from edgemistral.runtime.segments import Sequence as KVSequence
 from edgemistral.runtime.team import Team, compile_for
 from edgemistral.runtime.transformer import Transformer
 
@@ -54,16 +55,16 @@ class Roofline:
         """data: what to read, at best the model's own mapping, so that both read the same kind of pages."""
         self._team, self._data = Team(threads), data[-READ_BYTES:]
         self._results = [np.zeros(64, np.float32) for _ in range(threads)]
-        compile_for(roofline.read, (0, 1, np.zeros(1, np.int64), self._data, self._results[0]))
-        compile_for(roofline.multiply, (0, 1, np.zeros(1, np.int64), self._data, PEAK_ROUNDS, self._results[0]))
+        compile_for(roofline.read, (self._data,), self._results[0])
+        compile_for(roofline.multiply, (self._data, PEAK_ROUNDS), self._results[0])
 
     def bandwidth(self) -> float:
         """Bytes read a second."""
-        return self._data.nbytes / seconds(lambda: self._team.run(roofline.read, 1, (self._data,), self._results))
+        return self._data.nbytes / seconds(lambda: self._team.run(roofline.read, (self._data,), self._results))
 
     def int8_peak(self) -> float:
         """Multiplications of bytes a second."""
-        took = seconds(lambda: self._team.run(roofline.multiply, 1, (self._data, PEAK_ROUNDS), self._results))
+        took = seconds(lambda: self._team.run(roofline.multiply, (self._data, PEAK_ROUNDS), self._results))
         return PEAK_ROUNDS * roofline.PRODUCTS * self._team.threads / took
 
     def close(self) -> None:
@@ -85,44 +86,44 @@ def measure(
     result = []
     try:
         for depth in depths:
-            transformer.truncate(0)
-            _append(transformer, rng.integers(0, config.vocab_size, depth, dtype=np.int32))
+            held = KVSequence(transformer.pool)
+            append(transformer, held, rng.integers(0, config.vocab_size, depth, dtype=np.int32))
             progress(step := step + 1, steps)
             for tokens in (*prompts, 0):
                 samples = []
                 for _ in range(rounds):
-                    samples.append(_sample(transformer, ceilings, rng, tokens, depth))
+                    samples.append(_sample(transformer, held, ceilings, rng, tokens))
                     progress(step := step + 1, steps)
                 result.append(_summary("prefill" if tokens else "decode", tokens or DECODED, depth, samples))
+            held.close()
     finally:
-        transformer.truncate(0)
         ceilings.close()
     return result
 
 
 def _sample(
-    transformer: Transformer, ceilings: Roofline, rng: np.random.Generator, tokens: int, depth: int
+    transformer: Transformer, held: KVSequence, ceilings: Roofline, rng: np.random.Generator, tokens: int
 ) -> tuple[float, float, float]:
     """(tokens, rate, ceiling) a second of one round: a prompt of so many tokens, or for 0 some tokens one by one."""
-    config = transformer.config
+    config, depth = transformer.config, held.length
     ids = rng.integers(0, config.vocab_size, tokens or DECODED, dtype=np.int32)
     if tokens:
         ceiling = ceilings.int8_peak()
-        took = seconds(lambda: _append(transformer, ids))
+        took = seconds(lambda: append(transformer, held, ids))
         work = products(config, tokens, depth)
     else:
         ceiling = ceilings.bandwidth()
-        took = seconds(lambda: [transformer.forward(ids[i : i + 1], 1) for i in range(DECODED)])
+        took = seconds(lambda: [transformer.step([Row(held, ids[i : i + 1], 1)]) for i in range(DECODED)])
         work = DECODED * bytes_of_a_token(transformer, depth)
-    transformer.truncate(depth)
+    held.cut(depth)
     return len(ids) / took, work / took, ceiling
 
 
-def _append(transformer: Transformer, ids: NDArray[np.int32]) -> None:
+def append(transformer: Transformer, sequence: KVSequence, ids: NDArray[np.int32]) -> None:
     """A prompt, in chunks, with the logits of its last token."""
     for first in range(0, len(ids), transformer.chunk):
         chunk = ids[first : first + transformer.chunk]
-        transformer.forward(chunk, 1 if first + len(chunk) == len(ids) else 0)
+        transformer.step([Row(sequence, chunk, int(first + len(chunk) == len(ids)))])
 
 
 def _summary(task: str, tokens: int, depth: int, samples: list[tuple[float, float, float]]) -> Measurement:

@@ -21,28 +21,40 @@ class Plan:
     kv_bits: int
     threads: int
     weights_bytes: int   # the blob, mapped: shared between processes, and the system may drop and read it again
-    kv_bytes: int        # the KV file when the context is full: it grows as the context fills
+    kv_bytes: int        # of one sequence that fills the context: it grows as the context fills
     work_bytes: int      # activations and logits: ordinary memory
+    kv_budget: int       # of all sequences that are kept, at most: conversations that go on without being read again
 
     @property
     def total_bytes(self) -> int:
+        """With one full context: what the model cannot do without."""
         return self.weights_bytes + self.kv_bytes + self.work_bytes
 
     def check(self, max_ram: int | None) -> None:
-        """Raises OutOfMemoryBudget if the total is larger than `max_ram` bytes; None is no limit."""
-        if max_ram is not None and self.total_bytes > max_ram:
-            raise OutOfMemoryBudget(self.total_bytes, max_ram)
+        """Raises OutOfMemoryBudget if all of it, kept sequences too, is larger than `max_ram` bytes; None is no limit."""
+        most = self.weights_bytes + self.work_bytes + max(self.kv_budget, self.kv_bytes)
+        if max_ram is not None and most > max_ram:
+            raise OutOfMemoryBudget(most, max_ram)
 
 
-def plan(blob: Blob, context: int | None = None, kv_bits: int = 8, threads: Threads = None) -> Plan:
+def plan(
+    blob: Blob,
+    context: int | None = None,
+    kv_bits: int = 8,
+    threads: Threads = None,
+    kv_budget: int | None = None,
+    max_ram: int | None = None,
+) -> Plan:
     """The plan for a blob.
 
+    kv_budget: bytes for kept sequences. None means a quarter of the memory, at most half of the free disk, and with `max_ram`
+    (bytes) at most what that leaves beside weights and work space; one full context always has room.
     context: positions, None for the model's longest. threads: None for the performance cores that this process may use,
     "auto" for the best number measured with this model.
     Raises BadRequest, whose `field` names the argument, for a value that the model cannot run with.
     """
-    from edgemistral.runtime.kv_cache import KV_BITS, kv_file_bytes  # imports numba
-    from edgemistral.runtime.transformer import workspace_bytes
+    from edgemistral.runtime.segments import KV_BITS, default_kv_budget, segment_bytes, segments_of
+    from edgemistral.runtime.transformer import workspace_bytes  # imports numba
 
     longest = blob.config.context
     context = _whole_number("context", longest if context is None else context, longest)
@@ -53,13 +65,21 @@ def plan(blob: Blob, context: int | None = None, kv_bits: int = 8, threads: Thre
     threads = _whole_number("threads", threads, MAX_THREADS)
     if kv_bits not in KV_BITS:
         raise BadRequest(f"kv_bits is {kv_bits!r}: it must be {' or '.join(map(str, KV_BITS))}", "kv_bits")
+    weights, work = blob.data.nbytes, workspace_bytes(blob.config, threads)
+    one_context = segments_of(context) * segment_bytes(blob.config, kv_bits)
+    if kv_budget is None:
+        kv_budget = default_kv_budget()
+        kv_budget = max(one_context, kv_budget if max_ram is None else min(kv_budget, max_ram - weights - work))
+    elif type(kv_budget) is not int or kv_budget < 1:
+        raise BadRequest(f"kv_budget is {kv_budget!r}: it must be a number of bytes", "kv_budget")
     return Plan(
         context=context,
         kv_bits=kv_bits,
         threads=threads,
-        weights_bytes=blob.data.nbytes,
-        kv_bytes=kv_file_bytes(blob.config, context, kv_bits),
-        work_bytes=workspace_bytes(blob.config, context, threads),
+        weights_bytes=weights,
+        kv_bytes=one_context,
+        work_bytes=work,
+        kv_budget=kv_budget,
     )
 
 

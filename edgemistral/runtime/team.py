@@ -18,7 +18,8 @@ from typing import Any
 import llvmlite.binding
 import numpy as np
 
-from edgemistral.kernels.sync import sync_size
+from edgemistral.kernels.lowering import INTERPRET
+from edgemistral.kernels.sync import SYNC_SIZE, Member
 
 
 def _bind_yield() -> None:
@@ -41,28 +42,29 @@ class Team:
         self._inboxes: list[SimpleQueue[_Call | None]] = []
         self._process = 0
         self._calls: list[_Call] = []      # of the run at hand, one a thread
-        self._sync = np.zeros(0, np.int64)
+        self._sync = np.zeros(SYNC_SIZE, np.int64)
+        self._members = [Member(rank, threads, self._sync, np.zeros(1, np.int64)) for rank in range(threads)]
 
-    def run(self, function: Any, phases: int, common: Sequence[Any], own: Sequence[Any]) -> None:
-        """Call function(rank, threads, sync, *common, own[rank]) on every thread and wait for all of them.
+    def run(self, function: Any, common: Sequence[Any], own: Sequence[Any]) -> None:
+        """Call function(member, *common, own[rank]) on every thread and wait for all of them.
 
         The function must have code for these types already (see `compile_for`): a thread that cannot start would leave the
         others at their barrier. When an exception (Ctrl-C) ends the wait, the threads go on to the end of the function, and
         the next `run` or `wait` waits for them first.
         """
         self.wait()
-        if self._sync.size != sync_size(phases):
-            self._sync = np.zeros(sync_size(phases), np.int64)
         self._sync[:] = 0
+        for member in self._members:
+            member.turn[0] = 0
         if self.threads == 1:
-            function(0, 1, self._sync, *common, own[0])
+            function(self._members[0], *common, own[0])
             return
         if self._process != os.getpid():      # threads do not survive a fork
             inboxes: list[SimpleQueue[_Call | None]] = [SimpleQueue() for _ in range(self.threads)]
             for rank, inbox in enumerate(inboxes):
                 threading.Thread(target=_work, args=(inbox,), name=f"edgemistral-{rank}", daemon=True).start()
             self._inboxes, self._process = inboxes, os.getpid()
-        self._calls = [_Call(function, (rank, self.threads, self._sync, *common, own[rank])) for rank in range(self.threads)]
+        self._calls = [_Call(function, (member, *common, own[member.rank])) for member in self._members]
         self.wait()
 
     def wait(self) -> None:
@@ -104,8 +106,11 @@ def _work(inbox: SimpleQueue[_Call | None]) -> None:
                 call.done.set()
 
 
-def compile_for(function: Any, arguments: Sequence[Any]) -> None:
-    """Load from the cache, or compile, the code for these arguments, without running it."""
+def compile_for(function: Any, common: Sequence[Any], own: Any) -> None:
+    """Load from the cache, or compile, the code that `Team.run` needs for these arguments, without running it."""
+    if INTERPRET:
+        return
     from numba import typeof
 
+    arguments = (Member(0, 1, np.zeros(SYNC_SIZE, np.int64), np.zeros(1, np.int64)), *common, own)
     function.compile(tuple(typeof(argument) for argument in arguments))  # type: ignore[no-untyped-call]

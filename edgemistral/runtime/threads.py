@@ -165,6 +165,7 @@ def _seconds_of_a_token(path: Path, threads: int) -> float:
     import numpy as np
 
     from edgemistral.files.blob import Blob
+    from edgemistral.runtime.segments import Row, Sequence
     from edgemistral.runtime.transformer import Transformer
 
     times: list[float] = []
@@ -172,9 +173,10 @@ def _seconds_of_a_token(path: Path, threads: int) -> float:
     try:
         end = time.perf_counter() + MEASURED
         while len(times) < 3 or time.perf_counter() < end:      # the first one may read the file
-            transformer.truncate(0)
+            sequence = Sequence(transformer.pool)
             start = time.perf_counter()
-            transformer.forward(np.ones(1, np.int32), 1)
+            transformer.step([Row(sequence, np.ones(1, np.int32), 1)])
+            sequence.close()
             times.append(time.perf_counter() - start)
     finally:
         transformer.close()

@@ -1,4 +1,4 @@
-"""A model over its KV cache: what `forward` needs, laid out once, and the calls that run it."""
+"""A model over its KV cache: what `forward` needs, laid out once, and the call that runs a step."""
 
 from __future__ import annotations
 
@@ -13,87 +13,124 @@ from edgemistral.errors import BadRequest, ContextOverflow
 from edgemistral.files.blob import Blob
 from edgemistral.files.layout import ALIGNMENT, BLOCK, GROUP, GROUPS, round_up
 from edgemistral.kernels.activations import LONG, SHORT, Activations
-from edgemistral.kernels.attention import POSITIONS, ROWS, SPAN, AttentionScratch, Queries
-from edgemistral.kernels.forward import PHASES_OF_LAYER, Own, Shape, State, forward
+from edgemistral.kernels.attention import SPAN, AttentionScratch, Queries, Rows
+from edgemistral.kernels.forward import Own, Shape, State, forward
+from edgemistral.kernels.kv_layout import POSITIONS, ROWS
 from edgemistral.kernels.matmul import PAIR, STREAMS, MatrixScratch
-from edgemistral.runtime.kv_cache import KVCache
+from edgemistral.runtime.segments import Row, SegmentPool
 from edgemistral.runtime.team import Team, compile_for
 from edgemistral.runtime.weights import map_weights
 
-CHUNK = 256    # most tokens of one call: enough that reading the weights costs nothing beside computing
+CHUNK = 256       # most tokens of one step: enough that reading the weights costs nothing beside computing
+MAX_ROWS = 64     # of one step
+MAX_LOGITS = 64   # tokens whose logits the workspace has room for; for more, a step makes room of its own
 
 Allocate = Callable[[int, Any], NDArray[Any]]
 
 
 class Transformer:
-    """A model over its KV cache: `forward` appends tokens and returns logits. Not reentrant: the caller holds a lock."""
+    """A model over the sequences of its pool: `step` computes rows. Not reentrant: the caller holds a lock."""
 
-    def __init__(self, blob: Blob, *, context: int | None = None, kv_bits: int = 8, threads: int = 1) -> None:
-        """context: positions of the cache, at most the model's own maximum (None: that)."""
+    chunk = CHUNK
+
+    def __init__(
+        self, blob: Blob, *, context: int | None = None, kv_bits: int = 8, threads: int = 1, kv_budget: int | None = None
+    ) -> None:
+        """context: the longest sequence, at most the model's own maximum (None: that). kv_budget: bytes, see `SegmentPool`."""
         config = blob.config
         if context is not None and not 1 <= context <= config.context:
             raise BadRequest(f"context is {context}, the model's is {config.context}", "context")
-        self.config, self.context, self.chunk = config, context or config.context, min(CHUNK, context or config.context)
+        self.config, self.context = config, context or config.context
         self.blob, self.kv_bits, self.threads = blob, kv_bits, threads
-        self._kv = KVCache(config, kv_bits)
+        self.pool = SegmentPool(config, kv_bits, kv_budget)
         self._team = Team(threads)
         self._weights = map_weights(blob)
         self._shape = _shape(config)
-        self._state, self._own = _workspace(self._shape, self.chunk, threads)
+        self._state, self._own = _workspace(self._shape, threads)
         self._frequencies = rope_frequencies(config)
         self._ready = self._closed = False
 
-    @property
-    def length(self) -> int:
-        """Positions that the KV cache holds."""
-        return self._kv.length
+    def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        """Append every row's ids to its sequence; next-token logits (sum of n_logits, vocab_size), row after row.
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the KV file now."""
-        return self._kv.file_bytes
-
-    def forward(self, ids: NDArray[np.int32], n_logits: int) -> NDArray[np.float32]:
-        """Append the tokens `ids` (m,), m <= chunk; next-token logits (n_logits, vocab_size) after each of the last n_logits.
-
-        When an exception ends the wait (Ctrl-C), nothing was appended.
+        At most `chunk` ids in all, and no two rows of one sequence. Nothing in a token's logits depends on the other rows.
+        Raises ContextOverflow or ValueError before anything is computed. When an exception ends the wait (Ctrl-C), nothing
+        was appended: but `wait` before anything is done to a segment.
         """
-        tokens, position = len(ids), self._kv.length
-        if not 0 < tokens <= self.chunk or not 0 <= n_logits <= tokens:
-            raise ValueError(f"{tokens} tokens and {n_logits} logits in a call of at most {self.chunk}")
-        if position + tokens > self.context:
-            raise ContextOverflow(position + tokens, self.context)
-        ids = np.ascontiguousarray(ids, np.int64)
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise ValueError(f"token ids must be within 0 .. {self.config.vocab_size - 1}")
+        self._check(rows)
         self._team.wait()
-        angles = np.arange(position, position + tokens)[:, None] * self._frequencies
-        self._state.cos[: angles.size] = np.cos(angles).reshape(-1)
-        self._state.sin[: angles.size] = np.sin(angles).reshape(-1)
-        cache = self._kv.reserve(position + tokens)
-        state = self._state if n_logits <= 1 else self._state._replace(logits=_logits(self._shape, n_logits))
-        common = (self._shape, self._weights, ids, position, n_logits, state, cache, self._kv.layout)
+        for row in rows:
+            row.sequence.reserve(row.sequence.length + len(row.ids))
+        n_logits = sum(row.n_logits for row in rows)
+        plan = _lay_out(rows, self._shape.group)
+        angles = plan.positions[:, None] * self._frequencies
+        state = self._state if n_logits <= MAX_LOGITS else self._state._replace(logits=_logits(self._shape, n_logits))
+        state.cos[: angles.size], state.sin[: angles.size] = np.cos(angles).reshape(-1), np.sin(angles).reshape(-1)
+        common = (self._shape, self._weights, self.pool.layout, plan, state)
         if not self._ready:
-            compile_for(forward, (0, 1, np.zeros(1, np.int64), *common, self._own[0]))
+            compile_for(forward, common, self._own[0])
             self._ready = True
-        self._team.run(forward, PHASES_OF_LAYER * self.config.n_layers + 3, common, self._own)
-        self._kv.length = position + tokens
-        rows = round_up(self.config.vocab_size, PAIR)
-        digits = state.logits[: 2 * n_logits * rows].reshape(n_logits, 2, rows)[:, :, : self.config.vocab_size]
+        self._team.run(forward, common, self._own)
+        for row in rows:
+            row.sequence.append(row.ids)
+        rows_of_head = round_up(self.config.vocab_size, PAIR)
+        digits = state.logits[: 2 * n_logits * rows_of_head].reshape(n_logits, 2, rows_of_head)[:, :, : self.config.vocab_size]
         return digits[:, 0] + digits[:, 1]
 
-    def truncate(self, length: int) -> None:
-        """Forget the positions from `length` on."""
-        self._kv.truncate(length)
+    def wait(self) -> None:
+        """Until no thread works on a step that was interrupted."""
+        self._team.wait()
 
     def close(self) -> None:
         """Stop the threads, delete the KV file, unmap the weights."""
         self._team.close()
-        self._kv.close()
+        self.pool.close()
         if not self._closed:
             self._closed = True
             del self._weights
             self.blob.close()
+
+    def _check(self, rows: Sequence[Row]) -> None:
+        """Raise for what no kernel would notice."""
+        tokens = sum(len(row.ids) for row in rows)
+        if not 0 < len(rows) <= MAX_ROWS or len({id(row.sequence) for row in rows}) < len(rows):
+            raise ValueError(f"a step takes 1 to {MAX_ROWS} rows, each of another sequence")
+        if not 0 < tokens <= self.chunk:
+            raise ValueError(f"{tokens} tokens in a step of at most {self.chunk}")
+        for row in rows:
+            if not 0 <= row.n_logits <= len(row.ids) or not len(row.ids):
+                raise ValueError(f"{len(row.ids)} tokens and {row.n_logits} logits in a row")
+            if row.sequence.length + len(row.ids) > self.context:
+                raise ContextOverflow(row.sequence.length + len(row.ids), self.context)
+            if min(row.ids) < 0 or max(row.ids) >= self.config.vocab_size:
+                raise ValueError(f"token ids must be within 0 .. {self.config.vocab_size - 1}")
+
+
+def _lay_out(rows: Sequence[Row], group: int) -> Rows:
+    """The rows as the kernels see them."""
+    n, starts = [len(row.ids) for row in rows], [row.sequence.length for row in rows]
+    tables = [row.sequence.addresses for row in rows]
+    firsts = np.cumsum([0, *n])                                       # token of each row
+    query_firsts = np.cumsum([0, *(round_up(k * group, ROWS) for k in n)])
+    within = np.concatenate([np.arange(k) for k in n])
+    spans: list[tuple[int, int, int]] = []
+    wanted: list[int] = []
+    for row, first, end, start in zip(rows, firsts[:-1].tolist(), firsts[1:].tolist(), starts, strict=True):
+        for at in range(first, end, SPAN):
+            until = min(at + SPAN, end)
+            spans.append(((until - at) * (start + until - first), at, until))
+        wanted += range(end - row.n_logits, end)
+    spans.sort(reverse=True)                                          # the longest work first
+    return Rows(
+        ids=np.concatenate([row.ids for row in rows]).astype(np.int64),
+        positions=np.repeat(starts, n) + within,
+        first_segment=np.repeat(np.cumsum([0, *map(len, tables)])[:-1], n),
+        query_rows=np.repeat(query_firsts[:-1], n) + within * group,
+        spans=np.array([(first, until) for _, first, until in spans], np.int64).reshape(-1),
+        with_logits=np.array(wanted, np.int64),
+        segments=np.concatenate(tables),
+        rows_of_head=int(query_firsts[-1]),
+    )
 
 
 def _shape(config: ModelConfig) -> Shape:
@@ -105,7 +142,7 @@ def _shape(config: ModelConfig) -> Shape:
     )
 
 
-def workspace_bytes(config: ModelConfig, context: int, threads: int) -> int:
+def workspace_bytes(config: ModelConfig, threads: int) -> int:
     """Ordinary memory that a Transformer takes for activations and logits, in bytes."""
     taken = 0
 
@@ -114,7 +151,7 @@ def workspace_bytes(config: ModelConfig, context: int, threads: int) -> int:
         taken += n * np.dtype(dtype).itemsize + ALIGNMENT
         return np.zeros(0, dtype)
 
-    _workspace(_shape(config), min(CHUNK, context), threads, count)
+    _workspace(_shape(config), threads, count)
     return taken
 
 
@@ -125,10 +162,11 @@ def _aligned(n: int, dtype: Any) -> NDArray[Any]:
     return data[start : start + n * np.dtype(dtype).itemsize].view(dtype)
 
 
-def _workspace(shape: Shape, chunk: int, threads: int, array: Allocate = _aligned) -> tuple[State, Sequence[Own]]:
+def _workspace(shape: Shape, threads: int, array: Allocate = _aligned) -> tuple[State, Sequence[Own]]:
     """All that a Transformer computes in; `array(n, dtype)` makes each part."""
-    tokens, hd = _tiled(2 * chunk), shape.head_dim      # twice: the head meets two digits of each token
-    rows, rows_of_span = shape.n_kv_heads * round_up(chunk * shape.group, ROWS), round_up(SPAN * shape.group, ROWS)
+    chunk, tokens, hd = CHUNK, _tiled(2 * CHUNK), shape.head_dim      # twice: the head meets two digits of each token
+    rows = shape.n_kv_heads * round_up(chunk * shape.group + MAX_ROWS * (ROWS - 1), ROWS)
+    rows_of_span = round_up(SPAN * shape.group, ROWS)
 
     def activations(tokens: int, cols: int) -> Activations:
         codes = array(tokens * cols, np.int8)
@@ -161,13 +199,13 @@ def _workspace(shape: Shape, chunk: int, threads: int, array: Allocate = _aligne
     state = State(
         x=array(chunk * shape.dim_cols, np.float32),
         qkv=array(chunk * shape.qkv_dim, np.float32),
-        mixed=array(chunk * shape.q_cols, np.float32),
-        narrow=activations(tokens, max(shape.dim_cols, shape.q_cols)),
-        wide=activations(_tiled(chunk), shape.hidden_cols),
+        attn_out=array(chunk * shape.q_cols, np.float32),
+        xq=activations(tokens, max(shape.dim_cols, shape.q_cols)),
+        hq=activations(_tiled(chunk), shape.hidden_cols),
         queries=Queries(
-            queries, queries.view(np.int32), array(rows, np.int32), array(rows, np.float32), array(rows * hd, np.float32)
+            queries, queries.view(np.int32), array(2 * rows, np.int32), array(rows, np.float32), array(rows * hd, np.float32)
         ),
-        logits=_logits(shape, 1, array),
+        logits=_logits(shape, MAX_LOGITS, array),
         cos=array(chunk * hd // 2, np.float32),
         sin=array(chunk * hd // 2, np.float32),
     )

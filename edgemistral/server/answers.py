@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from edgemistral.generate.engine import Usage
+from edgemistral.generate.tasks import Usage
 from edgemistral.server.service import Token
 from edgemistral.text.tokenizer import Tokenizer
 

@@ -40,6 +40,7 @@ def create_app(
     allow_hosts: Iterable[str] = (),
     allow_origins: Iterable[str] = (),
     queue: int = 128,
+    parallel: int = 4,
     max_body: int = 4 << 20,
     review: Review | None = None,
     on_failed_load: Callable[[BaseException], None] = lambda error: None,
@@ -50,7 +51,7 @@ def create_app(
     returns, /health says "loading" and the rest answers 503. on_failed_load: called on that thread if it raises.
     api_key: must come with every request but those for the page, /docs and /health. allow_hosts: Host names besides
     those of this computer. allow_origins: origins whose pages may call this, such as "https://app.example.com".
-    queue: requests that may wait. max_body: bytes of a request.
+    queue: requests that may wait. parallel: answers that are written at once. max_body: bytes of a request.
     review: called (on a thread, or awaited if it is a coroutine function) as review("prompt", messages or text) and
     review("answer", text); it returns what to use in its place, or raises `Refused`. Answers are then streamed as one
     piece.
@@ -59,9 +60,9 @@ def create_app(
     mounts this one, its lifespan does not run: give it a loaded model, and call `app.state.service.close()` at the end.
     Raises ValueError for settings that make no sense.
     """
-    if queue < 1 or max_body < 1:
-        raise ValueError(f"a queue of {queue} and bodies of {max_body} bytes: both must be at least 1")
-    service = Service(None if callable(model) else model, queue, review)
+    if queue < 1 or max_body < 1 or parallel < 1:
+        raise ValueError(f"a queue of {queue}, {parallel} answers at once, bodies of {max_body} bytes: all must be at least 1")
+    service = Service(None if callable(model) else model, queue, review, parallel)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -14,7 +14,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from edgemistral.generate.engine import Usage
+from edgemistral.generate.tasks import Usage
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 RATES = (1, 2, 5, 10, 15, 20, 30, 50, 100, 200, 500, 1000)

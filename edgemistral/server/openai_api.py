@@ -11,16 +11,16 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 from starlette.responses import JSONResponse, Response
 
 from edgemistral.errors import BadRequest
-from edgemistral.generate.engine import Usage
 from edgemistral.generate.sampler import Grammar
+from edgemistral.generate.tasks import Usage
 from edgemistral.model import Reply
 from edgemistral.server import schemas, streaming
 from edgemistral.server.answers import chat_logprobs, completion_logprobs, timings_body, usage_body
 from edgemistral.server.failures import RESPONSES
 from edgemistral.server.scheduler import Job
 from edgemistral.server.service import Event, Finished, Piece, Service, Token, service_of, warnings_header
+from edgemistral.text.chat import chat_turns
 from edgemistral.text.guardrail import with_guardrail
-from edgemistral.text.tokenizer import chat_turns
 
 router = APIRouter(prefix="/v1", responses=RESPONSES)
 Shared = Annotated[Service, Depends(service_of)]

@@ -1,7 +1,8 @@
 """Many clients, one thread that computes: a bounded queue in which the clients take turns.
 
-Requests are handled on an event loop; a `Job` carries their work to the compute thread and what comes of it back. The
-compute thread never waits for a reader: events pile up in the job (at most one answer) until the loop takes them.
+Requests are handled on an event loop; a `Job` carries their answers to the compute thread and what comes of them back. The
+compute thread writes up to `parallel` answers at once: each of its steps computes a token of every one. It never waits for a
+reader: events pile up in the job (at most its answers) until the loop takes them.
 """
 
 from __future__ import annotations
@@ -11,15 +12,24 @@ import contextlib
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from edgemistral.errors import Cancelled, EdgeMistralError
+from edgemistral.generate.tasks import Generation
 
 HAND_OVER = 0.003   # seconds; a reader takes half a millisecond
 
-Work = Callable[[], Iterator[None]]   # run on the compute thread; at each `yield` others may have their turn
+
+class Answer(Protocol):
+    """One answer of a job, for the compute thread."""
+
+    @property
+    def generation(self) -> Generation: ...
+
+    def deliver(self) -> bool:
+        """Emit what is ready, without computing; True when the answer is whole. What it raises ends the job."""
 
 
 class Unavailable(EdgeMistralError):
@@ -124,18 +134,18 @@ class Job:
 class Scheduler:
     """The queue and the thread, which starts with the first job. Its methods return at once; any thread may call them.
 
-    capacity: jobs that may wait; one client may have half of the places.
+    capacity: jobs that may wait; one client may have half of the places. parallel: answers that are written at once.
     """
 
-    def __init__(self, capacity: int = 128) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int = 128, parallel: int = 4) -> None:
+        self.capacity, self.parallel = capacity, parallel
         self._changed = threading.Condition()
-        self._waiting: OrderedDict[str, deque[tuple[Job, Iterator[None]]]] = OrderedDict()   # whose turn is next: first
+        self._waiting: OrderedDict[str, deque[tuple[Job, deque[Answer]]]] = OrderedDict()   # whose turn is next: first
         self._jobs: dict[str, Job] = {}
-        self._running: Job | None = None
+        self._active: list[_Active] = []
         self._closed: EdgeMistralError | None = None
         self._thread: threading.Thread | None = None
-        self._seconds = 1.0   # a job's, on average
+        self._seconds = 1.0   # an answer's, on average
 
     @property
     def waiting(self) -> int:
@@ -146,7 +156,7 @@ class Scheduler:
     @property
     def running(self) -> bool:
         """Whether the compute thread is at work."""
-        return self._running is not None
+        return bool(self._active)
 
     def check(self, job: Job) -> None:
         """Raise what `submit` would raise now: QueueFull, IdInUse, or what `close` was given."""
@@ -160,12 +170,12 @@ class Scheduler:
                 seconds = max(1, min(60, round(self._seconds * waiting)))
                 raise QueueFull(f"{waiting} requests are waiting already", seconds)
 
-    def submit(self, job: Job, work: Work) -> None:
+    def submit(self, job: Job, answers: Sequence[Answer]) -> None:
         """Put a job into the queue; raises as `check` does."""
         with self._changed:
             self.check(job)
             self._jobs[job.id] = job
-            self._waiting.setdefault(job.client, deque()).append((job, work()))
+            self._waiting.setdefault(job.client, deque()).append((job, deque(answers)))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="edgemistral-compute", daemon=True)
                 self._thread.start()
@@ -183,21 +193,21 @@ class Scheduler:
             if self._jobs.get(job.id) is not job:
                 return False
             job.cancel_for(reason or Cancelled("the request was cancelled"))
-            if job is not self._running:
-                self._forget(job)
+            if not self._is_active(job):
+                self._end(job)
             return True
 
     def close(self, reason: EdgeMistralError, grace: float = 0.0) -> None:
         """Take no more jobs, cancel those that wait now, and the one at work after `grace` seconds."""
         with self._changed:
             self._closed = reason
+            active = [job for job in self._jobs.values() if self._is_active(job)]
             for job in list(self._jobs.values()):
-                if job is not self._running:
+                if job not in active:
                     self.stop(job, reason)
             self._changed.notify()
-            running = self._running
-        if running is not None:
-            timer = threading.Timer(grace, self.stop, (running, reason))
+        for job in active:
+            timer = threading.Timer(grace, self.stop, (job, reason))
             timer.daemon = True
             timer.start()
 
@@ -208,49 +218,81 @@ class Scheduler:
             return not self._thread.is_alive()
         return True
 
-    def _forget(self, job: Job) -> None:
-        """Take a job that is not running out of the queue."""
-        del self._jobs[job.id]
-        jobs = self._waiting[job.client]
-        jobs.remove(next(entry for entry in jobs if entry[0] is job))
-        if not jobs:
-            del self._waiting[job.client]
-        job.end()
+    def _is_active(self, job: Job) -> bool:
+        return any(one.job is job for one in self._active)
+
+    def _is_waiting(self, job: Job) -> bool:
+        return any(waiting is job for waiting, _ in self._waiting.get(job.client, ()))
+
+    def _end(self, job: Job, error: BaseException | None = None) -> None:
+        """Nothing more of a job is done."""
+        if self._jobs.pop(job.id, None) is None:
+            return
+        self._active = [one for one in self._active if one.job is not job]
+        jobs = deque(entry for entry in self._waiting.get(job.client, ()) if entry[0] is not job)
+        if jobs:
+            self._waiting[job.client] = jobs
+        else:
+            self._waiting.pop(job.client, None)
+        job.end(error)
+
+    def _admit(self) -> None:
+        """Begin answers while there is room: the clients take turns, and each client's jobs keep their order."""
+        while self._waiting and len(self._active) < self.parallel:
+            client, jobs = next(iter(self._waiting.items()))
+            job, answers = jobs[0]
+            if answers:
+                self._active.append(_Active(job, answers.popleft(), time.monotonic()))
+            if not answers:
+                jobs.popleft()
+            if jobs:
+                self._waiting.move_to_end(client)
+            else:
+                del self._waiting[client]
+            if not answers and not self._is_active(job):     # it had none at all
+                self._end(job)
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._waiting:
+                while not self._waiting and not self._active:
                     if self._closed is not None:
                         return
                     self._changed.wait()
-                client, jobs = next(iter(self._waiting.items()))
-                job, steps = jobs.popleft()
-                self._running = job
-                if jobs:
-                    self._waiting.move_to_end(client)
-                else:
-                    del self._waiting[client]
-            self._step(job, steps)
+                self._admit()
+                active = list(self._active)
+            self._step(active)
 
-    def _step(self, job: Job, steps: Iterator[None]) -> None:
-        """One turn of a job."""
-        started, error, ended = time.monotonic(), None, False
+    def _step(self, active: list[_Active]) -> None:
+        """A token of every answer, or more of its prompt."""
+        failure: BaseException | None = None
+        going = [one.answer.generation for one in active if not one.job.cancelled() and not one.answer.generation.ready]
         try:
-            if not job.cancelled():
-                next(steps)
-            ended = job.cancelled()
-        except StopIteration:
-            ended = True
+            if going:
+                going[0].engine.step(going)
         except BaseException as problem:
-            error, ended = problem, True
-        with self._changed:
-            self._running = None
-            self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
-            if ended:
-                del self._jobs[job.id]
-            else:   # before the client's other jobs, behind the other clients
-                self._waiting.setdefault(job.client, deque()).appendleft((job, steps))
-                self._waiting.move_to_end(job.client)
-        if ended:
-            job.end(error)
+            failure = problem
+        for one in active:
+            error, whole = failure, False
+            if error is None and not one.job.cancelled():
+                try:
+                    whole = one.answer.deliver()
+                except BaseException as problem:
+                    error = problem
+            with self._changed:
+                if error is not None or one.job.cancelled():
+                    self._end(one.job, error)
+                elif whole and one in self._active:
+                    self._seconds += 0.2 * (time.monotonic() - one.since - self._seconds)
+                    self._active.remove(one)
+                    if not self._is_active(one.job) and not self._is_waiting(one.job):
+                        self._end(one.job)
+
+
+@dataclass(frozen=True, eq=False)
+class _Active:
+    """An answer that is being written."""
+
+    job: Job
+    answer: Answer
+    since: float

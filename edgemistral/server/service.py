@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from edgemistral.errors import BadRequest, Cancelled, EdgeMistralError
-from edgemistral.generate.engine import Usage
 from edgemistral.generate.grammar import GrammarCompiler
 from edgemistral.generate.sampler import Logprobs
+from edgemistral.generate.tasks import Generation, Usage
 from edgemistral.model import Model, Reply
 from edgemistral.server.metrics import Metrics
 from edgemistral.server.scheduler import Job, Progress, Scheduler, Unavailable
@@ -76,9 +76,9 @@ Event = Progress | Piece | Finished
 class Service:
     """The model behind the endpoints. `load` gives it; `ready` is false until it has."""
 
-    def __init__(self, model: Model | None, queue: int, review: Review | None) -> None:
+    def __init__(self, model: Model | None, queue: int, review: Review | None, parallel: int = 4) -> None:
         self.name = "" if model is None else model_name(model)
-        self.scheduler = Scheduler(queue)
+        self.scheduler = Scheduler(queue, parallel)
         self.metrics = Metrics(lambda: self.scheduler.waiting, lambda: self.scheduler.running, self._kv_bytes)
         self.started = int(time.time())
         self._model, self._review = model, review
@@ -178,7 +178,7 @@ class Service:
 
     async def _run(self, request: Request, job: Job, replies: Sequence[Reply]) -> AsyncGenerator[Event | None, None]:
         arrived, told = time.monotonic(), False
-        self.scheduler.submit(job, lambda: _answer(job, replies))
+        self.scheduler.submit(job, [_Answer(job, index, reply) for index, reply in enumerate(replies)])
         watcher = asyncio.create_task(self._watch(request, job))
         try:
             yield None
@@ -261,19 +261,28 @@ def model_name(model: Model) -> str:
     return name.encode("utf-8", "replace").decode()   # a file's name may be no text
 
 
-def _answer(job: Job, replies: Sequence[Reply]) -> Iterator[None]:
-    """The work of a job, on the compute thread: one reply after another, with a turn of its own for each."""
-    for index, reply in enumerate(replies):
-        if index:
-            yield
-        told = 0   # tokens
-        for piece in reply:
-            end = bisect_left(reply.starts, len(reply.text), told)
+class _Answer:
+    """Answer number `index` of a job, on the compute thread."""
+
+    def __init__(self, job: Job, index: int, reply: Reply) -> None:
+        self._job, self._index, self._reply = job, index, reply
+        self._told = 0   # tokens
+
+    @property
+    def generation(self) -> Generation:
+        return self._reply.generation
+
+    def deliver(self) -> bool:
+        reply, told = self._reply, self._told
+        piece = reply.ready_text()
+        if piece:
+            self._told = end = bisect_left(reply.starts, len(reply.text), told)
             tokens = zip(reply.token_ids[told:end], reply.starts[told:end], reply.logprobs[told:end], strict=False)
-            send = job.emit if told else job.hand_over   # nobody looks forward to a later piece as to the first
-            send(Piece(index, piece, tuple(Token(*token) for token in tokens)))
-            told = end
-        job.emit(Finished(index, "stop" if reply.finish_reason == "stop" else "length", reply.usage))
+            send = self._job.emit if told else self._job.hand_over   # only the time to the first token matters
+            send(Piece(self._index, piece, tuple(Token(*token) for token in tokens)))
+        if reply.ended:
+            self._job.emit(Finished(self._index, "stop" if reply.finish_reason == "stop" else "length", reply.usage))
+        return reply.ended
 
 
 def _merged(batch: list[Event]) -> list[Event]:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgemistral.config import ModelConfig
+from edgemistral.text.spec import TextSpec
+from edgemistral.text.tokenizer import Tokenizer
 from edgemistral_quantize import fuse
 from edgemistral_quantize.recognise import locate
 from edgemistral_quantize.sources.folder import open_folder
@@ -24,26 +26,30 @@ class Checkpoint:
     """
 
     config: ModelConfig
-    tokenizer: bytes            # the SentencePiece model
+    tokenizer: bytes            # the SentencePiece model, or the tokenizer.json
+    text: TextSpec              # everything else about text
+    tokenizer_of_text: Tokenizer
     files: list[Path]           # everything that was or will be read
     n_bytes: int                # of all weights, as they are streamed
     quantized_as: str | None    # the types of a source that is quantized already
     bits: float | None          # its bits per weight
 
-    def __init__(self, source: Path, lora: Path | None = None) -> None:
+    def __init__(self, source: Path, chat_template: Path | None = None, lora: Path | None = None) -> None:
+        """chat_template: a file with the template to use instead of the checkpoint's."""
         place = locate(source)
         if place.is_file():
             from edgemistral_quantize.sources.gguf import open_gguf
 
-            opened = open_gguf(place)
+            opened = open_gguf(place, chat_template)
         else:
-            opened = open_folder(place)
+            opened = open_folder(place, chat_template)
         if lora is not None:
             from edgemistral_quantize.lora import merge
 
             tensors, files = merge(opened.tensors, lora)
             opened = replace(opened, tensors=tensors, files=[*opened.files, *files])
-        self.config, self.tokenizer, self.files = opened.config, opened.tokenizer, opened.files
+        self.config, self.files = opened.config, opened.files
+        self.tokenizer, self.text, self.tokenizer_of_text = opened.text.data, opened.text.spec, opened.tokenizer
         self.quantized_as, self.bits = opened.quantized_as, opened.bits
         self._tensors = opened.tensors
         self.n_bytes = fuse.fused_bytes(opened.tensors)

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from edgemistral.config import ModelConfig
 from edgemistral.files import layout
-from edgemistral_quantize.sources.tensor import Strip, Tensor, widen
+from edgemistral.files.bf16 import widen
+from edgemistral_quantize.sources.tensor import Strip, Tensor
 
 MIN_ROWS = 2 * layout.PANEL   # of a strip
 

@@ -193,7 +193,7 @@ def test_debug_shows_the_traceback(demo):
 
 
 def test_an_unexpected_error_is_one_line_too(monkeypatch, demo):
-    monkeypatch.setattr("edgemistral.model.load", lambda *_: {}["missing"])
+    monkeypatch.setattr("edgemistral.model.load", lambda *_, **__: {}["missing"])
     assert "KeyError: 'missing' (a bug here: --debug shows where)" in error_of("run", demo, "Hello", code=1)
 
 

@@ -163,7 +163,7 @@ def test_an_address_that_cannot_be_had_is_one_line():
 
 
 def test_a_model_that_fails_to_load_is_one_line(monkeypatch):
-    monkeypatch.setattr("edgemistral.model.load", lambda *_: {}["missing"])
+    monkeypatch.setattr("edgemistral.model.load", lambda *_, **__: {}["missing"])
     result = CliRunner().invoke(main, ["serve", "demo", "--port", "0"])
     assert result.exit_code == 1 and "KeyError: 'missing'" in result.stderr and "Traceback" not in result.stderr
 

@@ -9,7 +9,7 @@ from edgemistral.files import layout
 from edgemistral.files.layout import BLOCK, GROUP, PANEL, round_up
 from edgemistral.kernels.activations import quantize_block, tile_size
 from edgemistral.kernels.jit import entry
-from edgemistral.kernels.matmul import PAIR, STREAM, STREAMS, MatrixAt, MatrixScratch, multiply_pairs, streams_of, zero_of
+from edgemistral.kernels.matmul import PAIR, STREAM, STREAMS, ZERO_POINTS, MatrixAt, MatrixScratch, multiply_pairs, streams_of
 from tests import naive
 from tests.packed import empty_activations
 
@@ -23,7 +23,7 @@ def multiply(blob, matrix, x, activations, scratch, out):
     for token in range(tokens):
         for block in range(matrix.blocks):
             at = token * x.shape[1] + BLOCK * block
-            quantize_block(x.reshape(-1), at, zero_of(matrix.bits), activations, tokens, token, block)
+            quantize_block(x.reshape(-1), at, matrix.zero_point, activations, tokens, token, block)
     apart = (matrix.pairs + streams_of(tokens) - 1) // streams_of(tokens)
     for unit in range(apart):
         multiply_pairs(blob, matrix, unit, apart, activations, tokens, scratch)
@@ -39,7 +39,8 @@ class Stored:
     """A matrix in a blob of its own, at an odd offset."""
 
     def __init__(self, codes, scales, row_scales, levels=None):
-        self.packed = layout.pack(codes, scales, 8 if levels is None else 4)
+        bits = 8 if levels is None else 4
+        self.packed = layout.pack(codes, scales, bits)
         self.row_scales, self.levels = row_scales, None if levels is None else np.tile(levels, 4)
         parts = [b"12345678", self.packed.tobytes(), row_scales.tobytes()]
         at = np.cumsum([len(part) for part in parts])
@@ -47,7 +48,7 @@ class Stored:
             parts.append(self.levels.tobytes())
         panels, blocks, _ = self.packed.shape
         self.blob = np.frombuffer(b"".join(parts), np.uint8)         # read-only, as a mapped file is
-        self.at = MatrixAt(8 if levels is None else 4, blocks, panels // 2, 8, int(at[1]), int(at[2]))
+        self.at = MatrixAt(bits, ZERO_POINTS[bits], blocks, panels // 2, 8, int(at[1]), int(at[2]))
 
     def times(self, x):
         """By the kernel."""

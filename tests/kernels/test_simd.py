@@ -214,12 +214,19 @@ def test_byte_operations():
 # ---- what instruction sets do differently ----------------------------------------------------------------------------
 
 @entry
-def dots(acc, u, s, general, seven_bits):
+def dots(acc, u, s, out):
     for i in range(0, acc.size, 16):
         start = simd.round_to_i32(simd.load_f32(acc, i))
         a, b = simd.load_bytes(u, 4 * i), simd.load_bytes(s, 4 * i)
-        simd.store_f32(general, i, simd.to_f32(simd.dot4(start, a, b)))
-        simd.store_f32(seven_bits, i, simd.to_f32(simd.dot4_7bit(start, a, b)))
+        simd.store_f32(out, i, simd.to_f32(simd.dot4(start, a, b)))
+
+
+@entry
+def dots_7bit(acc, u, s, out):
+    for i in range(0, acc.size, 16):
+        start = simd.round_to_i32(simd.load_f32(acc, i))
+        a, b = simd.load_bytes(u, 4 * i), simd.load_bytes(s, 4 * i)
+        simd.store_f32(out, i, simd.to_f32(simd.dot4_7bit(start, a, b)))
 
 
 @pytest.mark.parametrize("largest", [255, 127])
@@ -229,12 +236,13 @@ def test_dot4_is_exact_for_all_bytes(largest):
     u[:64], s[:32], s[32:64] = largest, -128, 127
     u[64:96, ::2], s[64:96, 1::2] = largest, -128
     acc = rng.integers(-(1 << 20), 1 << 20, 1024).astype(F32)
-    general, seven_bits = np.zeros(1024, F32), np.zeros(1024, F32)
-    dots(acc, u.reshape(-1), s.reshape(-1), general, seven_bits)
-    expected = acc + (u.astype(np.int32) * s).sum(axis=1)
-    np.testing.assert_array_equal(general, expected)
+    out, expected = np.zeros(1024, F32), acc + (u.astype(np.int32) * s).sum(axis=1)
+    dots(acc, u.reshape(-1), s.reshape(-1), out)
+    np.testing.assert_array_equal(out, expected)
     if largest == 127:
-        np.testing.assert_array_equal(seven_bits, expected)
+        out[:] = 0
+        dots_7bit(acc, u.reshape(-1), s.reshape(-1), out)
+        np.testing.assert_array_equal(out, expected)
 
 
 @entry
@@ -292,6 +300,11 @@ def test_operations_and_matrices_under(simd_name, cpu):
     if type(simd.LOWERING) is lowering.LOWERINGS[simd_name] and not cpu:
         pytest.skip("is what this process uses")
     run_again(("test_simd.py", "test_matmul.py", "test_activations.py"), settings_for(simd_name, cpu))
+
+
+def test_operations_under_interpret():
+    """The tests of this file and of the activations, in a process whose kernels are ordinary Python."""
+    run_again(("test_simd.py", "test_activations.py"), os.environ | {"EDGEMISTRAL_SIMD": "interpret"})
 
 
 @pytest.mark.parametrize("ahead", ["0", "2176"])

@@ -86,7 +86,7 @@ def test_a_stream_that_breaks_keeps_what_came(browser):
 def test_a_full_queue_and_a_full_context_are_said_in_a_line(browser):
     actor = Actor(script, context=400)
     actor.stage.seconds = 0.02
-    with serving(create_app(actor, queue=1)) as url, opened(browser, url) as page:
+    with serving(create_app(actor, queue=1, parallel=1)) as url, opened(browser, url) as page:
         for name in ("long 1", "long 2", "long 3"):
             page.get_by_role("button", name="New chat").click()
             send(page, name)

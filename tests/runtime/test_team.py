@@ -17,31 +17,32 @@ from hypothesis import strategies as st
 
 import edgemistral.runtime.team
 from edgemistral.kernels.jit import entry
-from edgemistral.kernels.sync import barrier, sync_size, take
+from edgemistral.kernels.sync import SYNC_SIZE, Member, barrier, take
 from edgemistral.runtime.team import Team, compile_for
 
 
 @entry
-def phases_in_step(rank, threads, sync, phases, spins, seen, own):
+def phases_in_step(member, phases, spins, seen, own):
     """Every thread sees in each phase what all threads wrote in the one before; seen[0] counts violations."""
+    rank, threads = member.rank, member.threads
     for phase in range(phases):
         seen[8 * (rank + 1)] = phase + 1
         waste = 0
         for i in range(spins * (1 + rank)):         # the threads arrive at different times
             waste += i * (waste ^ phase)
         own[0] += waste & 1
-        barrier(sync, 2 * phase, threads)
+        barrier(member)
         for other in range(threads):
             if seen[8 * (other + 1)] != phase + 1:
                 seen[0] += 1
-        barrier(sync, 2 * phase + 1, threads)
+        barrier(member)
 
 
 def run_phases(team, phases=50, spins=100):
     seen, own = np.zeros(8 * (team.threads + 1), np.int64), [np.zeros(1, np.int64) for _ in range(team.threads)]
     common = phases, spins, seen
-    compile_for(phases_in_step, (0, 1, np.zeros(1, np.int64), *common, own[0]))
-    team.run(phases_in_step, 2 * phases, common, own)
+    compile_for(phases_in_step, common, own[0])
+    team.run(phases_in_step, common, own)
     assert seen[0] == 0
     assert seen[8::8].tolist() == [phases] * team.threads
 
@@ -62,11 +63,11 @@ def test_threads_meet_at_barriers(threads):
 
 
 @entry
-def take_all(threads, total, least, sync, firsts, lasts):
+def take_all(member, total, least, firsts, lasts):
     """One thread takes every share; the number of shares."""
     n = 0
     while True:
-        firsts[n], lasts[n] = take(sync, 0, threads, total, least)
+        firsts[n], lasts[n] = take(member, total, least)
         if firsts[n] >= lasts[n]:
             return n
         n += 1
@@ -78,7 +79,8 @@ def take_all(threads, total, least, sync, firsts, lasts):
 @example(threads=3, total=7, least=100)
 def test_shares_cover_all_work_once(threads, total, least):
     firsts, lasts = np.zeros(5002, np.int64), np.zeros(5002, np.int64)
-    n = take_all(threads, total, least, np.zeros(sync_size(1), np.int64), firsts, lasts)
+    member = Member(0, threads, np.zeros(SYNC_SIZE, np.int64), np.zeros(1, np.int64))
+    n = take_all(member, total, least, firsts, lasts)
     assert firsts[:n].tolist() == [0, *lasts[: n - 1]][:n]
     assert n == 0 if total == 0 else lasts[n - 1] == total
     sizes = (lasts - firsts)[:n]
@@ -87,23 +89,24 @@ def test_shares_cover_all_work_once(threads, total, least):
 
 
 @entry
-def count_shares(rank, threads, sync, total, taken, own):
-    while True:
-        first, last = take(sync, 0, threads, total, 1)
-        if first >= last:
-            break
-        for i in range(first, last):
-            taken[i] += 1
-    barrier(sync, 0, threads)
+def count_shares(member, total, phases, taken, own):
+    for _ in range(phases):
+        while True:
+            first, last = take(member, total, 1)
+            if first >= last:
+                break
+            for i in range(first, last):
+                taken[i] += 1
+        barrier(member)
 
 
 def test_threads_share_work_without_overlap():
     team, total = Team(3), 100_000
-    compile_for(count_shares, (0, 1, np.zeros(1, np.int64), total, np.zeros(1, np.int64), 0))
-    for _ in range(5):
+    compile_for(count_shares, (total, 1, np.zeros(1, np.int64)), 0)
+    for phases in (1, 2, 7):                       # more phases than there are tickets
         taken = np.zeros(total, np.int64)
-        team.run(count_shares, 1, (total, taken), [0, 0, 0])
-        assert (taken == 1).all()
+        team.run(count_shares, (total, phases, taken), [0, 0, 0])
+        assert (taken == phases).all()
     team.close()
 
 

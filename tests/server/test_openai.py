@@ -310,7 +310,7 @@ def test_what_fails_on_the_way_is_an_event_of_the_stream(monkeypatch, client, mo
     def broken(*_):
         raise MemoryError("secret")
 
-    monkeypatch.setattr(model.engine._transformer, "forward", broken)
+    monkeypatch.setattr(model.engine._transformer, "step", broken)
     with pytest.raises(openai.APIError, match="an error inside the server"):
         list(ask(client, stream=True))
     with pytest.raises(openai.InternalServerError, match="an error inside the server"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,27 +15,34 @@ from tests.serving import wait_for
 DOWN = Unavailable("the server is shutting down", 10)
 
 
+class Written:
+    """An answer that needs no model: `work` is a function, or makes an iterator with a turn for each of its items."""
+
+    def __init__(self, work):
+        self._turns, self.generation = work(), SimpleNamespace(ready=True)
+
+    def deliver(self):
+        return self._turns is None or next(self._turns, "end") == "end"
+
+
 class Bench:
-    """A scheduler with a first job that holds the compute thread until `go` is set."""
+    """A scheduler of one answer at a time, with a first job that holds the compute thread until `go` is set."""
 
     def __init__(self, capacity=128):
-        self.scheduler, self.go, self.done = Scheduler(capacity), threading.Event(), []
+        self.scheduler, self.go, self.done = Scheduler(capacity, parallel=1), threading.Event(), []
         self.first = Job("first", "first")
-        self.scheduler.submit(self.first, self.work("first", wait=True))
+        self.scheduler.submit(self.first, [Written(lambda: self.work("first", wait=True))])
         wait_for(lambda: self.scheduler.running)
 
-    def work(self, name, steps=1, wait=False):
-        def run():
-            for _ in range(steps):
-                if wait:
-                    assert self.go.wait(5)
-                self.done.append(name)
-                yield
-        return run
+    def work(self, name, wait=False):
+        if wait:
+            assert self.go.wait(5)
+        self.done.append(name)
+        yield
 
-    def submit(self, name, client, steps=1):
+    def submit(self, name, client, answers=1):
         job = Job(name, client)
-        self.scheduler.submit(job, self.work(name, steps))
+        self.scheduler.submit(job, [Written(lambda: self.work(name)) for _ in range(answers)])
         return job
 
     async def finish(self):
@@ -67,12 +75,51 @@ async def test_clients_take_turns():
 
 
 @run
-async def test_a_job_of_several_steps_lets_others_in_between():
+async def test_a_job_of_several_answers_lets_others_in_between():
     bench = Bench()
-    bench.submit("a1", "a", steps=3)
+    bench.submit("a1", "a", answers=3)
     bench.submit("a2", "a")
     bench.submit("b1", "b")
     assert await bench.finish() == ["a1", "b1", "a1", "a1", "a2"]
+
+
+@run
+async def test_as_many_answers_as_allowed_are_written_at_once():
+    scheduler, order = Scheduler(parallel=3), []
+
+    def work(name):
+        for _ in range(3):
+            order.append(name)
+            yield
+
+    go = threading.Event()
+    first = Job("first", "first")
+    scheduler.submit(first, [Written(lambda: iter([go.wait(5)]))])
+    jobs = [Job(name, name) for name in "abcd"]
+    for job in jobs:
+        scheduler.submit(job, [Written(lambda job=job: work(job.id))])
+    go.set()
+    for job in jobs:
+        await collected(job)
+    assert sorted(order[:4]) != ["a"] * 4 and order.index("d") > order.index("c")
+    assert len(set(order[order.index("a") : order.index("a") + 3])) > 1      # they alternate
+    scheduler.close(DOWN)
+
+
+@run
+async def test_what_fails_in_one_answer_ends_its_job_and_no_other():
+    scheduler, bad, good = Scheduler(parallel=4), Job("bad", "a"), Job("good", "b")
+
+    def broken():
+        yield
+        raise MemoryError("too much")
+
+    scheduler.submit(bad, [Written(broken), Written(lambda: iter(range(5)))])
+    scheduler.submit(good, [Written(lambda: (good.emit(n) for n in range(5)))])
+    with pytest.raises(MemoryError):
+        await collected(bad)
+    assert await collected(good) == list(range(5))
+    scheduler.close(DOWN)
 
 
 @run
@@ -124,7 +171,7 @@ async def test_events_come_in_order_and_all_that_wait_at_once():
             job.emit(i)
         yield
 
-    scheduler.submit(job, work)
+    scheduler.submit(job, [Written(work)])
     batches = [batch async for batch in job.batches(5)]
     assert [event for batch in batches for event in batch] == list(range(1000))
     assert len(batches) < 500
@@ -140,7 +187,7 @@ async def test_progress_is_told_until_the_prompt_is_read():
             job.progress(done, 9)
         yield
 
-    scheduler.submit(job, work)
+    scheduler.submit(job, [Written(work)])
     assert await collected(job) == [Progress(4, 9), Progress(8, 9)]
     scheduler.close(DOWN)
 
@@ -163,13 +210,13 @@ async def test_an_error_comes_out_where_the_events_are_read():
         raise MemoryError("too much")
         yield
 
-    scheduler.submit(job, work)
+    scheduler.submit(job, [Written(work)])
     batches = job.batches(5)
     assert await anext(batches) == [1]
     with pytest.raises(MemoryError, match="too much"):
         await anext(batches)
     after = Job("y", "a")
-    scheduler.submit(after, lambda: iter([after.emit(2)]))   # the thread lives on
+    scheduler.submit(after, [Written(lambda: (after.emit(n) for n in [2]))])   # the thread lives on
     assert await collected(after) == [2]
     scheduler.close(DOWN)
 
@@ -196,7 +243,7 @@ async def test_a_job_at_work_sees_that_it_is_cancelled():
         raise Cancelled("seen")
         yield
 
-    scheduler.submit(job, work)
+    scheduler.submit(job, [Written(work)])
     wait_for(lambda: scheduler.running)
     assert scheduler.stop(job, EdgeMistralError("the reason"))
     with pytest.raises(EdgeMistralError, match="the reason"):
@@ -205,10 +252,10 @@ async def test_a_job_at_work_sees_that_it_is_cancelled():
 
 
 @run
-async def test_a_job_cancelled_between_its_steps_ends():
+async def test_a_job_cancelled_between_its_answers_ends():
     bench = Bench()
-    job = bench.submit("a", "a", steps=10_000)
-    other = bench.submit("b", "b", steps=10_000)
+    job = bench.submit("a", "a", answers=10_000)
+    other = bench.submit("b", "b", answers=10_000)
     bench.go.set()
     await asyncio.to_thread(wait_for, lambda: "b" in bench.done)
     bench.scheduler.cancel("a")
@@ -251,7 +298,7 @@ async def test_what_is_at_work_is_cancelled_after_its_grace():
         raise Cancelled("seen")
         yield
 
-    scheduler.submit(job, work)
+    scheduler.submit(job, [Written(work)])
     wait_for(lambda: scheduler.running)
     scheduler.close(DOWN, grace=0.01)
     with pytest.raises(Unavailable, match="shutting down"):
@@ -270,7 +317,7 @@ def test_a_loop_that_is_gone_harms_nobody():
             job.emit(1)
             yield
 
-        scheduler.submit(job, work)
+        scheduler.submit(job, [Written(work)])
 
     closed = threading.Event()
     asyncio.run(submit())
@@ -279,7 +326,7 @@ def test_a_loop_that_is_gone_harms_nobody():
 
     async def again():
         job = Job("y", "a")
-        scheduler.submit(job, lambda: (job.emit(n) for n in [1]))
+        scheduler.submit(job, [Written(lambda: (job.emit(n) for n in [1]))])
         return await collected(job)
 
     assert asyncio.run(again()) == [1]

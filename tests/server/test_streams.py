@@ -78,7 +78,7 @@ def test_an_abort_by_id_ends_the_stream_with_an_error_and_touches_no_other(serve
             chunk = json.loads(next(line for line in lines if line.startswith("data: "))[6:])
             assert chunk["id"] == stream.headers["x-request-id"] and (chunk["id"] == "mine") == named
             other = pool.submit(server.post, {"messages": USER, "max_tokens": 30, "seed": 5})
-            wait_for(lambda: server.scheduler.waiting)
+            wait_for(lambda: len(server.scheduler._active) == 2)
             answer = httpx.delete(f"{server.url}/v1/requests/{chunk['id']}")
             assert answer.status_code == 200 and answer.json() == {"id": chunk["id"], "cancelled": True}
             last = [line for line in lines if line][-1]
@@ -126,22 +126,31 @@ def test_shutting_down_ends_streams_with_an_error(server):
 
 # ---- turns and the queue ---------------------------------------------------------------------------------------------
 
-def test_an_answer_does_not_wait_for_the_answers_of_others(server):
-    with ThreadPoolExecutor(2) as pool, httpx.stream("POST", f"{server.url}{CHAT}", json=ENDLESS) as first:
-        pieces = texts(first)   # which would close the connection when it is thrown away
-        next(pieces)
+@pytest.mark.parametrize("parallel", [1, 2, 4])
+def test_answers_are_written_at_once_and_others_wait(parallel):
+    with Server(parallel=parallel) as server, ThreadPoolExecutor(5) as pool:
+        for n in range(parallel):
+            pool.submit(server.post, {**ENDLESS, "stream": False}, **{"user-agent": str(n)})
+            wait_for(lambda n=n: len(server.scheduler._active) == n + 1)
         short = pool.submit(server.post, {"messages": USER, "max_tokens": 3}, **{"user-agent": "a"})
         wait_for(lambda: server.scheduler.waiting == 1)
-        pool.submit(server.post, {**ENDLESS, "stream": False}, **{"user-agent": "b"})
-        wait_for(lambda: server.scheduler.waiting == 2)
-        first.close()
+        assert {len(step) for step in server.transformer.steps[-3:]} <= {parallel}
+        server.scheduler.stop(server.scheduler._active[0].job)
         assert short.result(20).json()["usage"]["completion_tokens"] == 3
-        assert server.scheduler.running   # the second one, which takes four seconds
         server.app.state.service.close()
 
 
+def test_an_answer_is_the_same_whatever_is_written_beside_it(server):
+    bodies = [{"messages": [{"role": "user", "content": f"Where is {n}?"}], "max_tokens": 20, "seed": n} for n in range(4)]
+    alone = [server.post(body).json()["choices"] for body in bodies]
+    with ThreadPoolExecutor(4) as pool:
+        together = [one.json()["choices"] for one in pool.map(server.post, bodies)]
+    assert together == alone
+    assert max(len(step) for step in server.transformer.steps) > 1
+
+
 def test_a_full_queue_says_when_to_come_again():
-    with Server(queue=2) as server, ThreadPoolExecutor(3) as pool:
+    with Server(queue=2, parallel=1) as server, ThreadPoolExecutor(3) as pool:
         for waiting, name in enumerate("abc"):
             pool.submit(server.post, {**ENDLESS, "stream": False}, **{"user-agent": name})
             wait_for(lambda waiting=waiting: server.scheduler.running and server.scheduler.waiting == waiting)
@@ -198,9 +207,9 @@ def test_a_long_prompt_tells_its_progress_in_comments():
     assert max(i for i, line in enumerate(lines) if line.startswith(":")) < first_text
 
 
-def test_who_waits_gets_signs_of_life(server, monkeypatch):
+def test_who_waits_gets_signs_of_life(monkeypatch):
     monkeypatch.setattr(service, "KEEP_ALIVE", 0.05)
-    with httpx.stream("POST", f"{server.url}{CHAT}", json=ENDLESS) as first:
+    with Server(parallel=1) as server, httpx.stream("POST", f"{server.url}{CHAT}", json=ENDLESS) as first:
         pieces = texts(first)   # which would close the connection when it is thrown away
         next(pieces)
         with httpx.stream("POST", f"{server.url}{CHAT}", json=ENDLESS) as second:

@@ -21,12 +21,14 @@ from edgemistral_quantize import recognise
 from edgemistral_quantize.sources.names import HUGGING_FACE, MISTRAL, Naming, expected_tensors, match, without_prefix
 from edgemistral_quantize.sources.opened import Opened
 from edgemistral_quantize.sources.tensor import DTYPES, HalvedPairs, StoredTensor, Tensor
+from edgemistral_quantize.text_files import SENTENCEPIECE, TextFiles, read_text_files
 
-TOKENIZERS = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
+TEXT_FILES = (*SENTENCEPIECE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+              "generation_config.json", "chat_template.json", "chat_template.jinja")
 
 
-def open_folder(folder: Path) -> Opened:
-    """Check everything about a folder but the values of its weights.
+def open_folder(folder: Path, chat_template: Path | None = None) -> Opened:
+    """Check everything about a folder but the values of its weights. chat_template: a file that replaces its own.
 
     Raises BadConfig for the config, BadCheckpoint for everything else, naming file and tensor; when both layouts are
     there and neither is whole, of Hugging Face's.
@@ -40,7 +42,7 @@ def open_folder(folder: Path) -> Opened:
         try:
             shards = _find_weights(folder, naming)
             if shards:
-                return _open(folder, naming, shards)
+                return _open(folder, naming, shards, chat_template)
         except BadInput as problem:
             problems.append(problem)
     if problems:
@@ -48,13 +50,15 @@ def open_folder(folder: Path) -> Opened:
     raise BadCheckpoint(f"{folder}: no safetensors files with weights{recognise.instead_of_weights(folder)}")
 
 
-def _open(folder: Path, naming: Naming, shards: list[Path]) -> Opened:
+def _open(folder: Path, naming: Naming, shards: list[Path], chat_template: Path | None) -> Opened:
     config_file = folder / naming.config
     refuse_other_files(config_file, BadConfig)
     fields = read_object(config_file, BadConfig)
-    tokenizer_file = _find_tokenizer(folder)
-    tokenizer = read_bytes(tokenizer_file)
-    config = _read_config(folder, naming, fields, tokenizer, tokenizer_file.name)
+    for name in TEXT_FILES:
+        if (folder / name).is_symlink() or (folder / name).is_file():
+            refuse_other_files(folder / name, BadCheckpoint)
+    text = read_text_files(folder, fields, chat_template)
+    config, tokenizer = _read_config(folder, naming, fields, text)
     stored = list_tensors(shards)
     quantized = recognise.already_quantized((name, tensor.entry.dtype) for name, tensor in stored.items())
     if quantized:
@@ -72,22 +76,25 @@ def _open(folder: Path, naming: Naming, shards: list[Path]) -> Opened:
         for name, tensor in matched.items():
             if name.endswith((".wq", ".wk")):
                 tensors[name] = HalvedPairs(tensor, config.head_dim)
-    return Opened(config, tokenizer, [config_file, tokenizer_file, *shards], tensors)
+    files = [config_file, text.path, *shards, *([] if chat_template is None else [chat_template])]
+    return Opened(config, text, tokenizer, files, tensors)
 
 
-def _read_config(folder: Path, naming: Naming, fields: Mapping[str, Any], tokenizer: bytes, name: str) -> ModelConfig:
+def _read_config(
+    folder: Path, naming: Naming, fields: Mapping[str, Any], text: TextFiles
+) -> tuple[ModelConfig, Tokenizer]:
+    bos_id = text.eos_id if text.bos_id is None else text.bos_id   # never used where there is none
     try:
-        opened = Tokenizer(tokenizer, name=name)
         if naming is HUGGING_FACE:
-            config = ModelConfig.from_hf(fields)
+            config = ModelConfig.from_hf({**fields, "bos_token_id": bos_id, "eos_token_id": text.eos_id})
         else:
-            config = ModelConfig.from_mistral(fields, opened.bos_id, opened.eos_id)
-        Tokenizer(tokenizer, config.vocab_size, name)
+            config = ModelConfig.from_mistral(fields, bos_id, text.eos_id)
+        tokenizer = text.spec.tokenizer(text.data, config.vocab_size, text.path.name, text.eos_id)
     except BadConfig as problem:
         raise BadConfig(f"{folder / naming.config}: {problem}") from None
     except BadInput as problem:
         raise BadCheckpoint(f"{folder}: {problem}") from None
-    return config
+    return config, tokenizer
 
 
 def list_tensors(shards: list[Path]) -> dict[str, StoredTensor]:
@@ -136,14 +143,6 @@ def _indexed(index: Path) -> list[Path]:
                 hint = recognise.instead_of_weights(index.parent)   # as a pickle beside an index of others' files
             raise BadCheckpoint(f"{index}: lists {name[:80]!r}, which is not there{hint or '; is the download complete?'}")
     return [index.parent / name for name in names]
-
-
-def _find_tokenizer(folder: Path) -> Path:
-    for name in TOKENIZERS:
-        if (folder / name).is_file():
-            refuse_other_files(folder / name, BadCheckpoint)
-            return folder / name
-    raise BadCheckpoint(f"{folder}: no {TOKENIZERS[0]} (the SentencePiece model; tokenizer.json is not read)")
 
 
 def read_bytes(path: Path) -> bytes:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
-from edgemistral.errors import BadCheckpoint, BadConfig
+from edgemistral.errors import BadCheckpoint, BadConfig, BadInput
 from edgemistral_quantize.recognise import numbered_gap
 from edgemistral_quantize.sources.gguf_header import GgufEntry, GgufHeader, read_gguf_header
 from edgemistral_quantize.sources.gguf_text import read_text
@@ -24,7 +24,7 @@ from edgemistral_quantize.sources.names import GGUF, expected_tensors, match
 from edgemistral_quantize.sources.opened import Opened
 from edgemistral_quantize.sources.tensor import HalvedPairs, Strip, Tensor, check_finite, read_into
 
-FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 PIECE = 1 << 18   # values dequantized at a time: the library's temporary arrays are several times as large
 NAMES = {         # ours by theirs, after "llama."
     "embedding_length": "dim", "block_count": "n_layers", "attention.head_count": "n_heads",
@@ -68,7 +68,7 @@ class GgufTensor:
         return strip
 
 
-def open_gguf(path: Path, chat_template: str | None = None) -> Opened:
+def open_gguf(path: Path, chat_template: Path | None = None) -> Opened:
     """Check everything about a GGUF file, or the first of several, but the values of its weights.
 
     Raises BadConfig for what no kernel here computes, BadCheckpoint for everything else.
@@ -77,14 +77,13 @@ def open_gguf(path: Path, chat_template: str | None = None) -> Opened:
     headers = [read_gguf_header(part) for part in paths]
     metadata, found = headers[0].metadata, _collect(paths, headers)
     try:
-        text = read_text(metadata, chat_template)
-        end_ids = text.end_ids
-        bos_id = end_ids[0] if text.bos_id is None else text.bos_id
-        config = read_config(metadata, found, bos_id, end_ids[0])
+        text = read_text(metadata, path, chat_template)
+        config = read_config(metadata, found, text.eos_id if text.bos_id is None else text.bos_id, text.eos_id)
+        tokenizer = text.spec.tokenizer(text.data, config.vocab_size, "its tokenizer", text.eos_id)
     except BadConfig as problem:
         raise BadConfig(f"{path}: {problem}") from None
-    except BadCheckpoint as problem:
-        raise BadCheckpoint(f"{path}: {problem}") from None
+    except BadInput as problem:
+        raise BadCheckpoint(str(problem) if str(path) in str(problem) else f"{path}: {problem}") from None
     tied = GGUF.names["output"] + ".weight" not in found
     matched = match(expected_tensors(config, GGUF, tied), found, "", path)
     matrices = [tensor for tensor in matched.values() if len(tensor.shape) == 2]
@@ -97,7 +96,7 @@ def open_gguf(path: Path, chat_template: str | None = None) -> Opened:
             tensors[name] = HalvedPairs(tensor, config.head_dim)
     distinct = {tensor.name: tensor for tensor in matrices}.values()   # a tied head is the embeddings
     bits = 8 * sum(t.entry.n_bytes for t in distinct) / sum(t.shape[0] * t.shape[1] for t in distinct)
-    return Opened(config, text, paths, tensors, " and ".join(types) if types else None, bits if types else None)
+    return Opened(config, text, tokenizer, paths, tensors, " and ".join(types) if types else None, bits if types else None)
 
 
 def read_config(
@@ -186,7 +185,7 @@ def _plain(value: Any) -> Any:
 
 def _import_gguf(path: Path, types: list[str]) -> None:
     try:
-        import gguf.quants   # noqa: F401
+        import gguf.quants  # noqa: F401
     except ImportError:
         raise BadCheckpoint(f"{path}: is quantized as {' and '.join(types)}, which takes the package gguf to read: "
                             "pip install 'edgemistral[gguf]'") from None

@@ -26,7 +26,7 @@ MAX_HEADER = 1 << 28    # bytes: the largest vocabularies take 20 MiB
 MAX_COUNT = 1 << 16     # of fields and of tensors
 STRING, ARRAY, BOOL = 8, 9, 7
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", BOOL: "<B", 10: "<Q", 11: "<q", 12: "<d"}
-NUMPY = {
+NUMPY: dict[int, np.dtype[Any]] = {
     0: np.dtype("u1"), 1: np.dtype("i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"), 5: np.dtype("<i4"),
     6: np.dtype("<f4"), BOOL: np.dtype("u1"), 10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8"),
 }
@@ -147,7 +147,7 @@ class _Reader:
 
     def value(self, kind: int, what: str) -> Any:
         if kind == STRING:
-            return self.bytes(what).decode("utf-8", "replace")
+            return self.raw(what).decode("utf-8", "replace")
         if kind in SCALARS:
             number = self.number(SCALARS[kind], what)
             return bool(number) if kind == BOOL else number
@@ -156,7 +156,7 @@ class _Reader:
         kind, length = self.number("<I", what), self.number("<Q", what)
         if kind == STRING:
             self.check(8 * length, what)
-            return [self.bytes(what) for _ in range(length)]
+            return [self.raw(what) for _ in range(length)]
         if kind not in NUMPY:
             self.fail(f"{what} is an array of the unknown type {kind}")
         return np.frombuffer(self.take(length * NUMPY[kind].itemsize, what), NUMPY[kind])
@@ -165,9 +165,9 @@ class _Reader:
         return struct.unpack(form, self.take(struct.calcsize(form), what))[0]
 
     def text(self, what: str) -> str:
-        return self.bytes(what).decode("utf-8", "replace")
+        return self.raw(what).decode("utf-8", "replace")
 
-    def bytes(self, what: str) -> bytes:
+    def raw(self, what: str) -> bytes:
         return self.take(self.number("<Q", what), what)
 
     def check(self, n: int, what: str) -> None:

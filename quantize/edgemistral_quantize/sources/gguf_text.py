@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from edgemistral.errors import BadCheckpoint
-from edgemistral_quantize.text_files import TextFiles
+from edgemistral.text.chat import JinjaTemplate, end_of_turn, is_mistrals_own
+from edgemistral.text.spec import TextSpec
+from edgemistral.text.tokenizer import Tokenizer
+from edgemistral_quantize.text_files import TextFiles, read_template
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6   # tokenizer.ggml.token_type
 END_NAMES = ("eos_token_id", "eot_token_id", "eom_token_id")
-ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<|eom_id|>", "<end_of_turn>", "<|end|>")   # llama.cpp's
+ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<|eom_id|>", "<end_of_turn>", "<|end|>")
 
 # How a text is cut before byte pairs are merged, by `tokenizer.ggml.pre`; each is an outer cut before ByteLevel's own.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -25,8 +30,11 @@ SMOLLM_LIKE = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaon
 GPT2_LIKE = ("gpt-2", "default", "phi-2", "jina-es", "jina-de", "mpt", "olmo", "jais", "roberta-bpe", "gigachat")
 
 
-def read_text(metadata: Mapping[str, Any], chat_template: str | None = None) -> TextFiles:
-    """What the metadata says about text. BadCheckpoint names the field that is missing or not supported."""
+def read_text(metadata: Mapping[str, Any], path: Path, chat_template: Path | None = None) -> TextFiles:
+    """What the metadata says about text; a file with a template may replace its own.
+
+    BadCheckpoint names the field that is missing or not supported, BadInput what is wrong with the tokenizer.
+    """
     get = {name.removeprefix("tokenizer.ggml."): value for name, value in metadata.items()}.get
     kind, tokens = get("model"), get("tokens")
     if not isinstance(tokens, list) or not tokens:
@@ -39,35 +47,52 @@ def read_text(metadata: Mapping[str, Any], chat_template: str | None = None) -> 
     ids = {piece: token_id for token_id, piece in enumerate(pieces)}
     ends = [get(name) for name in END_NAMES]
     ends += [ids[text] for text in ENDS if text in ids and types[ids[text]] in (CONTROL, USER_DEFINED)]
-    ends = [token_id for token_id in ends if type(token_id) is int]
+    ends = [token_id for token_id in ends if token_id is not None]
     bos_id = get("bos_token_id")
-    for name, token_id in (("eos_token_id", ends[0] if ends else None), ("bos_token_id", bos_id)):
-        if token_id is not None and not 0 <= token_id < len(pieces):
-            raise BadCheckpoint(f"tokenizer.ggml.{name} is {token_id}, outside the vocabulary of {len(pieces)}")
+    for name, token_id in (("eos_token_id", ends[0] if ends else 0), ("bos_token_id", 0 if bos_id is None else bos_id)):
+        if type(token_id) is not int or not 0 <= token_id < len(pieces):
+            raise BadCheckpoint(f"tokenizer.ggml.{name} is {token_id!r}, outside the vocabulary of {len(pieces)}")
     if not ends:
         raise BadCheckpoint("tokenizer.ggml.eos_token_id is missing: nothing says where an answer ends")
-    end_ids = tuple(each for each in dict.fromkeys(ends) if 0 <= each < len(pieces))
-    template = metadata.get("tokenizer.chat_template") if chat_template is None else chat_template
-    if template is not None and not isinstance(template, str):
-        raise BadCheckpoint("tokenizer.chat_template is not a text")
-    names = {"eos_token": pieces[end_ids[0]]} | ({} if bos_id is None else {"bos_token": pieces[bos_id]})
-    common: dict[str, Any] = {"chat_template": template, "bos_id": bos_id, "end_ids": end_ids, "names": names}
+    end_ids = [each for each in dict.fromkeys(ends) if type(each) is int and 0 <= each < len(pieces)]
+    spec = TextSpec(
+        special={"eos_token": pieces[end_ids[0]]} | ({} if bos_id is None else {"bos_token": pieces[bos_id]}), legacy=False
+    )
     if kind == "gpt2":
         data = _byte_level(pieces, types, get("merges"), get("pre", "default"))
-        add_bos = get("add_bos_token", get("pre") in LLAMA3_LIKE or get("pre") == "tekken") is True
-        return _text_files("tokenizers", data, add_bos, **common)
-    if kind == "llama":
+        adds_bos = get("add_bos_token", get("pre") in LLAMA3_LIKE or get("pre") == "tekken") is True and bos_id is not None
+        spec = dataclasses.replace(spec, kind="tokenizers", bos_id=bos_id, adds_bos=adds_bos)
+        eos_id: int | None = end_ids[0]
+    elif kind == "llama":
         scores = get("scores")
         if scores is None or len(scores) != len(pieces):
             raise BadCheckpoint("tokenizer.ggml.scores is missing or of another length than tokenizer.ggml.tokens")
         data, added = _sentencepiece(pieces, types, [float(each) for each in scores], get)
-        return _text_files("sentencepiece", data, get("add_bos_token", True) is True, added=added, **common)
-    raise BadCheckpoint(f"tokenizer.ggml.model is {str(kind)[:40]!r}; supported are 'gpt2' and 'llama'")
+        spec = dataclasses.replace(spec, added=added, adds_bos=get("add_bos_token", True) is True)
+        eos_id = None
+    else:
+        raise BadCheckpoint(f"tokenizer.ggml.model is {str(kind)[:40]!r}; supported are 'gpt2' and 'llama'")
+    template = metadata.get("tokenizer.chat_template") if chat_template is None else read_template(chat_template)
+    if template is not None and not isinstance(template, str):
+        raise BadCheckpoint("tokenizer.chat_template is not a text")
+    tokenizer = spec.tokenizer(data, None, "its tokenizer", eos_id)
+    return TextFiles(_with_template(spec, template, tokenizer, end_ids), data, path, tokenizer.bos_id, tokenizer.eos_id)
 
 
-def _text_files(kind: Any, data: bytes, add_bos: bool, **fields: Any) -> TextFiles:
-    known = TextFiles.__dataclass_fields__
-    return TextFiles(kind, data, **fields, **({"add_bos": add_bos} if "add_bos" in known else {}))
+def _with_template(spec: TextSpec, template: str | None, tokenizer: Tokenizer, ends: list[int]) -> TextSpec:
+    """The template and what ends a turn; Mistral's own template is built in."""
+    if template is not None:
+        JinjaTemplate(template, spec.special)   # raises BadInput
+        if not tokenizer.bytes_split_characters and is_mistrals_own(template, spec.special):
+            template = None
+        else:
+            turn_end = end_of_turn(template, spec.special, {text: n for n, text in tokenizer.control.items()})
+            ends = [*([] if turn_end is None else [turn_end]), *ends]
+    return dataclasses.replace(
+        spec, chat_template=template, special=spec.special if template is not None else {},
+        end_ids=() if set(ends) <= {tokenizer.eos_id} else tuple(dict.fromkeys(ends)),
+        turn_end_id=None if ends[0] == tokenizer.eos_id else ends[0],
+    )
 
 
 def _byte_level(pieces: list[str], types: list[int], merges: Any, pre: Any) -> bytes:
@@ -119,15 +144,17 @@ def _cuts(pre: Any) -> list[dict[str, Any]]:
 
 def _sentencepiece(
     pieces: list[str], types: list[int], scores: list[float], get: Any
-) -> tuple[bytes, dict[int, tuple[str, bool]]]:
-    """A SentencePiece model, and the tokens that were added behind it (id -> text, whether it is a control token).
+) -> tuple[bytes, tuple[tuple[int, str, bool], ...]]:
+    """A SentencePiece model, and the tokens that were added behind it (id, text, whether it is a control token).
 
     What follows the last piece that a model of SentencePiece has itself (an ordinary or byte one) was added later.
     """
-    from sentencepiece import sentencepiece_model_pb2 as proto
+    import sentencepiece.sentencepiece_model_pb2 as generated
+
+    proto: Any = generated   # made at import: type checkers see nothing in it
 
     last = max((n for n, kind in enumerate(types) if kind in (NORMAL, BYTE)), default=-1)
-    added = {n: (pieces[n], types[n] == CONTROL) for n in range(last + 1, len(pieces)) if types[n] != UNUSED}
+    added = tuple((n, pieces[n], types[n] == CONTROL) for n in range(last + 1, len(pieces)) if types[n] != UNUSED)
     model = proto.ModelProto()
     seen: set[str] = set()
     for piece, kind, score in zip(pieces[: last + 1], types, scores, strict=False):

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgemistral.config import ModelConfig
+from edgemistral.text.tokenizer import Tokenizer
 from edgemistral_quantize.sources.tensor import Tensor
+from edgemistral_quantize.text_files import TextFiles
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,8 @@ class Opened:
     """A source whose config, tokenizer, tensor names, shapes and dtypes are checked; no weight is read yet."""
 
     config: ModelConfig
-    tokenizer: bytes               # the SentencePiece model
+    text: TextFiles                # the tokenizer's bytes, and what else is known about text
+    tokenizer: Tokenizer           # made of these
     files: list[Path]              # everything that was or will be read
     tensors: dict[str, Tensor] = field(repr=False)   # by our names: layers.0.wq, ...; rotary pairs (i, i + head_dim / 2)
     quantized_as: str | None = None   # a GGUF's types, as "Q4_1 and Q8_0", when its weights are not floats

@@ -131,12 +131,3 @@ def check_finite(strip: Strip, begin: int, what: str) -> None:
     if exponents.max() == exponent:
         row = begin + int((exponents == exponent).any(axis=1).argmax())
         raise BadCheckpoint(f"{what} has a NaN or infinity in row {row}")
-
-
-def widen(strip: Strip) -> NDArray[np.float32]:
-    """Any source dtype -> float32, exactly."""
-    if strip.dtype == np.uint16:   # the bits of bfloat16, the upper half of a float32
-        bits = strip.astype(np.uint32)
-        bits <<= 16
-        return bits.view(np.float32)
-    return strip.astype(np.float32, copy=False)

@@ -1,0 +1,22 @@
+"""What is installed only on demand: `pip install edgemistral` brings the library; the server and the line editor are extras."""
+
+from __future__ import annotations
+
+EXTRAS = {
+    "fastapi": "server",
+    "llguidance": "server",
+    "prometheus_client": "server",
+    "pydantic": "server",
+    "starlette": "server",
+    "uvicorn": "server",
+    "prompt_toolkit": "chat",
+}
+"""Module -> the extra of pyproject.toml that installs it."""
+
+
+def missing(error: ModuleNotFoundError) -> str | None:
+    """One line that says what to install, or None when no extra has the module."""
+    module = (error.name or "").partition(".")[0]
+    if module not in EXTRAS:
+        return None
+    return f"this needs {module}, which is not installed: pip install 'edgemistral[{EXTRAS[module]}]'"

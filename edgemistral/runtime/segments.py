@@ -1,0 +1,286 @@
+"""The KV cache: segments of 256 positions, each in one mapping of its own, and the sequences that are made of them.
+
+A segment holds the keys and values of 256 positions for all layers and KV heads: for each of them four blocks of 64
+positions, in the order in which attention reads them (`kernels.attention` describes a block's bytes). All segments lie in one
+temporary file; each is mapped when it is made and never moves, so growing never remaps and addresses stay valid. The system
+writes pages back and drops them as memory gets short: 32768 tokens of a 7B are 2.1 GiB in 8 bits, of which only the pages in
+use need to be in memory.
+
+A `Sequence` is token ids and segments. Sequences with a common prefix share its full segments; the last, partial one is copied.
+A session's segments lie in a file of its own instead (`runtime.session`).
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemistral.config import ModelConfig
+from edgemistral.errors import BadRequest
+from edgemistral.files.layout import round_up
+from edgemistral.kernels.addresses import address_of
+from edgemistral.kernels.kv_layout import KV_FORMATS, POSITIONS, SEGMENT, SEGMENT_BLOCKS, KVLayout, block_bytes
+from edgemistral.paths import cache_dir
+from edgemistral.runtime.memory import physical_memory
+
+GRANULE = 1 << 16      # offsets of mappings are multiples of this: the allocation granularity of Windows
+PADDING = 4096         # behind a segment: kernels load whole vectors at its end
+KV_BITS = tuple(KV_FORMATS)
+
+
+def segment_bytes(config: ModelConfig, kv_bits: int) -> int:
+    """Bytes that one segment takes in the file."""
+    blocks = config.n_layers * config.n_kv_heads * SEGMENT_BLOCKS
+    return round_up(blocks * block_bytes(config.head_dim, kv_bits) + PADDING, GRANULE)
+
+
+def segments_of(positions: int) -> int:
+    """Segments that hold so many positions."""
+    return (positions + SEGMENT - 1) // SEGMENT
+
+
+def default_kv_budget() -> int:
+    """Bytes for the sequences that are kept: a quarter of the memory, and at most half of the free disk."""
+    folder = _folder()
+    while not folder.exists():
+        folder = folder.parent
+    return min(physical_memory() // 4, shutil.disk_usage(folder).free // 2)
+
+
+def _folder() -> Path:
+    return cache_dir() / "kv"
+
+
+class Segment:
+    """One mapping. `users`: sequences that it is part of. `pooled`: it lies in the pool's own file and is used again."""
+
+    def __init__(self, mapping: mmap.mmap, pooled: bool = True) -> None:
+        self.mapping, self.pooled = mapping, pooled
+        self.data: NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
+        self.address = address_of(self.data)
+        self.users = 1
+
+
+class SegmentPool:
+    """All segments of one model. The file is deleted on close, and at a crash. Not thread-safe: the caller holds a lock."""
+
+    def __init__(self, config: ModelConfig, kv_bits: int = 8, budget: int | None = None) -> None:
+        """budget: bytes, for `capacity`; None means `default_kv_budget()`."""
+        if kv_bits not in KV_FORMATS:
+            raise BadRequest(f"kv_bits is {kv_bits!r}, must be one of {', '.join(map(str, KV_BITS))}", "kv_bits")
+        self.layout = KVLayout(kv_bits, block_bytes(config.head_dim, kv_bits), config.n_layers, config.n_kv_heads)
+        self.segment_bytes = segment_bytes(config, kv_bits)
+        self.budget = default_kv_budget() if budget is None else budget
+        self.capacity = max(1, self.budget // self.segment_bytes)    # segments; whoever allocates sees to it
+        self.used = 0
+        self._made = 0                       # segments that the file has room for
+        self._free: list[Segment] = []
+        self._file: IO[bytes] | None = None
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the file now."""
+        return self._made * self.segment_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the segments that sequences are made of."""
+        return self.used * self.segment_bytes
+
+    def allocate(self) -> Segment:
+        """A segment with one user; its bytes are those of an earlier one, or zeros.
+
+        OSError: the disk is full; nothing else changed.
+        """
+        if self._free:
+            segment = self._free.pop()
+            segment.users = 1
+        else:
+            segment = Segment(self._extend())
+        self.used += 1
+        return segment
+
+    def adopt(self, mapping: mmap.mmap) -> Segment:
+        """A segment with one user in a mapping of another file's. It counts as used, and is never allocated again."""
+        self.used += 1
+        return Segment(mapping, pooled=False)
+
+    def release(self, segment: Segment) -> None:
+        """One user less; without any the segment may be allocated again. Its mapping stays until then."""
+        segment.users -= 1
+        if segment.users == 0:
+            self.used -= 1
+            if segment.pooled:
+                self._free.append(segment)
+
+    def copy(self, segment: Segment, positions: int) -> Segment:
+        """A new segment with the first `positions` positions of another."""
+        made = self.allocate()
+        self.copy_into(made, segment, positions)
+        return made
+
+    def copy_into(self, to: Segment, segment: Segment, positions: int) -> None:
+        """Copy the first `positions` positions of a segment, in whole blocks."""
+        layout = self.layout
+        shape = (layout.n_layers * layout.n_kv_heads, SEGMENT_BLOCKS, layout.block_bytes)
+        size, blocks = int(np.prod(shape)), (positions + POSITIONS - 1) // POSITIONS
+        to.data[:size].reshape(shape)[:, :blocks] = segment.data[:size].reshape(shape)[:, :blocks]
+
+    def close(self) -> None:
+        """Unmap what no sequence uses and delete the file."""
+        self._free, self._made = [], 0
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _extend(self) -> mmap.mmap:
+        """Make the file longer by one segment, and map it."""
+        if self._file is None:
+            try:
+                _folder().mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=_folder())  # noqa: SIM115
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(_folder())) from None
+            weakref.finalize(self, self._file.close)
+        file, had = self._file.fileno(), self.file_bytes
+        os.truncate(file, had + self.segment_bytes)
+        if hasattr(os, "posix_fallocate"):    # a full disk: an error here, not a SIGBUS in a kernel
+            try:
+                os.posix_fallocate(file, had, self.segment_bytes)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):      # else the file system cannot do it
+                    os.truncate(file, had)
+                    raise OSError(error.errno, error.strerror, str(_folder())) from None
+        mapping = mmap.mmap(file, self.segment_bytes, offset=had)
+        self._made += 1
+        return mapping
+
+
+class Row(NamedTuple):
+    """One sequence's part of a step: the ids that follow it, and how many of them, at the end, need logits.
+
+    A prompt's chunk is a row of many ids, decoding a row of one, a draft to verify a row of 1 + k ids with 1 + k logits.
+    """
+
+    sequence: Sequence
+    ids: NDArray[np.integer]
+    n_logits: int
+
+
+class Sequence:
+    """Token ids whose keys and values are in the cache: `ids` (length,) and the segments that hold them."""
+
+    pinned = False    # it is never evicted, and only continued for those who name it
+
+    def __init__(self, pool: SegmentPool) -> None:
+        self.pool, self.length = pool, 0
+        self.addresses: NDArray[np.int64] = np.zeros(0, np.int64)   # of the segments
+        self._segments: list[Segment] = []
+        self._ids = np.zeros(SEGMENT, np.int32)
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """The ids of the positions 0 ... length - 1; a view."""
+        return self._ids[: self.length]
+
+    @property
+    def room(self) -> int:
+        """Positions that its segments have room for."""
+        return SEGMENT * len(self._segments)
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions in all. OSError: the disk is full; the sequence is as it was."""
+        made: list[Segment] = []
+        try:
+            while self.room + SEGMENT * len(made) < length:
+                made.append(self._allocate(len(self._segments) + len(made)))
+        except BaseException:
+            for segment in made:
+                self.pool.release(segment)
+            raise
+        if made:
+            self._own([*self._segments, *made])
+        if len(self._ids) < length:
+            grown = np.zeros(round_up(2 * length, SEGMENT), np.int32)
+            grown[: self.length] = self.ids
+            self._ids = grown
+
+    def append(self, ids: NDArray[np.integer]) -> None:
+        """Count positions that are in the segments now; there must be room."""
+        end = self.length + len(ids)
+        self._ids[self.length : end] = ids
+        self.length = end
+
+    def cut(self, length: int) -> None:
+        """Forget the positions from `length` on, which must not be in a segment that another sequence uses."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot cut {self.length} positions to {length}")
+        kept = segments_of(length)
+        for segment in self._segments[kept:]:
+            self.pool.release(segment)
+        self._own(self._segments[:kept])
+        if length % SEGMENT and self._segments[-1].users > 1:     # it was full when it was shared: others go on using it
+            shared = self._segments[-1]
+            self._own([*self._segments[:-1], self.pool.copy(shared, length % SEGMENT)])
+            self.pool.release(shared)
+        self.length = length
+
+    def fork(self, length: int) -> Sequence:
+        """A new sequence of the first `length` positions: full segments are shared, the last, partial one is copied."""
+        made, full = Sequence(self.pool), length // SEGMENT
+        tail = [self.pool.copy(self._segments[full], length % SEGMENT)] if length % SEGMENT else []
+        for segment in self._segments[:full]:
+            segment.users += 1
+        made._own([*self._segments[:full], *tail])
+        made.reserve(length)
+        made.append(self.ids[:length])
+        return made
+
+    def adopt(self, other: Sequence, length: int) -> None:
+        """Become the first `length` positions of another sequence, which begins with all of this one, by copying."""
+        first, ids = self.length // SEGMENT, other.ids[self.length : length]
+        self.reserve(length)
+        for number in range(first, segments_of(length)):
+            self.pool.copy_into(self._segments[number], other.segments[number], min(SEGMENT, length - SEGMENT * number))
+        self.append(ids)
+
+    def save(self, notes: str | None = None) -> None:
+        """For one that outlives the process: everything in it is on the disk then."""
+
+    def shares(self, number: int, segment: Segment) -> bool:
+        """Whether its segment of this number is that one."""
+        return number < len(self._segments) and self._segments[number] is segment
+
+    def replace(self, number: int, segment: Segment) -> None:
+        """Use another segment with the same content, which counts one more user."""
+        old, segment.users = self._segments[number], segment.users + 1
+        self._own([*self._segments[:number], segment, *self._segments[number + 1 :]])
+        self.pool.release(old)
+
+    def close(self) -> None:
+        """Let go of its segments."""
+        for segment in self._segments:
+            self.pool.release(segment)
+        self._own([])
+        self.length = 0
+
+    @property
+    def segments(self) -> list[Segment]:
+        return self._segments
+
+    def _allocate(self, number: int) -> Segment:
+        """A segment to hold its positions from 256 * number on."""
+        return self.pool.allocate()
+
+    def _own(self, segments: list[Segment]) -> None:
+        self._segments = segments
+        self.addresses = np.array([segment.address for segment in segments], np.int64)

@@ -1,0 +1,61 @@
+"""The library without its extras: what is missing is one line that says what to install."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgemistral.extras import EXTRAS
+
+ROOT = Path(__file__).parents[1]
+WITHOUT = f"import sys; sys.modules.update(dict.fromkeys({sorted(EXTRAS)!r})); "
+
+
+def run_without_extras(code):
+    return subprocess.run([sys.executable, "-c", WITHOUT + code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_the_library_and_the_command_line_need_no_extra():
+    code = "sys.argv[1:] = ['run', 'demo', 'hi', '--greedy', '--max-new-tokens', '3']; from edgemistral.cli import main; main()"
+    done = run_without_extras(code)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_serve_says_what_to_install():
+    done = run_without_extras("sys.argv[1:] = ['serve', 'demo', '--port', '0']; from edgemistral.cli import main; main()")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("which is not installed: pip install 'edgemistral[server]'")
+
+
+def test_importing_the_server_says_what_to_install():
+    done = run_without_extras("import edgemistral.server")
+    assert "ModuleNotFoundError: this needs" in done.stderr and "pip install 'edgemistral[server]'" in done.stderr
+
+
+def test_a_grammar_says_what_to_install():
+    code = (
+        "from edgemistral.errors import EdgeMistralError; from edgemistral.generate.grammar import GrammarCompiler\n"
+        "try: GrammarCompiler(None)\n"
+        "except EdgeMistralError as error: print(error)"
+    )
+    expected = "this needs llguidance, which is not installed: pip install 'edgemistral[server]'"
+    assert run_without_extras(code).stdout.strip() == expected
+
+
+def test_a_module_of_no_extra_is_an_ordinary_error():
+    from edgemistral.extras import missing
+
+    assert missing(ModuleNotFoundError(name="nonsense")) is None
+    assert missing(ModuleNotFoundError(name="uvicorn.protocols")) is not None
+
+
+def test_pyproject_has_every_extra():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for module, extra in EXTRAS.items():
+        named = " ".join(project["optional-dependencies"][extra])
+        assert module.replace("_", "-") in named or module == "starlette"    # which fastapi brings
+        assert not any(line.startswith(module.replace("_", "-")) for line in project["dependencies"])
