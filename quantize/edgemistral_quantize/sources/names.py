@@ -149,8 +149,7 @@ def match(
 
 def _instead(name: str, found: Mapping[str, object]) -> str:
     """What is there under a similar name."""
-    end = name.rsplit(".", 2)[-2]
-    similar = next((other for other in found if end in other.split(".")), None)
+    similar = next((other for other in found if other.endswith(name.removeprefix("model."))), None)
     if similar is None and found and not any(part in other for other in found for part in ("layers.", "blk.")):
         similar = next(iter(found))
     return f"; {similar[:80]} is there" if similar is not None else ""
