@@ -110,8 +110,12 @@ class ModelConfig:
         return self.n_heads // self.n_kv_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values, as stored in a blob."""
-        return dataclasses.asdict(self)
+        """The fields as plain JSON values, as stored in a blob; those that have a default only where they differ."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.default is dataclasses.MISSING or getattr(self, field.name) != field.default
+        }
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
@@ -135,7 +139,7 @@ class ModelConfig:
         """
         is_llama = _hf_architecture(fields) == "llama"
         _refuse_unless(fields, "hidden_act", "silu")
-        _refuse_unless(fields, "quantization_config", None)
+        _refuse_quantized(fields)
         for name in ("attention_bias", "mlp_bias"):
             if fields.get(name):
                 raise BadConfig(f"{name} is {str(fields[name])[:80]}; supported are models without biases")
@@ -190,6 +194,19 @@ def _translate(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str,
 def _refuse_unless(fields: Mapping[str, Any], name: str, supported: Any) -> None:
     if (value := fields.get(name, supported)) != supported:
         raise BadConfig(f"{name} is {str(value)[:80]!r}; supported is {supported!r}")
+
+
+def _refuse_quantized(fields: Mapping[str, Any]) -> None:
+    """For what other programs write into the config of weights that they have quantized; `quantization` is MLX's."""
+    for name in ("quantization_config", "compression_config", "quantization"):
+        value = fields.get(name)
+        if value is not None:
+            details = value if isinstance(value, Mapping) else {}
+            method = details.get("quant_method", details.get("quant_type", "MLX" if name == "quantization" else None))
+            bits = details.get("bits", 4 if details.get("load_in_4bit") else 8 if details.get("load_in_8bit") else None)
+            what = ", ".join([*([str(method)[:40]] if method else []), *([f"{str(bits)[:10]} bits"] if bits else [])])
+            raise BadConfig(f"{name} says that the weights are already quantized{f' ({what})' if what else ''}; "
+                            "get the original model, whose weights are BF16, F16 or F32")
 
 
 def _divides(divisor: Any, number: Any) -> bool:

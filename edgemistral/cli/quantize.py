@@ -15,7 +15,12 @@ from edgemistral.terminal import compile_notice, human_bytes
 @click.command(cls=Command)
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
-@click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Bits of a weight.")
+@click.option(
+    "--bits", type=click.Choice(["4", "8"]), help="Bits of a weight.  [default: 4; 8 for a GGUF that is quantized already]"
+)
+@click.option(
+    "--lora", type=click.Path(path_type=Path), metavar="FOLDER", help="Merge this LoRA adapter (PEFT) into the weights."
+)
 @click.option(
     "--calibrate", type=click.Choice(["none", "fast"]), default="fast", show_default=True,
     help="Measure on a text which columns matter, and round those best.",
@@ -30,13 +35,13 @@ from edgemistral.terminal import compile_notice, human_bytes
 @click.option("--resume", is_flag=True, help="Go on with the tensors that an interrupted run has written.")
 @click.option("--force", is_flag=True, help="Replace DST, and start over.")
 def quantize(
-    source: Path, destination: Path, bits: str, calibrate: str, calibration_text: Path | None,
+    source: Path, destination: Path, bits: str | None, lora: Path | None, calibrate: str, calibration_text: Path | None,
     chat_template: Path | None, max_ram: int, resume: bool, force: bool,
 ) -> None:
-    """Make one quantized model file DST of the checkpoint directory SRC.
+    """Make one quantized model file DST of the checkpoint SRC.
 
-    SRC has the layout of Hugging Face (config.json, *.safetensors, tokenizer.model or tokenizer.json) or of Mistral
-    (params.json, consolidated.safetensors, tokenizer.model).
+    SRC is a directory in the layout of Hugging Face (config.json, *.safetensors, tokenizer.model or tokenizer.json) or of
+    Mistral (params.json, consolidated.safetensors, tokenizer.model), or a GGUF file of the llama architecture.
 
     \b
     Example:
@@ -47,8 +52,10 @@ def quantize(
     try:
         with compile_notice():
             path = make(
-                source, destination, bits=int(bits), max_ram=max_ram, resume=resume, force=force, calibrate=calibrate,
-                calibration_text=calibration_text, chat_template=chat_template,
+                source, destination, bits=None if bits is None else int(bits), max_ram=max_ram, resume=resume, force=force,
+                calibrate=calibrate,
+                calibration_text=calibration_text, chat_template=chat_template, lora=lora,
+                notice=lambda text: click.echo(text, err=True),
             )
     except KeyboardInterrupt:
         partial = Path(f"{destination}.partial")

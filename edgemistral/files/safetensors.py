@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from edgemistral.errors import BadInput
-from edgemistral.files import strict_json
+from edgemistral.files import sniff, strict_json
 
 MAX_HEADER = 1 << 24   # bytes: thousands of layers; the JSON of a hostile header cannot fill the memory
 METADATA = "__metadata__"
@@ -73,12 +73,15 @@ def read_header(file: BinaryIO, path: Path, error: type[BadInput]) -> Header:
     After it, every tensor lies inside the file, has the bytes that its dtype and shape take, and no two overlap.
     """
     size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
+    start = file.read(sniff.SNIFFED)
+    length = int.from_bytes(start[:8], "little")
     if size < 8 or not 2 <= length <= MAX_HEADER:
-        raise error(f"{path}: not a safetensors file")
+        what = sniff.describe_text(start)
+        raise error(f"{path}: not a safetensors file{f' but {what}' if what else ''}")
     data_start = 8 + length
     if data_start > size:
         raise error(f"{path}: truncated inside its header ({size} bytes of at least {data_start})")
+    file.seek(8)
     text = file.read(length)
     if len(text) != length or text[:1] != b"{":
         raise error(f"{path}: not a safetensors file")

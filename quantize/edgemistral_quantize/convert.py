@@ -30,6 +30,8 @@ STRIP_BYTES = 1 << 24   # of rows as float32: large enough to keep all threads b
 STRIPS_IN_WORK = 8      # strips' worth of memory at any time: two being read and widened, one being quantized, copies
 WINDOWS_AT_ONCE = 8     # most windows of calibration that pass a layer together: it is read anew for the next ones
 
+LOSS = {8: "little", 4: "much"}
+
 T = TypeVar("T")
 
 _NO_CHANGES = Changes({}, {})
@@ -38,7 +40,7 @@ _NO_CHANGES = Changes({}, {})
 def quantize(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
-    bits: int = 4,
+    bits: int | None = None,
     output_bits: int = 8,
     max_ram: int = 2 << 30,
     resume: bool = False,
@@ -47,11 +49,14 @@ def quantize(
     calibrate: str = "fast",
     calibration_text: str | os.PathLike[str] | None = None,
     chat_template: str | os.PathLike[str] | None = None,
+    lora: str | os.PathLike[str] | None = None,
+    notice: Callable[[str], object] | None = None,
 ) -> Path:
-    """Make a blob of a checkpoint directory in Hugging Face or Mistral layout; returns its path.
+    """Make a blob of a checkpoint directory in Hugging Face or Mistral layout, or of a GGUF file; returns its path.
 
-    `bits` (4 or 8) are those of the layers' matrices, `output_bits` those of the output head; embeddings become
-    bfloat16. `max_ram` bounds the bytes of working memory, beside what Python and the compiled kernels take.
+    `bits` (4 or 8; None: 4, or 8 for a GGUF that is quantized already) are those of the layers'
+    matrices, `output_bits` those of the output head; embeddings become bfloat16.
+    `max_ram` bounds the bytes of working memory, beside what Python and the compiled kernels take.
 
     `calibrate`: "fast" measures on a text what each column of the matrices carries, weighs its rounding errors by that
     and evens the columns out; "none" does neither. The text is the package's own or, in UTF-8, `calibration_text`.
@@ -62,20 +67,36 @@ def quantize(
     sources are found to match; the calibration of their layers is computed again. `force=True` starts again and replaces
     an existing DST.
 
-    chat_template: a file with the Jinja template to use instead of the checkpoint's own.
+    chat_template: a file with the Jinja template to use instead of the checkpoint's own. lora: the folder of a PEFT
+    adapter that is merged into the weights. `notice` is called with one line about what the user should know.
 
     Raises BadConfig and BadCheckpoint when the checkpoint cannot be used (before anything is written, but for a NaN, an
     infinity or an unreadable file in the middle), BadInput for everything about DST and the arguments, a full disk too.
     """
-    for name, value in (("bits", bits), ("output_bits", output_bits)):
+    for name, value in (("bits", 4 if bits is None else bits), ("output_bits", output_bits)):
         if value not in BLOCK_BYTES:
             raise BadInput(f"{name} is {value}; supported are {' and '.join(map(str, BLOCK_BYTES))}")
-    checkpoint = Checkpoint(Path(src), None if chat_template is None else Path(chat_template))
+    checkpoint = Checkpoint(
+        Path(src), None if chat_template is None else Path(chat_template), None if lora is None else Path(lora)
+    )
+    if bits is None:
+        bits = 4 if checkpoint.quantized_as is None else 8
+    if checkpoint.quantized_as is not None and notice is not None:
+        notice(quantized_twice(checkpoint.quantized_as, checkpoint.bits or 0, bits))
     config = checkpoint.config
     calibration = read_calibration(
         calibrate, None if calibration_text is None else Path(calibration_text), checkpoint.tokenizer_of_text, config.context
     )
     return convert(checkpoint, Path(dst), Recipe(bits, output_bits), calibration, max_ram, resume, force, progress)
+
+
+def quantized_twice(types: str, source_bits: float, bits: int) -> str:
+    """What to know before weights that are quantized already are quantized once more."""
+    return (
+        f"note: SRC is quantized already ({types}, {source_bits:.1f} bits per weight). Quantizing it again to {bits} bits "
+        f"loses again: {LOSS[bits]}. The original model gives a better file"
+        f"{'' if bits == 8 else '; --bits 8 keeps nearly all of this one'}."
+    )
 
 
 def convert(

@@ -188,7 +188,7 @@ def _is_sentencepiece(data: bytes) -> bool:
 def _templates(found: _Found, given: Path | None) -> tuple[str | None, str | None]:
     """The template for chats, and one for chats with tools where that is another."""
     if given is not None:
-        return _checked_template(_read_text(given), given), None
+        return read_template(given), None
     templates = found.templates()
     chosen = templates.get("default", next(iter(templates.values()), None))
     tools = templates.get("tool_use")
@@ -196,6 +196,11 @@ def _templates(found: _Found, given: Path | None) -> tuple[str | None, str | Non
         None if chosen is None else _checked_template(chosen, found.template_file),
         None if tools is None or tools == chosen else _checked_template(tools, found.template_file),
     )
+
+
+def read_template(path: Path) -> str:
+    """The text of a file with a chat template. BadCheckpoint: it cannot be read, or is too long."""
+    return _checked_template(_read_text(path), path)
 
 
 def _checked_template(text: str, path: Path) -> str:

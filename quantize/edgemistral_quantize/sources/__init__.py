@@ -1,0 +1,1 @@
+"""Where weights come from: folders in Hugging Face or Mistral layout, and GGUF files, all as the same tensors."""

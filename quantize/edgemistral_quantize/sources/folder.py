@@ -1,0 +1,161 @@
+"""A checkpoint folder in Hugging Face layout or in Mistral layout.
+
+A folder is in Hugging Face layout when it has a config.json and weights in `*.safetensors` (those that
+`model.safetensors.index.json` lists, when it is there), in Mistral layout when it has params.json and
+`consolidated*.safetensors`. Where both are, as in Mistral's own repositories, the first one that is whole is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgemistral.config import ModelConfig
+from edgemistral.errors import BadCheckpoint, BadConfig, BadInput
+from edgemistral.files import strict_json
+from edgemistral.files.safetensors import read_header
+from edgemistral.files.sniff import refuse_other_files
+from edgemistral.text.tokenizer import Tokenizer
+from edgemistral_quantize import recognise
+from edgemistral_quantize.sources.names import HUGGING_FACE, MISTRAL, Naming, expected_tensors, match, without_prefix
+from edgemistral_quantize.sources.opened import Opened
+from edgemistral_quantize.sources.tensor import DTYPES, HalvedPairs, StoredTensor, Tensor
+from edgemistral_quantize.text_files import SENTENCEPIECE, TextFiles, read_text_files
+
+TEXT_FILES = (*SENTENCEPIECE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+              "generation_config.json", "chat_template.json", "chat_template.jinja")
+
+
+def open_folder(folder: Path, chat_template: Path | None = None) -> Opened:
+    """Check everything about a folder but the values of its weights. chat_template: a file that replaces its own.
+
+    Raises BadConfig for the config, BadCheckpoint for everything else, naming file and tensor; when both layouts are
+    there and neither is whole, of Hugging Face's.
+    """
+    present = [naming for naming in (HUGGING_FACE, MISTRAL) if (folder / naming.config).is_file()]
+    if not present:
+        neither = "neither config.json (Hugging Face) nor params.json (Mistral) is there"
+        raise BadCheckpoint(f"{folder}: {neither}{recognise.instead_of_weights(folder)}")
+    problems: list[BadInput] = []
+    for naming in present:
+        try:
+            shards = _find_weights(folder, naming)
+            if shards:
+                return _open(folder, naming, shards, chat_template)
+        except BadInput as problem:
+            problems.append(problem)
+    if problems:
+        raise problems[0]
+    raise BadCheckpoint(f"{folder}: no safetensors files with weights{recognise.instead_of_weights(folder)}")
+
+
+def _open(folder: Path, naming: Naming, shards: list[Path], chat_template: Path | None) -> Opened:
+    config_file = folder / naming.config
+    refuse_other_files(config_file, BadConfig)
+    fields = read_object(config_file, BadConfig)
+    for name in TEXT_FILES:
+        if (folder / name).is_symlink() or (folder / name).is_file():
+            refuse_other_files(folder / name, BadCheckpoint)
+    text = read_text_files(folder, fields, chat_template)
+    config, tokenizer = _read_config(folder, naming, fields, text)
+    stored = list_tensors(shards)
+    quantized = recognise.already_quantized((name, tensor.entry.dtype) for name, tensor in stored.items())
+    if quantized:
+        raise BadCheckpoint(f"{folder}: its weights are already quantized ({quantized}); get the original model, "
+                            "whose weights are BF16, F16 or F32")
+    found = without_prefix(stored, naming, folder)
+    expected = expected_tensors(config, naming, tied=fields.get(naming.tied) is True)
+    spare = naming.names["output"] + ".weight"   # stored all the same by some who tie it to the embeddings
+    matched = match(expected, found, spare, folder)
+    for tensor in matched.values():
+        if tensor.entry.dtype not in DTYPES:
+            raise BadCheckpoint(f"{tensor} has dtype {tensor.entry.dtype}; supported are {', '.join(DTYPES)}")
+    tensors: dict[str, Tensor] = dict(matched)
+    if naming.neighbours_rotate:
+        for name, tensor in matched.items():
+            if name.endswith((".wq", ".wk")):
+                tensors[name] = HalvedPairs(tensor, config.head_dim)
+    files = [config_file, text.path, *shards, *([] if chat_template is None else [chat_template])]
+    return Opened(config, text, tokenizer, files, tensors)
+
+
+def _read_config(
+    folder: Path, naming: Naming, fields: Mapping[str, Any], text: TextFiles
+) -> tuple[ModelConfig, Tokenizer]:
+    bos_id = text.eos_id if text.bos_id is None else text.bos_id   # never used where there is none
+    try:
+        if naming is HUGGING_FACE:
+            config = ModelConfig.from_hf({**fields, "bos_token_id": bos_id, "eos_token_id": text.eos_id})
+        else:
+            config = ModelConfig.from_mistral(fields, bos_id, text.eos_id)
+        tokenizer = text.spec.tokenizer(text.data, config.vocab_size, text.path.name, text.eos_id)
+    except BadConfig as problem:
+        raise BadConfig(f"{folder / naming.config}: {problem}") from None
+    except BadInput as problem:
+        raise BadCheckpoint(f"{folder}: {problem}") from None
+    return config, tokenizer
+
+
+def list_tensors(shards: list[Path]) -> dict[str, StoredTensor]:
+    """All tensors of some safetensors files, by their names there."""
+    found: dict[str, StoredTensor] = {}
+    for path in shards:
+        try:
+            with path.open("rb") as file:
+                header = read_header(file, path, BadCheckpoint)
+        except OSError as problem:
+            link = ": it links to a file that is not there" if path.is_symlink() else ""
+            raise BadCheckpoint(f"{path}: cannot be read: {problem.strerror or problem}{link}") from None
+        for name, entry in header.tensors.items():
+            if name in found:
+                raise BadCheckpoint(f"{path}: tensor {name} is in {found[name].path.name} too")
+            found[name] = StoredTensor(name, path, entry)
+    return found
+
+
+def _find_weights(folder: Path, naming: Naming) -> list[Path]:
+    """The files that hold the weights in one layout; none when there are none."""
+    of_mistral = naming is MISTRAL
+    index = folder / ("consolidated.safetensors.index.json" if of_mistral else "model.safetensors.index.json")
+    if index.is_file():
+        return sorted(_indexed(index))
+    own = [path for path in recognise.visible(folder) if path.name.endswith(".safetensors")]
+    if of_mistral:
+        own = [path for path in own if path.name.startswith("consolidated")]
+    else:
+        own = [path for path in own if not recognise.SPECIAL.fullmatch(path.name)]
+    if gap := recognise.numbered_gap(own):
+        raise BadCheckpoint(f"{folder}: {gap}{recognise.unfinished(folder) or '; is the download complete?'}")
+    return own
+
+
+def _indexed(index: Path) -> list[Path]:
+    refuse_other_files(index, BadCheckpoint)
+    weight_map = read_object(index, BadCheckpoint).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise BadCheckpoint(f"{index}: no weight_map of file names")
+    names = set(weight_map.values())
+    for name in sorted(names):
+        if Path(name).name != name or not (index.parent / name).is_file():
+            hint = recognise.unfinished(index.parent)
+            if not hint and not any((index.parent / other).is_file() for other in names):
+                hint = recognise.instead_of_weights(index.parent)   # as a pickle beside an index of others' files
+            raise BadCheckpoint(f"{index}: lists {name[:80]!r}, which is not there{hint or '; is the download complete?'}")
+    return [index.parent / name for name in names]
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content; BadCheckpoint when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as problem:
+        raise BadCheckpoint(f"{path}: cannot be read: {problem.strerror or problem}") from None
+
+
+def read_object(path: Path, error: type[BadInput]) -> dict[str, Any]:
+    """The JSON object in a file; `error` when it is something else."""
+    fields = strict_json.parse(read_bytes(path), str(path), error)
+    if not isinstance(fields, dict):
+        raise error(f"{path}: not a JSON object")
+    return fields

@@ -1,0 +1,178 @@
+"""The tokenizer of a GGUF file, as a tokenizer.json or a SentencePiece model; its chat template; its ends of turn."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgemistral.errors import BadCheckpoint
+from edgemistral.text.chat import JinjaTemplate, end_of_turn, is_mistrals_own
+from edgemistral.text.spec import TextSpec
+from edgemistral.text.tokenizer import Tokenizer
+from edgemistral_quantize.text_files import TextFiles, read_template
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6   # tokenizer.ggml.token_type
+END_NAMES = ("eos_token_id", "eot_token_id", "eom_token_id")
+ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<|eom_id|>", "<end_of_turn>", "<|end|>")
+
+# How a text is cut before byte pairs are merged, by `tokenizer.ggml.pre`; each is an outer cut before ByteLevel's own.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
+TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+          r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_LIKE = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral")
+SMOLLM_LIKE = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")   # every digit is a word
+GPT2_LIKE = ("gpt-2", "default", "phi-2", "jina-es", "jina-de", "mpt", "olmo", "jais", "roberta-bpe", "gigachat")
+
+
+def read_text(metadata: Mapping[str, Any], path: Path, chat_template: Path | None = None) -> TextFiles:
+    """What the metadata says about text; a file with a template may replace its own.
+
+    BadCheckpoint names the field that is missing or not supported, BadInput what is wrong with the tokenizer.
+    """
+    get = {name.removeprefix("tokenizer.ggml."): value for name, value in metadata.items()}.get
+    kind, tokens = get("model"), get("tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise BadCheckpoint("tokenizer.ggml.tokens is missing: a GGUF file without a tokenizer cannot be used")
+    pieces = [token.decode("utf-8", "replace") for token in tokens]
+    types = get("token_type")
+    types = [NORMAL] * len(pieces) if types is None else [int(each) for each in types]
+    if len(types) != len(pieces):
+        raise BadCheckpoint(f"tokenizer.ggml.token_type has {len(types)} entries for {len(pieces)} tokens")
+    ids = {piece: token_id for token_id, piece in enumerate(pieces)}
+    ends = [get(name) for name in END_NAMES]
+    ends += [ids[text] for text in ENDS if text in ids and types[ids[text]] in (CONTROL, USER_DEFINED)]
+    ends = [token_id for token_id in ends if token_id is not None]
+    bos_id = get("bos_token_id")
+    for name, token_id in (("eos_token_id", ends[0] if ends else 0), ("bos_token_id", 0 if bos_id is None else bos_id)):
+        if type(token_id) is not int or not 0 <= token_id < len(pieces):
+            raise BadCheckpoint(f"tokenizer.ggml.{name} is {token_id!r}, outside the vocabulary of {len(pieces)}")
+    if not ends:
+        raise BadCheckpoint("tokenizer.ggml.eos_token_id is missing: nothing says where an answer ends")
+    end_ids = [each for each in dict.fromkeys(ends) if type(each) is int and 0 <= each < len(pieces)]
+    spec = TextSpec(
+        special={"eos_token": pieces[end_ids[0]]} | ({} if bos_id is None else {"bos_token": pieces[bos_id]}), legacy=False
+    )
+    if kind == "gpt2":
+        data = _byte_level(pieces, types, get("merges"), get("pre", "default"))
+        adds_bos = get("add_bos_token", get("pre") in LLAMA3_LIKE or get("pre") == "tekken") is True and bos_id is not None
+        spec = dataclasses.replace(spec, kind="tokenizers", bos_id=bos_id, adds_bos=adds_bos)
+        eos_id: int | None = end_ids[0]
+    elif kind == "llama":
+        scores = get("scores")
+        if scores is None or len(scores) != len(pieces):
+            raise BadCheckpoint("tokenizer.ggml.scores is missing or of another length than tokenizer.ggml.tokens")
+        data, added = _sentencepiece(pieces, types, [float(each) for each in scores], get)
+        spec = dataclasses.replace(spec, added=added, adds_bos=get("add_bos_token", True) is True)
+        eos_id = None
+    else:
+        raise BadCheckpoint(f"tokenizer.ggml.model is {str(kind)[:40]!r}; supported are 'gpt2' and 'llama'")
+    template = metadata.get("tokenizer.chat_template") if chat_template is None else read_template(chat_template)
+    if template is not None and not isinstance(template, str):
+        raise BadCheckpoint("tokenizer.chat_template is not a text")
+    tokenizer = spec.tokenizer(data, None, "its tokenizer", eos_id)
+    return TextFiles(_with_template(spec, template, tokenizer, end_ids), data, path, tokenizer.bos_id, tokenizer.eos_id)
+
+
+def _with_template(spec: TextSpec, template: str | None, tokenizer: Tokenizer, ends: list[int]) -> TextSpec:
+    """The template and what ends a turn; Mistral's own template is built in."""
+    if template is not None:
+        JinjaTemplate(template, spec.special)   # raises BadInput
+        if not tokenizer.bytes_split_characters and is_mistrals_own(template, spec.special):
+            template = None
+        else:
+            turn_end = end_of_turn(template, spec.special, {text: n for n, text in tokenizer.control.items()})
+            ends = [*([] if turn_end is None else [turn_end]), *ends]
+    return dataclasses.replace(
+        spec, chat_template=template, special=spec.special if template is not None else {},
+        end_ids=() if set(ends) <= {tokenizer.eos_id} else tuple(dict.fromkeys(ends)),
+        turn_end_id=None if ends[0] == tokenizer.eos_id else ends[0],
+    )
+
+
+def _byte_level(pieces: list[str], types: list[int], merges: Any, pre: Any) -> bytes:
+    """A tokenizer.json for Hugging Face's tokenizers library: byte-level BPE."""
+    if not isinstance(merges, list):
+        raise BadCheckpoint("tokenizer.ggml.merges is missing")
+    pairs = [merge.decode("utf-8", "replace").split(" ", 1) for merge in merges]
+    if bad := next((pair for pair in pairs if len(pair) != 2), None):
+        raise BadCheckpoint(f"tokenizer.ggml.merges has {bad[0][:40]!r}, which is not two tokens")
+    vocabulary = {piece: n for n, piece in enumerate(pieces)}
+    if len(vocabulary) != len(pieces):
+        raise BadCheckpoint("tokenizer.ggml.tokens has the same token twice")
+    if bad := next((pair for pair in pairs if not {pair[0], pair[1], pair[0] + pair[1]} <= vocabulary.keys()), None):
+        raise BadCheckpoint(f"tokenizer.ggml.merges has {' '.join(bad)[:80]!r}, whose tokens are not all there")
+    added = [
+        {"id": n, "content": pieces[n], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": kind != USER_DEFINED}
+        for n, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED, UNKNOWN) and pieces[n]
+    ]
+    described = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _cuts(pre)},
+        "post_processor": None, "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                                            "use_regex": True},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": pre in LLAMA3_LIKE or pre == "tekken", "vocab": vocabulary, "merges": pairs,
+        },
+    }
+    return json.dumps(described, ensure_ascii=False).encode()
+
+
+def _cuts(pre: Any) -> list[dict[str, Any]]:
+    """The pre-tokenizers that llama.cpp's name `pre` stands for."""
+    def split(pattern: str) -> dict[str, Any]:
+        return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+    whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    if pre in SMOLLM_LIKE:
+        return [{"type": "Digits", "individual_digits": True}, {**whole, "use_regex": True}]
+    if pre in GPT2_LIKE:
+        return [{**whole, "use_regex": True}]
+    if pre in LLAMA3_LIKE or pre == "tekken":
+        return [split(TEKKEN if pre == "tekken" else LLAMA3), whole]
+    supported = ", ".join((*GPT2_LIKE[:2], *SMOLLM_LIKE[:2], *LLAMA3_LIKE[:2], "tekken"))
+    raise BadCheckpoint(f"tokenizer.ggml.pre is {str(pre)[:40]!r}; supported are {supported} and those like them")
+
+
+def _sentencepiece(
+    pieces: list[str], types: list[int], scores: list[float], get: Any
+) -> tuple[bytes, tuple[tuple[int, str, bool], ...]]:
+    """A SentencePiece model, and the tokens that were added behind it (id, text, whether it is a control token).
+
+    What follows the last piece that a model of SentencePiece has itself (an ordinary or byte one) was added later.
+    """
+    import sentencepiece.sentencepiece_model_pb2 as generated
+
+    proto: Any = generated   # made at import: type checkers see nothing in it
+
+    last = max((n for n, kind in enumerate(types) if kind in (NORMAL, BYTE)), default=-1)
+    added = tuple((n, pieces[n], types[n] == CONTROL) for n in range(last + 1, len(pieces)) if types[n] != UNUSED)
+    model = proto.ModelProto()
+    seen: set[str] = set()
+    for piece, kind, score in zip(pieces[: last + 1], types, scores, strict=False):
+        if not piece or piece in seen:
+            raise BadCheckpoint(f"tokenizer.ggml.tokens has {piece[:40]!r} twice or an empty token")
+        seen.add(piece)
+        each = model.pieces.add()
+        each.piece, each.score, each.type = piece, score, kind
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.vocab_size = proto.TrainerSpec.BPE, last + 1
+    trainer.byte_fallback = any(kind == BYTE for kind in types)
+    for name, default in (("unk", 0), ("bos", 1), ("eos", 2), ("pad", -1)):
+        long = {"unk": "unknown", "pad": "padding"}.get(name, name)
+        token_id = get(f"{long}_token_id", default)
+        inside = type(token_id) is int and 0 <= token_id <= last and types[token_id] in (CONTROL, UNKNOWN)
+        setattr(trainer, f"{name}_id", token_id if inside else (0 if name == "unk" else -1))
+        if inside:
+            setattr(trainer, f"{name}_piece", pieces[token_id])
+    normalizer.name, normalizer.remove_extra_whitespaces = "identity", get("remove_extra_whitespaces", False) is True
+    normalizer.add_dummy_prefix, normalizer.escape_whitespaces = get("add_space_prefix", True) is True, True
+    return model.SerializeToString(), added
