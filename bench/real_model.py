@@ -43,6 +43,7 @@ from edgemistral.files.blob import Blob
 from edgemistral.files.safetensors import make_header
 from edgemistral.measure.evaluate import evaluate_windows
 from edgemistral.measure.reference import Reference
+from training.conversations import heldout
 
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_NL", "IQ4_XS", "Q4_0")
@@ -137,8 +138,7 @@ def read_texts(tokenizer: Any, prose: Path) -> dict[str, list[NDArray[np.int32]]
     ids = {
         "prose": [n for i in range(6) for n in tokenizer.encode(book[i * len(book) // 6 :][:4000])[:WINDOW]],
         "code": tokenizer.encode(Path(json.decoder.__file__).read_text("utf-8")),
-        "chat": [n for case in json.loads((root / "training" / "heldout.json").read_text("utf-8")).values()
-                 for n in tokenizer.encode_chat(case["messages"])],
+        "chat": [n for case in heldout() for n in tokenizer.encode_chat(case.messages)],
         "notes": tokenizer.encode((root / "SECURITY.md").read_text("utf-8")),
         "page": tokenizer.encode((root / "edgemistral" / "server" / "page" / "index.html").read_text("utf-8")),
     }
