@@ -6,7 +6,7 @@ Needs the `bench` extra: gguf writes the files, llama-cpp-python quantizes and r
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +87,27 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, NDArray[np.float32]]
     yield "output.weight", read("output")
 
 
-def quantize(source: Path, target: Path, kind: str, embeddings: str | None = None, output: str | None = None) -> None:
-    """What `llama-quantize SOURCE TARGET KIND` does; `embeddings` and `output` are types for these tensors alone."""
+def quantize(
+    source: Path, target: Path, kind: str, embeddings: str | None = None, output: str | None = None,
+    importance: Mapping[str, NDArray[np.float32]] | None = None,
+) -> None:
+    """What `llama-quantize SOURCE TARGET KIND` does; `embeddings` and `output` are types for these tensors alone.
+
+    importance: its importance matrix, by llama.cpp's name of the tensor the mean squares (cols,) of what the columns meet.
+    """
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     if embeddings is not None:
         params.token_embedding_type = int(getattr(gguf.GGMLQuantizationType, embeddings))
     if output is not None:
         params.output_tensor_type = int(getattr(gguf.GGMLQuantizationType, output))
+    if importance is not None:
+        entry = llama_cpp.llama_model_imatrix_data
+        table = (entry * (len(importance) + 1))()   # a name of NULL ends it
+        for row, (name, values) in zip(table, importance.items(), strict=False):
+            row.name, row.size = name.encode(), len(values)
+            row.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        params.imatrix = ctypes.cast(table, ctypes.POINTER(entry))
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
         raise RuntimeError(f"llama.cpp could not quantize {source} to {kind}")
 
@@ -113,12 +126,14 @@ class LlamaCpp:
     kv: the type of keys and values, by gguf's name. Others than F16 need its flash attention, which is on then.
     """
 
-    def __init__(self, path: Path, config: ModelConfig, threads: int = 1, kv: str = "F16") -> None:
-        self.config, self.context = config, config.context
+    def __init__(
+        self, path: Path, config: ModelConfig, threads: int = 1, kv: str = "F16", context: int | None = None
+    ) -> None:
+        self.config, self.context = config, context or config.context
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         params: Any = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = config.context
+        params.n_ctx = params.n_batch = params.n_ubatch = self.context
         params.n_threads = params.n_threads_batch = threads
         if kv != "F16":
             params.type_k = params.type_v = int(getattr(gguf.GGMLQuantizationType, kv))

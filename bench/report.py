@@ -249,6 +249,21 @@ def _quality(r: Results) -> list[str]:
     ]
 
 
+def _real_model(r: Results) -> list[str]:
+    tokens = ", ".join(f"{n:,} of {text}" for text, n in r["tokens"].items())
+    return [
+        f"Bits per weight of the layers; {tokens}. KL in nats from the float32 model.",
+        "",
+        *_table(("", "layers", *(f"{text}: KL" for text in r["tokens"]), "prose: top-1", "prose: perplexity"), (
+            (row["name"], f"{row['bits']['layers']:.2f}", *(f"{row[text]['mean_kl']:.4f}" for text in r["tokens"]),
+             f"{row['prose']['top1_agreement']:.1%}", f"{row['prose']['perplexity']:.2f}")
+            for row in r["rows"]
+        )),
+        "",
+        f"![mean KL over bits per weight]({r['folder']}/real_model.png)",
+    ]
+
+
 def _quality_random(r: Results) -> list[str]:
     return [line for name, methods in r.items() if name != "folder" for line in (
         *_table((name, "mean KL", "of Q4_0's", "top-1"), (
@@ -343,6 +358,8 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
      _server_overhead),
     ("Server under load", "server_load", "python bench/server_load.py", _server_load),
     ("Quality: a trained model, beside llama.cpp's types", "quality", "python bench/quality.py", _quality),
+    ("Quality: a real pretrained model, beside llama.cpp's types", "real_model",
+     "python -m bench.real_model WORK", _real_model),
     ("Quality: random models, beside Q4_0", "quality_random", "python bench/quality_random.py", _quality_random),
     ("Error of the quantizers", "quantization_error", "python bench/quantization_error.py", _quantization_error),
 ]

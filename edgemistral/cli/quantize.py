@@ -22,8 +22,8 @@ from edgemistral.terminal import compile_notice, human_bytes
     "--lora", type=click.Path(path_type=Path), metavar="FOLDER", help="Merge this LoRA adapter (PEFT) into the weights."
 )
 @click.option(
-    "--calibrate", type=click.Choice(["none", "fast"]), default="fast", show_default=True,
-    help="Measure on a text which columns matter, and round those best.",
+    "--calibrate", type=click.Choice(["none", "fast", "full"]), default="fast", show_default=True,
+    help="Measure on a text what matters, and round that best.",
 )
 @click.option(
     "--calibration-text", type=click.Path(path_type=Path), metavar="FILE", help="The text to measure on, in UTF-8."

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from edgemistral.errors import BadInput
 
-METHODS = ("none", "fast")
+METHODS = ("none", "fast", "full")
 WINDOW = 512                                   # tokens that see each other, the first of them <s>
-WINDOWS = {"none": 0, "fast": 16}   # at most
+WINDOWS = {"none": 0, "fast": 16, "full": 32}   # at most
 FOLDER = Path(__file__).parent / "calibration"
 ORDER = ("prose", "chat", "code", "languages")   # windows are taken from these in turn
 SPEAKERS = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
 class Calibration:
     """A method and its tokens."""
 
-    method: str                          # fast
+    method: str                          # fast or full
     windows: list[NDArray[np.int32]]     # ids (n,), each beginning with <s>
     text_sha256: str                     # of the text before it was cut in tokens
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,11 +18,13 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from edgemistral.config import ModelConfig
 from edgemistral.errors import BadInput
 from edgemistral.files.bf16 import to_bf16, widen
 from edgemistral.files.blob import BlobWriter
 from edgemistral.files.layout import BLOCK_BYTES, PANEL, Matrix, Recipe, TensorSpec, matrices, matrix_tensors
-from edgemistral_quantize.calibrate import CalibrationPass, work_bytes
+from edgemistral_quantize import gptq
+from edgemistral_quantize.calibrate import CalibrationPass, tiled, work_bytes
 from edgemistral_quantize.calibration_text import Calibration, read_calibration
 from edgemistral_quantize.checkpoint import Checkpoint, Strip
 from edgemistral_quantize.equalise import Change, Changes, layer_changes, output_changes
@@ -59,8 +63,9 @@ def quantize(
     `max_ram` bounds the bytes of working memory, beside what Python and the compiled kernels take.
 
     `calibrate`: "fast" measures on a text what each column of the matrices carries, weighs its rounding errors by that
-    and evens the columns out; "none" does neither. The text is the package's own or, in UTF-8, `calibration_text`.
-    The method and the text's sha256 are kept in the blob.
+    and evens the columns out; "full" also lets later columns make up for the errors of earlier ones (GPTQ; 4 bits only)
+    and reads more text, which takes several times as long; "none" does none of it. The text is the package's own or, in
+    UTF-8, `calibration_text`. The method and the text's sha256 are kept in the blob.
 
     The blob grows as DST.partial and gets its name when it is whole and on the disk. After a crash or an error
     `resume=True` goes on behind the tensors that are already in DST.partial, once their checksums and those of their
@@ -130,16 +135,19 @@ def convert(
         if calibration is not None:
             states = CalibrationPass(checkpoint, calibration.windows, at_once, strip_bytes, bar.update)
             stack.callback(states.close)
-        changes = _NO_CHANGES
+        changes, moments = _NO_CHANGES, None
         for spec in writer.tensors.values():
             at, _, part = spec.name.rpartition(".")
             if part == "attention_norm" and states is not None:
-                inputs = states.pass_layer(int(at.removeprefix("layers.")))
+                moments = _moments(config, recipe, calibration, writer, at)
+                add = None if moments is None else partial(_add_moments, moments, states.map)
+                inputs = states.pass_layer(int(at.removeprefix("layers.")), add)
                 changes = layer_changes(config, inputs.mean_squares, recipe.bits)
             elif part == "norm" and states is not None:
                 changes = output_changes(states.pass_norm().mean_squares["output"], recipe.output_bits)
             if spec.name in by_name:
-                conversion.write_matrix(by_name[spec.name], changes.matrices.get(part, Change()))
+                change, met = changes.matrices.get(part, Change()), None if moments is None else moments.pop(part, None)
+                conversion.write_matrix(by_name[spec.name], change, met)
             elif spec.name == "tokenizer":
                 conversion.write_tokenizer()
             elif spec.name not in in_matrices:
@@ -158,6 +166,10 @@ def _share_memory(
         return min(STRIP_BYTES, max_ram // STRIPS_IN_WORK), None, 0
     window, n = max(map(len, calibration.windows)), len(calibration.windows)
     free = max_ram - needed
+    if calibration.method == "full":
+        free -= gptq.work_bytes(checkpoint.config)
+        if free < 0:
+            raise BadInput(f"max_ram is {max_ram} bytes; a full calibration of this checkpoint needs {max_ram - free} or more")
 
     def taken(n: int, at_once: int) -> int:
         return work_bytes(checkpoint.config, window, n, at_once)
@@ -165,10 +177,29 @@ def _share_memory(
     while n > 1 and taken(n, 1) > free:
         n -= 1
     if taken(n, 1) > free:
-        raise BadInput(f"max_ram is {max_ram} bytes; to calibrate this checkpoint needs {needed + taken(1, 1)}")
+        raise BadInput(f"max_ram is {max_ram} bytes; to calibrate this checkpoint needs {max_ram - free + taken(1, 1)}")
     at_once = max(k for k in range(1, WINDOWS_AT_ONCE + 1) if taken(n, k) <= free)
-    strip_bytes = min(STRIP_BYTES, (max_ram - taken(n, at_once)) // STRIPS_IN_WORK)
+    strip_bytes = min(STRIP_BYTES, (free + needed - taken(n, at_once)) // STRIPS_IN_WORK)
     return strip_bytes, dataclasses.replace(calibration, windows=calibration.windows[:n]), at_once
+
+
+def _moments(
+    config: ModelConfig, recipe: Recipe, calibration: Calibration | None, writer: BlobWriter, layer: str
+) -> dict[str, gptq.Moments] | None:
+    """For each matrix of a layer what a full calibration collects; None where nothing is to be collected."""
+    if calibration is None or calibration.method != "full" or recipe.bits != 4:
+        return None
+    cols = {"wqkv": config.dim, "wo": config.q_dim, "w13": config.dim, "w2": config.hidden_dim}
+    if all(writer.done(f"{layer}.{part}") for part in cols):   # by an earlier run
+        return None
+    return {part: gptq.Moments(n) for part, n in cols.items()}
+
+
+def _add_moments(
+    moments: dict[str, gptq.Moments], map_: gptq.Map, matrix: str, inputs: Sequence[NDArray[np.float32]]
+) -> None:
+    for x in inputs:
+        moments[matrix].add(x, map_)
 
 
 class _Conversion:
@@ -179,8 +210,8 @@ class _Conversion:
     ) -> None:
         self.checkpoint, self.writer, self.strip_bytes, self.progress = checkpoint, writer, strip_bytes, progress
 
-    def write_matrix(self, matrix: Matrix, change: Change) -> None:
-        """Codes, row scales and levels of one matrix, which `change` prepares."""
+    def write_matrix(self, matrix: Matrix, change: Change, moments: gptq.Moments | None = None) -> None:
+        """Codes, row scales and levels of one matrix, which `change` prepares; by GPTQ if there are `moments`."""
         if self._is_done(matrix.name, *(spec.name for spec in matrix_tensors(matrix))):
             return
         levels = default_levels() if matrix.bits == 4 else None
@@ -189,9 +220,7 @@ class _Conversion:
 
         def panels() -> Iterator[NDArray[np.uint8]]:
             n_panels = 0
-            for strip in _one_ahead(widen(strip) for strip in self._read(matrix.name, digest)):
-                rows = change.apply(strip, n_panels * PANEL)
-                packed, scales = quantize_rows(rows, matrix.bits, levels, change.importance)
+            for packed, scales in self._rounded(matrix, change, levels, moments, digest):
                 n_panels += len(packed)
                 row_scales.append(scales)
                 yield packed
@@ -205,6 +234,26 @@ class _Conversion:
         self.writer.write(matrix.name + ".row_scales", row_scales, digest.hexdigest)
         if levels is not None:
             self.writer.write(matrix.name + ".levels", [levels], digest.hexdigest)
+
+    def _rounded(
+        self, matrix: Matrix, change: Change, levels: NDArray[np.uint8] | None, moments: gptq.Moments | None, digest: Any
+    ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float32]]]:
+        """Packed panels and row scales of the matrix's rows, some at a time."""
+        n_rows = 0
+        strips = _one_ahead(widen(strip) for strip in self._read(matrix.name, digest))
+        if moments is None or levels is None or change.columns is None:
+            for strip in strips:
+                yield quantize_rows(change.apply(strip, n_rows), matrix.bits, levels, change.importance)
+                n_rows += len(strip)
+            return
+        factors, tiles = gptq.Factors.of(moments, change.columns), tiled(strips)
+        with ThreadPoolExecutor(threads := os.cpu_count() or 1) as pool:
+            while some := list(itertools.islice(tiles, threads)):
+                changed = []
+                for tile in some:
+                    changed.append(change.apply(tile, n_rows))
+                    n_rows += len(tile)
+                yield from pool.map(partial(gptq.quantize_rows, levels=levels, factors=factors), changed)
 
     def write_plain(self, spec: TensorSpec, factors: NDArray[np.float32] | None = None) -> None:
         """A tensor that is not quantized: the embeddings in bfloat16, or a norm in float32, times `factors` (dim,)."""

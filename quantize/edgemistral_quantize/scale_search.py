@@ -92,6 +92,80 @@ def quantize_panels_8(w: F32, peaks: F32, weights: F32, packed: U8, row_scales: 
             _store_bytes(codes, packed[panel, block])
 
 
+def search_groups(w: F32, weights: F32, levels: F32) -> F32:
+    """The largest magnitude (rows,) of the best real scales of each row's groups; w (rows, cols), cols a multiple of 32."""
+    top = np.zeros(len(w), np.float32)
+    _search_rows(w, weights, levels, top)
+    return top
+
+
+def round_group(w: F32, weights: F32, levels: F32, unit: F32, upper: F32, errors: F32) -> tuple[U8, NDArray[np.int8]]:
+    """One group of all rows, column by column, each one's error fed forward: codes (rows, 32) and whole scales (rows,).
+
+    w (rows, 32) is used up. upper (32, 32): the group's part of GPTQ's factor. errors (rows, 32) gets each error over the
+    factor's diagonal, for the columns behind the group.
+    """
+    codes, whole = np.empty(w.shape, np.uint8), np.empty(len(w), np.int8)
+    _round_rows(w, weights, levels, unit, upper, errors, codes, whole)
+    return codes, whole
+
+
+@entry
+def _search_rows(w: F32, weights: F32, levels: F32, top: F32) -> None:
+    tile, weight, scale = _tile(np.float32), _tile(np.float32), np.empty(LANES, np.float32)
+    for first in range(0, w.shape[0], LANES):
+        n = min(LANES, w.shape[0] - first)
+        for column in range(0, w.shape[1], GROUP):
+            _load_rows(w, weights, first, column, n, tile, weight)
+            _search_scales(tile, weight, levels, scale)
+            for lane in range(n):
+                top[first + lane] = max(top[first + lane], abs(scale[lane]))
+
+
+@entry
+def _round_rows(
+    w: F32, weights: F32, levels: F32, unit: F32, upper: F32, errors: F32, codes: U8, whole: NDArray[np.int8]
+) -> None:
+    tile, weight, scale = _tile(np.float32), _tile(np.float32), np.empty(LANES, np.float32)
+    units, found, inverse = np.empty(LANES, np.float32), np.empty(LANES, np.int32), np.empty(LANES, np.float32)
+    error, middle = np.empty(LANES, np.float32), np.empty(15, np.float32)
+    for k in range(15):
+        middle[k] = HALF * (levels[k] + levels[k + 1])
+    for first in range(0, w.shape[0], LANES):
+        n = min(LANES, w.shape[0] - first)
+        _load_rows(w, weights, first, 0, n, tile, weight)
+        units[:] = ZERO
+        for lane in range(n):
+            units[lane] = unit[first + lane]
+        _search_scales(tile, weight, levels, scale)
+        _search_whole_scales_4(tile, weight, levels, scale, units, found)
+        _invert(found, units, inverse)
+        for j in range(GROUP):
+            for lane in range(LANES):
+                v = tile[j, lane] * inverse[lane]
+                index = 0
+                for k in range(15):
+                    index += 1 if v > middle[k] else 0
+                error[lane] = (tile[j, lane] - levels[index] * (np.float32(found[lane]) * units[lane])) / upper[j, j]
+                if lane < n:
+                    codes[first + lane, j] = np.uint8(index)
+                    errors[first + lane, j] = error[lane]
+            for k in range(j + 1, GROUP):
+                for lane in range(LANES):
+                    tile[k, lane] -= error[lane] * upper[j, k]
+        for lane in range(n):
+            whole[first + lane] = np.int8(found[lane])
+
+
+@inner
+def _load_rows(w, weights, first, column, n, tile, weight):
+    """A group of `n` rows, a row in each lane, the other lanes 0."""
+    for j in range(GROUP):
+        for lane in range(LANES):
+            tile[j, lane] = w[first + lane, column + j] if lane < n else ZERO
+            weight[j, lane] = weights[column + j]
+
+
 @inner
 def _tile(dtype):
     return np.empty((GROUP, LANES), dtype)

@@ -1,0 +1,267 @@
+"""Calibration: the same model before rounding, the same bytes however it is computed, and a smaller loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from edgemistral_quantize import calibration_text, convert, equalise, gptq, quantize
+from edgemistral_quantize.calibrate import CalibrationPass, tiled
+from edgemistral_quantize.checkpoint import Checkpoint
+from edgemistral_quantize.groups import default_levels, quantize_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgemistral.errors import BadInput
+from edgemistral.files import layout
+from edgemistral.files.blob import Blob
+from tests import naive
+from tests.checkpoints import SMALL, random_weights, write_hf
+
+WEIGHTS = random_weights(SMALL)
+F32 = np.float32
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hf(tmp_path_factory.mktemp("checkpoint"), SMALL, WEIGHTS)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The river ran past the mill, and the wheel turned slowly. " * 60, "utf-8")
+    return path
+
+
+# ---- the text ----
+
+class Words:
+    bos_id, chats = 1, True
+
+    def encode(self, text: str) -> list[int]:
+        return [5] * len(text.split())
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        return [1, *(6 for message in messages for _ in message["content"].split())]
+
+
+def test_windows_begin_with_bos_and_fit_the_context() -> None:
+    for context in (32, 4096):
+        calibration = calibration_text.read_calibration("fast", None, Words(), context)
+        assert calibration is not None and len(calibration.windows) == 16
+        assert all(window[0] == 1 and len(window) <= min(512, context) for window in calibration.windows)
+        assert any((window == 6).any() for window in calibration.windows)   # conversations, by the template
+
+
+def test_conversations_of_the_package_alternate() -> None:
+    found = list(calibration_text.conversations((calibration_text.FOLDER / "chat.txt").read_text("utf-8")))
+    assert len(found) > 10
+    for messages in found:
+        roles = [message["role"] for message in messages if message["role"] != "system"]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "empty"), (b" \n", "empty"), (b"caf\xe9 au lait", "not UTF-8 text: byte 3"), (None, "cannot be read"),
+])
+def test_bad_texts_are_refused(checkpoint: Path, tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BadInput, match=message):
+        quantize(checkpoint, tmp_path / "b", calibration_text=path)
+    assert not (tmp_path / "b.partial").exists()
+
+
+def test_bad_methods_are_refused(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="calibrate is 'best'"):
+        quantize(checkpoint, tmp_path / "b", calibrate="best")
+    with pytest.raises(BadInput, match="nothing would read it"):
+        quantize(checkpoint, tmp_path / "b", calibrate="none", calibration_text=text)
+
+
+# ---- equalisation ----
+
+def test_equalisation_changes_no_answer() -> None:
+    """Before rounding, the changed model computes what the model computes."""
+    c, rng = SMALL, np.random.default_rng(0)
+    weights = dict(WEIGHTS)
+    ids = rng.integers(3, c.vocab_size, 40)
+    for layer in range(c.n_layers):
+        at = f"layers.{layer}."
+        sizes = {"wqkv": c.dim, "wo": c.q_dim, "w13": c.dim, "w2": c.hidden_dim}
+        changes = equalise.layer_changes(c, {name: rng.exponential(size=n) ** 4 for name, n in sizes.items()}, 8)
+        whole = {
+            "wqkv": np.concatenate([weights[at + name] for name in ("wq", "wk", "wv")]), "wo": weights[at + "wo"],
+            "w13": layout.interleave_gate_up(weights[at + "w1"], weights[at + "w3"]), "w2": weights[at + "w2"],
+        }
+        changed = {name: changes.matrices[name].apply(w, 0) for name, w in whole.items()}
+        parts = np.split(changed["wqkv"], [c.q_dim, c.q_dim + c.kv_dim])
+        weights |= {at + name: w for name, w in zip(("wq", "wk", "wv"), parts, strict=True)}
+        pairs = changed["w13"].reshape(-1, 2, layout.PANEL, c.dim)
+        weights |= {at + "w1": pairs[:, 0].reshape(-1, c.dim), at + "w3": pairs[:, 1].reshape(-1, c.dim)}
+        weights |= {at + "wo": changed["wo"], at + "w2": changed["w2"]}
+        for norm, factors in changes.norms.items():
+            weights[at + norm] = weights[at + norm] * factors
+    before, after = naive.forward(WEIGHTS, c, ids), naive.forward(weights, c, ids)
+    np.testing.assert_allclose(after, before, atol=2e-3 * np.abs(before).max())
+
+
+def test_factors_of_nothing_are_ones() -> None:
+    np.testing.assert_array_equal(equalise.factors(np.zeros(8), 0.5), np.ones(8))
+    found = equalise.factors(np.array([0.0, 1e-30, 1.0, 1e30]), 0.5)
+    assert np.isfinite(found).all() and (found > 0).all()
+
+
+# ---- statistics ----
+
+def test_statistics_are_those_of_the_float_model(checkpoint: Path) -> None:
+    windows = [np.arange(3, 40, dtype=np.int32), np.arange(50, 70, dtype=np.int32)]
+    run = CalibrationPass(Checkpoint(checkpoint), windows, 1, 1 << 16, lambda n: None, threads=2)
+    try:
+        met = run.pass_layer(0).mean_squares
+    finally:
+        run.close()
+    x = np.concatenate([WEIGHTS["tok_embeddings"][ids] for ids in windows])
+    x = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + SMALL.norm_eps) * WEIGHTS["layers.0.attention_norm"]
+    np.testing.assert_allclose(met["wqkv"], (x.astype(np.float64) ** 2).mean(axis=0), rtol=1e-4)
+    assert {name: values.shape for name, values in met.items()} == {
+        "wqkv": (SMALL.dim,), "wo": (SMALL.q_dim,), "w13": (SMALL.dim,), "w2": (SMALL.hidden_dim,),
+    }
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 700), min_size=1, max_size=5))
+def test_tiles_have_the_same_rows_however_they_come(sizes: list[int]) -> None:
+    rows = np.arange(sum(sizes), dtype=F32)[:, None]
+    tiles = list(tiled(np.split(rows, np.cumsum(sizes)[:-1])))
+    np.testing.assert_array_equal(np.concatenate(tiles), rows)
+    assert all(len(tile) == 256 for tile in tiles[:-1])
+
+
+# ---- the same bytes ----
+
+@pytest.mark.parametrize("method", ["fast", "full"])
+def test_strips_and_windows_at_once_make_no_difference(
+    checkpoint: Path, text: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = quantize(checkpoint, tmp_path / "a", calibrate=method, calibration_text=text).read_bytes()
+    monkeypatch.setattr(convert, "STRIP_BYTES", 1)
+    monkeypatch.setattr(convert, "WINDOWS_AT_ONCE", 1)
+    assert quantize(checkpoint, tmp_path / "b", calibrate=method, calibration_text=text).read_bytes() == whole
+
+
+@pytest.mark.parametrize("method", ["fast", "full"])
+def test_threads_make_no_difference(checkpoint: Path, text: Path, tmp_path: Path, method: str) -> None:
+    code = ("import os, sys; os.cpu_count = lambda: int(sys.argv[4])\n"
+            "from edgemistral_quantize import quantize\n"
+            "quantize(sys.argv[1], sys.argv[2], calibrate=sys.argv[3], calibration_text=sys.argv[5], progress=False)")
+    for threads in ("1", "3"):
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": threads}
+        arguments = [checkpoint, tmp_path / threads, method, threads, text]
+        subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True, env=environment)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "3").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["fast", "full"])
+def test_resumed_after_an_error_in_the_second_layer(checkpoint: Path, text: Path, tmp_path: Path, method: str) -> None:
+    whole = quantize(checkpoint, tmp_path / "whole", calibrate=method, calibration_text=text).read_bytes()
+    conversion, done = convert._Conversion.write_matrix, []
+
+    def fail(self: object, matrix: layout.Matrix, *rest: object) -> None:
+        if matrix.name == "layers.1.w13":
+            raise KeyboardInterrupt
+        done.append(matrix.name)
+        conversion(self, matrix, *rest)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(convert._Conversion, "write_matrix", fail)
+        quantize(checkpoint, tmp_path / "b", calibrate=method, calibration_text=text)
+    assert done[-1] == "layers.1.wo"
+    with pytest.raises(BadInput, match="begun with another calibration"):
+        quantize(checkpoint, tmp_path / "b", calibrate="none", resume=True)
+    path = quantize(checkpoint, tmp_path / "b", calibrate=method, calibration_text=text, resume=True)
+    assert path.read_bytes() == whole
+
+
+def test_the_blob_tells_how_it_was_made(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    with Blob.open(quantize(checkpoint, tmp_path / "fast", calibration_text=text)) as blob:
+        found = json.loads(blob.metadata["calibration"])
+        blob.verify()
+    assert found["method"] == "fast" and len(found["text_sha256"]) == 64 and found["tokens"] > 100
+    with Blob.open(quantize(checkpoint, tmp_path / "none", calibrate="none")) as blob:
+        assert "calibration" not in blob.metadata
+
+
+def test_too_little_memory_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    for method in ("fast", "full"):
+        with pytest.raises(BadInput, match="max_ram is 1000000 bytes"):
+            quantize(checkpoint, tmp_path / "b", max_ram=1_000_000, calibrate=method)
+
+
+# ---- GPTQ ----
+
+def inputs(n: int, seed: int = 0) -> np.ndarray:
+    """Correlated columns, as a trained model's are."""
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((1000, n)).astype(F32) @ rng.standard_normal((n, n)).astype(F32)
+
+
+def factors_of(x: np.ndarray) -> gptq.Factors:
+    moments = gptq.Moments(x.shape[1])
+    for window in np.split(x, 2):
+        moments.add(window, map)
+    return gptq.Factors.of(moments, np.ones(x.shape[1], F32))
+
+
+@pytest.mark.parametrize("cols", [32, 192, 448])
+def test_gptq_lowers_the_error_of_the_outputs(cols: int) -> None:
+    x, w, levels = inputs(cols), np.random.default_rng(1).standard_normal((100, cols)).astype(F32), default_levels()
+    factors = factors_of(x)
+
+    def error(packed: np.ndarray, row_scales: np.ndarray) -> float:
+        return float(((x @ (layout.dequantize(packed, row_scales, levels)[:100, :cols] - w).T) ** 2).sum())
+
+    assert error(*gptq.quantize_rows(w, levels, factors)) < 0.8 * error(*quantize_rows(w, 4, levels, factors.diagonal))
+
+
+def test_gptq_factor_is_of_the_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "MOST_COLUMNS", 64)
+    x = inputs(160)
+    factors = factors_of(x)
+    assert [part.stop - part.start for part in factors.parts] == [32, 64, 64]
+    for part, upper in zip(factors.parts, factors.upper, strict=True):
+        h = (x[:, part].T @ x[:, part]).astype(np.float64)
+        h = h / np.diagonal(h).mean() + 0.01 * np.eye(len(h))
+        np.testing.assert_allclose(upper.T.astype(np.float64) @ upper @ h, np.eye(len(h)), atol=1e-3)
+        np.testing.assert_array_equal(upper, np.triu(upper))
+
+
+@pytest.mark.parametrize("change", [
+    lambda x, w: (x * 0, w), lambda x, w: (x, w * 0), lambda x, w: (x, w * F32(1e36)), lambda x, w: (x, w * F32(1e-38)),
+    lambda x, w: (np.repeat(x[:, :1], x.shape[1], axis=1), w),
+], ids=["no input", "no weights", "huge weights", "tiny weights", "one direction"])
+def test_gptq_bears(change: Callable[..., tuple[np.ndarray, np.ndarray]]) -> None:
+    x, w = change(inputs(128), np.random.default_rng(1).standard_normal((20, 128)).astype(F32))
+    packed, row_scales = gptq.quantize_rows(w, default_levels(), factors_of(x))
+    restored = layout.dequantize(packed, row_scales, default_levels())
+    assert np.isfinite(restored).all()
+    if w.any():
+        assert np.abs(restored[:20] - w).max() < 2 * np.abs(w).max()
+    assert not restored[20:].any()
+
+
+def test_small_contexts_and_texts(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, context=1)
+    directory = write_hf(tmp_path / "c", config, WEIGHTS)
+    (tmp_path / "text").write_text("one", "utf-8")
+    for options in ({}, {"calibration_text": tmp_path / "text"}):
+        quantize(directory, tmp_path / "b", force=True, **options)
