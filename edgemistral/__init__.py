@@ -20,6 +20,7 @@ from edgemistral.errors import (
     BadConfig,
     BadInput,
     BadRequest,
+    BadSession,
     Cancelled,
     ContextOverflow,
     DamagedBlob,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from edgemistral.generate.sampler import SamplingParams
     from edgemistral.generate.tasks import Generation, Usage
     from edgemistral.model import Model, Reply, load
+    from edgemistral.session import Session
 
 __version__ = "0.1.0"
 
@@ -42,6 +44,7 @@ __all__ = [
     "BadConfig",
     "BadInput",
     "BadRequest",
+    "BadSession",
     "Cancelled",
     "ContextOverflow",
     "DamagedBlob",
@@ -52,6 +55,7 @@ __all__ = [
     "OutOfMemoryBudget",
     "Reply",
     "SamplingParams",
+    "Session",
     "Usage",
     "__version__",
     "demo_model",
@@ -65,6 +69,7 @@ _LAZY = {
     "ModelConfig": "config",
     "Reply": "model",
     "SamplingParams": "generate.sampler",
+    "Session": "session",
     "Usage": "generate.tasks",
     "demo_model": "demo",
     "load": "model",

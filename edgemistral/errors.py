@@ -5,6 +5,7 @@
     │   ├── BadConfig            a config.json, params.json or blob config that no kernel here can run
     │   ├── BadCheckpoint        a source checkpoint: missing, extra, truncated or misshapen tensors, NaN
     │   ├── BadBlob              a model file that is not ours, truncated, or does not fit its own config
+    │   ├── BadSession           a session file that is foreign, newer, damaged in its header, or in use
     │   ├── BadRequest           a parameter or a message of a request (`field` names it)
     │   └── ContextOverflow      more tokens than the context holds (`over` says by how many)
     ├── DamagedBlob              a checksum does not match: exit code 1
@@ -35,6 +36,10 @@ class BadCheckpoint(BadInput):
 
 class BadBlob(BadInput):
     """A model file that is not an edgemistral blob, is truncated, or contradicts its own config."""
+
+
+class BadSession(BadInput):
+    """A session file that is not one, belongs to another model or a newer edgemistral, or is in use."""
 
 
 class BadRequest(BadInput):

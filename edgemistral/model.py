@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,13 @@ from edgemistral.generate.engine import Engine, Ids
 from edgemistral.generate.sampler import Logprobs, SamplingParams
 from edgemistral.generate.tasks import Cancel, Generation, Progress, Usage
 from edgemistral.runtime.plan import Threads, plan
+from edgemistral.text.overflow import OnOverflow, check_on_overflow, fit
 from edgemistral.text.stream import StopStrings, StreamDecoder
-from edgemistral.text.tokenizer import Tokenizer
+from edgemistral.text.tokenizer import Messages, Tokenizer
+from edgemistral.text.written import WrittenTexts
 
-Messages = Sequence[Mapping[str, Any]]   # {"role": "system" | "user" | "assistant", "content": str} each
+if TYPE_CHECKING:
+    from edgemistral.session import Session
 
 
 def load(
@@ -30,18 +33,22 @@ def load(
     max_ram: int | None = None,
     kv_budget: int | None = None,
     lookup: bool = True,
+    on_overflow: OnOverflow = "error",
 ) -> Model:
     """Map a blob and make ready to run it; a context manager.
 
     context: positions to make room for; None means the model's own maximum (the KV file is sparse).
-    kv_bits: 8, or 16 for reference. threads: None means the performance cores that this
+    kv_bits: 8, 4 for half the memory, or 16 for reference. threads: None means the performance cores that this
     process may use, "auto" the best number measured with this model (once, then remembered). max_ram: bytes.
     lookup: guess tokens that were said before and verify several at once: the same answers, sooner where they quote.
     kv_budget: bytes for conversations that are kept; None means a quarter of the memory (see `runtime.plan.plan`).
+    on_overflow: what `Model.chat` does with a conversation that is longer than the context, unless a call says otherwise.
     Raises BadBlob, BadRequest (its `field` names the argument) or OutOfMemoryBudget before anything is allocated.
     """
     from edgemistral.runtime.transformer import Transformer  # imports numba
+    from edgemistral.session import binding_of
 
+    check_on_overflow(on_overflow)
     blob = Blob.open(path)
     try:
         planned = plan(blob, context, kv_bits, threads, kv_budget, max_ram)
@@ -53,7 +60,8 @@ def load(
     except BaseException:
         blob.close()
         raise
-    return Model(Engine(transformer, lookup), tokenizer, blob.path)   # the transformer closes the blob
+    engine = Engine(transformer, lookup)      # the transformer closes the blob
+    return Model(engine, tokenizer, blob.path, binding_of(blob, kv_bits), on_overflow)
 
 
 def tokenizer_of(blob: Blob) -> Tokenizer:
@@ -71,9 +79,15 @@ class Model:
     All of them raise BadRequest for a wrong argument and ContextOverflow for a prompt that is too long, at once.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, path: Path | None = None) -> None:
-        """Use `load`; this is for an engine made elsewhere, which the model closes. path: the blob's file."""
-        self.engine, self.tokenizer, self.path = engine, tokenizer, path
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, path: Path | None = None, binding: dict[str, Any] | None = None,
+        on_overflow: OnOverflow = "error",
+    ) -> None:
+        """Use `load`; this is for an engine made elsewhere, which the model closes. path: the blob's file. binding: what the
+        bits of its KV cache depend on, for sessions."""
+        self.engine, self.tokenizer, self.path, self.on_overflow = engine, tokenizer, path, on_overflow
+        self._binding = binding or {}
+        self._written = WrittenTexts(tokenizer)
         engine.end_ids |= tokenizer.end_ids
 
     @property
@@ -101,11 +115,23 @@ class Model:
         *,
         progress: Progress | None = None,
         cancel: Cancel | None = None,
+        session: Session | None = None,
         **sampling: Any,
     ) -> Generation:
         """Token ids that continue `ids`, until </s> (which is not given), `max_new_tokens` or a full context."""
         params = SamplingParams(**{**self.tokenizer.defaults, **sampling})
-        return self.engine.generate(ids, params, max_new_tokens, progress, cancel)
+        home = None if session is None else session.sequence
+        return self.engine.generate(ids, params, max_new_tokens, progress, cancel, home)
+
+    def session(self, path: str | os.PathLike[str]) -> Session:
+        """Open the session in a file, which is made if there is none: give it to `chat`, and a restart loses nothing.
+
+        BadSession: the file is of another model, tokenizer or KV format, damaged in its header, newer, or in use; it is left
+        as it is. A session of which only a part is valid goes on from there, and its `notice` says so.
+        """
+        from edgemistral.session import Session
+
+        return Session(self.engine, Path(path), self._binding, self.path.name if self.path else "", self._written)
 
     def chat(
         self,
@@ -115,13 +141,31 @@ class Model:
         stop: str | Iterable[str] = (),
         progress: Progress | None = None,
         cancel: Cancel | None = None,
+        session: Session | None = None,
+        on_overflow: OnOverflow | None = None,
         **sampling: Any,
     ) -> Reply:
-        """The answer to a conversation, in pieces of text. A last message of the assistant's is continued."""
-        ids = self.tokenizer.encode_chat(messages)
+        """The answer to a conversation, in pieces of text. A last message of the assistant's is continued.
+
+        session: keeps tokens and messages in its file. on_overflow: "error" raises ContextOverflow for a conversation that is
+        longer than the context; "drop-oldest" leaves out whole oldest turns, never the system text, and `Reply.dropped` says
+        which; None is what `load` was given.
+        """
+        on_overflow = self.on_overflow if on_overflow is None else on_overflow
+        check_on_overflow(on_overflow)
+        ids, dropped = self._encode(messages, on_overflow, max_new_tokens)
         stops, continued = StopStrings(stop), messages[-1]["role"] == "assistant" and bool(messages[-1].get("content"))
-        generation = self.generate(ids, max_new_tokens, progress=progress, cancel=cancel, **sampling)
-        return Reply(generation, self._decoder(ids if continued else []), stops)
+
+        def answered(reply: Reply) -> None:
+            if not continued:
+                self._written.remember(reply.text, reply.ids_of_text)
+            if session is not None:
+                text = messages[-1]["content"] + reply.text if continued else reply.text
+                said = messages[:-1] if continued else messages
+                session.messages = [*map(dict, said), {"role": "assistant", "content": text}]
+
+        generation = self.generate(ids, max_new_tokens, progress=progress, cancel=cancel, session=session, **sampling)
+        return Reply(generation, self._decoder(ids if continued else []), stops, dropped, answered)
 
     def complete(
         self,
@@ -131,12 +175,13 @@ class Model:
         stop: str | Iterable[str] = (),
         progress: Progress | None = None,
         cancel: Cancel | None = None,
+        session: Session | None = None,
         **sampling: Any,
     ) -> Reply:
         """The continuation of a raw text (<s> is put before it) or of ids, without the chat template."""
         ids = [*self._bos(), *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
         stops = StopStrings(stop)
-        generation = self.generate(ids, max_new_tokens, progress=progress, cancel=cancel, **sampling)
+        generation = self.generate(ids, max_new_tokens, progress=progress, cancel=cancel, session=session, **sampling)
         return Reply(generation, self._decoder(ids), stops)
 
     def close(self) -> None:
@@ -153,6 +198,15 @@ class Model:
         """What a text without a template begins with."""
         return [self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []
 
+    def _encode(self, messages: Messages, on_overflow: OnOverflow, max_new_tokens: int | None) -> tuple[Ids, tuple[int, ...]]:
+        """The ids of a conversation, its answers as they were written here; and the messages that are left out."""
+        def encode(messages: Messages) -> list[int]:
+            return self._written.restore(self.tokenizer.encode_chat(messages), messages, self.engine.end_ids)
+
+        if on_overflow == "error":
+            return encode(messages), ()
+        return fit(messages, encode, self.context, max_new_tokens)
+
     def _decoder(self, before: Ids) -> StreamDecoder:
         """A decoder for what follows these ids: only at the start of a text does the first piece lose its space."""
         decoder = StreamDecoder(self.tokenizer)
@@ -167,10 +221,15 @@ class Reply(Iterator[str]):
     text: all pieces so far. usage: counts and times so far. finish_reason: None until the end, then "stop" (</s> or a
     stop string), "length" (max_new_tokens) or "context" (it is full). token_ids: of the tokens so far, and starts:
     where the text of each begins; a token that begins at or after the end of `text` is still held back, or at the end
-    was cut off by a stop string.
+    was cut off by a stop string. dropped: numbers of the messages that were left out because the conversation was too long.
     """
 
-    def __init__(self, generation: Generation, decoder: StreamDecoder, stops: StopStrings) -> None:
+    def __init__(
+        self, generation: Generation, decoder: StreamDecoder, stops: StopStrings, dropped: tuple[int, ...] = (),
+        on_end: Callable[[Reply], object] | None = None,
+    ) -> None:
+        """on_end: called once, when no more text comes."""
+        self.dropped, self._on_end = dropped, on_end
         self.text = ""
         self.token_ids: list[int] = []
         self.starts: list[int] = []
@@ -191,6 +250,11 @@ class Reply(Iterator[str]):
     def ended(self) -> bool:
         """Whether no more text comes."""
         return self._ended
+
+    @property
+    def ids_of_text(self) -> list[int]:
+        """The tokens of `text`: without those that a stop string cut off."""
+        return [token for token, start in zip(self.token_ids, self.starts, strict=True) if start < len(self.text)]
 
     @property
     def logprobs(self) -> list[Logprobs]:
@@ -227,4 +291,7 @@ class Reply(Iterator[str]):
             piece = self._stops.push(decoded)
         self._ended = token_id is None or self._stops.stopped
         self.text += piece
+        if self._ended and self._on_end is not None:
+            on_end, self._on_end = self._on_end, None
+            on_end(self)
         return piece

@@ -21,10 +21,10 @@ from typing import Any
 from edgemistral.errors import BadRequest
 from edgemistral.generate.sampler import SamplingParams
 from edgemistral.generate.tasks import Cancel, Progress
-from edgemistral.model import Messages, Model, Reply
+from edgemistral.model import Model, Reply
 from edgemistral.text.chat import ROLES, chat_turns
 from edgemistral.text.guardrail import with_guardrail
-from edgemistral.text.tokenizer import check_text
+from edgemistral.text.tokenizer import Messages, check_text
 
 INPUT = "input_data.input_string"
 PARAMETERS = "input_data.parameters"

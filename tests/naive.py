@@ -1,8 +1,8 @@
 """One slow, obvious NumPy reference for every kernel. The kernels are compared with these.
 
 The first half is the parts of the model as the paper has them, in float32; the second half is the arithmetic of the kernels:
-int8 activations, packed weights, an 8-bit KV cache. The whole model in float32 is `edgemistral.measure.reference`. T counts
-tokens, S cached positions, H query heads, K key/value heads, D the dimensions of a head.
+int8 activations, packed weights, KV caches of 8 and 4 bits. The whole model in float32 is `edgemistral.measure.reference`.
+T counts tokens, S cached positions, H query heads, K key/value heads, D the dimensions of a head.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
 from edgemistral.files import layout
+from edgemistral.files.bf16 import to_bf16, widen
 from edgemistral.files.blob import Blob
 from edgemistral.measure.reference import BlobWeights, Reference
 
@@ -158,6 +159,53 @@ def quantize_int8(x: Array) -> tuple[Array, Array]:
     return codes.astype(np.int8), highest / F32(127)
 
 
+def hadamard(x: Array) -> Array:
+    """x (..., D) times a Hadamard matrix (Sylvester's, of 1 and -1), in blocks of the largest power of two that divides D."""
+    size, matrix = x.shape[-1] & -x.shape[-1], np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return (x.reshape(*x.shape[:-1], -1, size).astype(np.float64) @ matrix).reshape(x.shape)
+
+
+def quantize_int4(x: Array, half: float) -> tuple[Array, Array]:
+    """x float32 (..., n) -> codes float32 (..., n), -8 ... 7 and `half` more, and float32 scales (...,), one for all n.
+
+    The best of seven trials: the largest magnitude becomes 7, 7.5, ... 10 (with `half` 0 the scale has the sign that makes
+    it negative), the codes are clipped, and the scale is refitted by least squares. Sums are those of 16 lanes, added up in
+    a tree, bit for bit what the kernel has.
+    """
+    def total(terms: list[tuple[Array, Array]]) -> Array:
+        lanes = np.zeros_like(x[..., :16])
+        for a, b in terms:
+            lanes = fma(a, b, lanes)
+        for width in (8, 4, 2, 1):
+            lanes = lanes[..., :width] + lanes[..., width:]
+        return lanes[..., 0]
+
+    high, low = np.maximum(x.max(axis=-1), 0), np.maximum((-x).max(axis=-1), 0)
+    top = np.maximum(np.maximum(high, low), F32(1e-30))
+    if half == 0:
+        top = np.where(high >= low, -top, top)
+    best, scales, most = np.zeros_like(x), np.zeros_like(top), np.full_like(top, -1)
+    for largest in np.arange(7, 10.5, 0.5, dtype=F32):
+        factor = largest / top
+        scaled = x * factor[..., None]
+        codes = np.clip(np.rint(scaled - F32(half)), F32(-8), F32(7)) + F32(half)
+        parts = [slice(i, i + 16) for i in range(0, x.shape[-1], 16)]
+        product = total([(codes[..., i], scaled[..., i]) for i in parts])
+        norm = np.maximum(total([(codes[..., i], codes[..., i]) for i in parts]), F32(1))
+        explained = product / largest * (product / largest) / norm
+        better = explained > most
+        best, most = np.where(better[..., None], codes, best), np.where(better, explained, most)
+        scales = np.where(better, product / norm / factor, scales)
+    return best, scales
+
+
+def f32_to_bf16(x: Array) -> Array:
+    """float32 -> the nearest bfloat16 as float32, ties to even."""
+    return widen(to_bf16(x.astype(F32)))
+
+
 def quantize_activations(x: Array) -> tuple[Array, Array]:
     """x float32 (m, n) -> int8 codes (m, n padded to whole blocks of 128) and float32 scales (m, blocks)."""
     m, n = x.shape
@@ -193,6 +241,7 @@ def attention_8bit(
 ) -> Array:
     """`attention` over an 8-bit KV cache: k, v int8 (S, K, D), scales float32 (S, K); q float32 (T, H, D) -> (T, H, D).
 
+    Over a 4-bit one too, whose keys have a scale for each part of a head: k_scales (S, K, parts).
     Queries are rounded to int8, one scale per token and head. Aligned blocks of 64 positions are merged in order with a
     running maximum. In a block, the probabilities times their V scales are rounded to codes 0..255, and the unit of the
     codes is chosen such that they keep the sum of what was rounded. (Summing the denominator from the codes instead
@@ -201,6 +250,8 @@ def attention_8bit(
     n_tokens, n_heads, head_dim = q.shape
     n_past, group = len(k) - n_tokens, n_heads // k.shape[1]
     q_codes, q_scales = quantize_int8(q)
+    parts = k_scales.reshape(*k.shape[:2], -1).astype(np.float64)
+    keys = k * np.repeat(parts, head_dim // parts.shape[-1], axis=-1)
     out = np.empty((n_tokens, n_heads, head_dim), F32)
     for t in range(n_tokens):
         low, high = first_visible(n_past + t, sliding_window), n_past + t + 1
@@ -208,14 +259,13 @@ def attention_8bit(
             highest, total, acc = -np.inf, 0.0, np.zeros(head_dim)
             for begin in range(low // block * block, high, block):
                 at = (slice(max(begin, low), min(begin + block, high)), h // group)
-                dots = k[at].astype(np.int64) @ q_codes[t, h].astype(np.int64)
-                scores = dots * k_scales[at].astype(np.float64) * q_scales[t, h] / np.sqrt(head_dim)
+                scores = keys[at] @ q_codes[t, h].astype(np.float64) * q_scales[t, h] / np.sqrt(head_dim)
                 raised = max(highest, scores.max())
                 shrink, p = np.exp(highest - raised), np.exp(scores - raised)
                 weighted = p * v_scales[at]
                 codes = np.rint(weighted * (255 / max(weighted.max(), 1e-30))).astype(np.int64)
                 unit = weighted.sum() / max(codes.sum(), 1)
-                acc = acc * shrink + unit * (codes @ v[at].astype(np.int64))
+                acc = acc * shrink + unit * (codes @ v[at].astype(np.float64))
                 total = total * shrink + p.sum()
                 highest = raised
             out[t, h] = acc / total

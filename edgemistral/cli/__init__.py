@@ -12,6 +12,7 @@ from edgemistral.cli.inspect import inspect, plan, verify
 from edgemistral.cli.quantize import quantize
 from edgemistral.cli.run import run
 from edgemistral.cli.serve import serve
+from edgemistral.cli.sessions import sessions
 from edgemistral.cli.warmup import warmup
 
 __all__ = ["main"]
@@ -33,5 +34,5 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (run, serve, quantize, inspect, verify, plan, bench, eval_, warmup):
+for command in (run, serve, sessions, quantize, inspect, verify, plan, bench, eval_, warmup):
     main.add_command(command)

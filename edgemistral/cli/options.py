@@ -54,7 +54,7 @@ context_option = click.option(
     "--context", type=int, metavar="N", help="Positions to make room for.  [default: the model's own]"
 )
 kv_bits_option = click.option(
-    "--kv-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits of a stored key or value."
+    "--kv-bits", type=click.Choice(["4", "8", "16"]), default="8", show_default=True, help="Bits of a stored key or value."
 )
 threads_option = click.option(
     "--threads", type=threads, metavar="N", help="Threads, or auto: measured once.  [default: performance cores]"
@@ -64,6 +64,10 @@ max_ram_option = click.option(
 )
 no_lookup_option = click.option(
     "--no-lookup", is_flag=True, help="Guess no tokens from what was said before (the answers are the same)."
+)
+on_overflow_option = click.option(
+    "--on-overflow", type=click.Choice(["error", "drop-oldest"]), default="error", show_default=True,
+    help="A conversation longer than the context: refuse it, or leave out its oldest turns.",
 )
 kv_budget_option = click.option(
     "--kv-budget", type=size, metavar="SIZE",

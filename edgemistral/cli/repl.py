@@ -20,9 +20,11 @@ from edgemistral.extras import missing
 from edgemistral.files import strict_json
 from edgemistral.generate.sampler import SamplingParams
 from edgemistral.model import Model, Reply
+from edgemistral.session import Session
 from edgemistral.terminal import StatusLine, print_answer, printable, stoppable, wrapped
 
 Message = dict[str, str]
+NEARLY_FULL = 0.85      # of the context
 
 # What people type out of habit from other programs. The words without a slash count only when they are the whole line.
 ALIASES = {
@@ -33,12 +35,17 @@ ALIASES = {
 MAX_FILE = 64 << 20   # bytes of a conversation to load
 
 
-def chat(model: Model, system: str | None = None, max_new_tokens: int | None = None, **sampling: Any) -> None:
+def chat(
+    model: Model, system: str | None = None, max_new_tokens: int | None = None, session: Session | None = None, **sampling: Any
+) -> None:
     """Talk until /exit or the end of the input. In a terminal with line editing and history, else line by line.
 
+    session: the conversation goes on there.
     Answers and what commands print go to standard output, everything else to standard error.
     """
-    conversation = Chat(model, system, max_new_tokens, **sampling)
+    conversation = Chat(model, system, max_new_tokens, session, **sampling)
+    if conversation.messages:
+        _say(f"(going on with {len(conversation.messages)} messages; /clear begins anew)")
     read: Callable[[], str] = _plain_line
     if sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
         try:
@@ -72,17 +79,22 @@ class Chat:
     Whatever goes wrong with a message is said, and the conversation is as it was before.
     """
 
-    def __init__(self, model: Model, system: str | None = None, max_new_tokens: int | None = None, **sampling: Any):
+    def __init__(
+        self, model: Model, system: str | None = None, max_new_tokens: int | None = None, session: Session | None = None,
+        **sampling: Any,
+    ) -> None:
         self.over = False
         self.messages: list[Message] = []   # user and assistant in turn
         self.system = system or ""
-        params = SamplingParams(**sampling)
+        if session is not None:
+            self._take_over(session.messages, system)
+        params = SamplingParams(**{**model.tokenizer.defaults, **sampling})
         # What a line of text can set; the rest (a grammar, a table of biases) stays as it was given.
         names = [field.name for field in fields(params) if _is_number(str(field.type)) and field.name != "top_logprobs"]
         self.settings = {"max_new_tokens": max_new_tokens, **{name: getattr(params, name) for name in names}}
         self._fixed = {name: value for name, value in sampling.items() if name not in names}
         _check_settings(self.settings)
-        self._model = model
+        self._model, self._session = model, session
         self._last: Reply | None = None
 
     def take(self, text: str) -> None:
@@ -124,6 +136,8 @@ class Chat:
     def do_clear(self, _: str) -> None:
         """/clear                    forget the conversation; system text and settings stay"""
         self.messages = []
+        if self._session is not None:
+            self._session.clear()
         _say("(a new conversation)")
 
     def do_system(self, text: str) -> None:
@@ -189,13 +203,23 @@ class Chat:
         turns = [_turn(message, f"{path}: messages[{i}]") for i, message in enumerate(messages)]
         if turns:
             self._model.tokenizer.encode_chat(turns)   # raises BadRequest, which names the message that is wrong
-        self.system = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system")
-        self.messages = [turn for turn in turns if turn["role"] != "system"]
+        self._take_over(turns, None)
+        self._keep()
         _say(f"({len(self.messages)} messages from {path})")
 
     def do_exit(self, _: str) -> None:
         """/exit                     leave; so do exit, quit, /bye and Ctrl-D"""
         self.over = True
+
+    def _take_over(self, turns: list[Message], system: str | None) -> None:
+        """Go on with a conversation; a system text that is given takes the place of its own."""
+        own = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system")
+        self.system = own if system is None else system
+        self.messages = [turn for turn in turns if turn["role"] != "system"]
+
+    def _keep(self) -> None:
+        if self._session is not None:
+            self._session.messages = self._with_system(self.messages)
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         return [{"role": "system", "content": self.system}, *messages] if self.system else messages
@@ -207,7 +231,8 @@ class Chat:
             try:
                 status.show("thinking ...")
                 reply = self._model.chat(
-                    self._with_system(messages), **self._fixed, **settings, progress=status.prompt_progress, cancel=pressed
+                    self._with_system(messages), **self._fixed, **settings, progress=status.prompt_progress, cancel=pressed,
+                    session=self._session,
                 )
                 self._last = reply
                 print_answer(reply, status)
@@ -217,6 +242,9 @@ class Chat:
                 stopped = True
         if reply.text or not stopped:
             self.messages = [*messages, {"role": "assistant", "content": reply.text}]
+            self._keep()
+        if reply.dropped:
+            _say(f"(left out: the {len(reply.dropped)} oldest messages, for the conversation is too long)")
         if stopped:
             _say("(stopped)" if reply.text else "(stopped before the answer began: the conversation is as it was)")
         elif not reply.text:
@@ -225,6 +253,15 @@ class Chat:
             _say(f"(ended after {settings['max_new_tokens']} tokens: /set max_new_tokens)")
         elif reply.finish_reason == "context":
             _say(f"(the context of {self._model.context} tokens is full: /clear begins anew)")
+        else:
+            self._warn(reply)
+
+    def _warn(self, reply: Reply) -> None:
+        """Say what will happen before the context is full."""
+        share = (reply.usage.prompt_tokens + reply.usage.new_tokens) / self._model.context
+        if share >= NEARLY_FULL and not reply.dropped:
+            then = "the oldest turns will be left out" if self._model.on_overflow == "drop-oldest" else "/clear begins anew"
+            _say(f"(the context is {share:.0%} full: {then})")
 
 
 def _plain_line() -> str:

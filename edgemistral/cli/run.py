@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +17,7 @@ from edgemistral.cli.options import (
     max_ram_option,
     model_path,
     no_lookup_option,
+    on_overflow_option,
     options,
     read_text,
     threads_option,
@@ -27,6 +29,8 @@ from edgemistral.terminal import StatusLine, compile_notice, print_answer
 if TYPE_CHECKING:
     from edgemistral.model import Model
     from edgemistral.runtime.plan import Threads
+    from edgemistral.session import Session
+    from edgemistral.text.overflow import OnOverflow
 
 answer_options = options(
     click.option("--max-new-tokens", type=int, metavar="N", help="End an answer here.  [default: the context's end]"),
@@ -45,18 +49,21 @@ answer_options = options(
 @click.argument("model", required=False)
 @click.argument("prompt", required=False)
 @click.option("--json", "json_source", metavar="FILE|-", help="Answer the sample JSON of a model card with its output.")
+@click.option("--session", metavar="FILE", help="Keep the conversation in FILE and go on with the one that is there.")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
 @answer_options
 @context_option
 @kv_bits_option
 @kv_budget_option
 @no_lookup_option
+@on_overflow_option
 @threads_option
 @max_ram_option
 def run(
     model: str | None,
     prompt: str | None,
     json_source: str | None,
+    session: str | None,
     raw: bool,
     greedy: bool,
     system: str | None,
@@ -67,23 +74,28 @@ def run(
     max_ram: int | None,
     kv_budget: int | None,
     no_lookup: bool,
+    on_overflow: OnOverflow,
     **sampling: Any,
 ) -> None:
     """Chat with MODEL, or answer PROMPT and exit.
 
     MODEL is the path of a quantized model, or the word demo (also what no MODEL means). PROMPT may be - for standard
     input. Without PROMPT this is a chat: /help lists its commands, Ctrl-C stops an answer, Ctrl-D leaves. When its
-    input is no terminal, every line is a turn.
+    input is no terminal, every line is a turn. With --session the conversation is kept in a file, and a later run
+    goes on there, after a crash too, without reading it again.
 
     \b
     Example:
       edgemistral run mistral-q4.safetensors
       edgemistral run mistral-q4.safetensors "What should I see in Paris?" --greedy
       edgemistral run mistral-q4.safetensors - --system "Summarize." < report.txt
+      edgemistral run mistral-q4.safetensors --session paris.session
       edgemistral run mistral-q4.safetensors --json sample-request.json
     """
     sampling = {name: value for name, value in sampling.items() if value is not None}
     _check_usage(sampling, prompt, json_source, raw, greedy, system, max_new_tokens)
+    if session is not None and (raw or json_source is not None):
+        raise click.UsageError("--session keeps a conversation: it goes with neither --raw nor --json")
     path = model_path(model)
     if greedy:
         sampling["temperature"] = 0.0
@@ -92,17 +104,19 @@ def run(
     from edgemistral.model import load
 
     with compile_notice(), load(
-        path, context, int(kv_bits), threads, max_ram, kv_budget=kv_budget, lookup=not no_lookup
-    ) as loaded:
+        path, context, int(kv_bits), threads, max_ram, kv_budget=kv_budget, lookup=not no_lookup, on_overflow=on_overflow
+    ) as loaded, nullcontext() if session is None else loaded.session(session) as kept:
         about_demo(model)
+        if kept is not None and kept.notice:
+            click.echo(f"note: {kept.notice}", err=True)
         if json_source is not None:
             _answer_json(loaded, request)
         elif text is not None:
-            _answer(loaded, text, raw, system, max_new_tokens, sampling)
+            _answer(loaded, text, raw, system, max_new_tokens, sampling, kept)
         else:
             from edgemistral.cli.repl import chat
 
-            chat(loaded, system=system, max_new_tokens=max_new_tokens, **sampling)
+            chat(loaded, system=system, max_new_tokens=max_new_tokens, session=kept, **sampling)
 
 
 def _check_usage(
@@ -121,20 +135,27 @@ def _check_usage(
 
 
 def _answer(
-    model: Model, prompt: str, raw: bool, system: str | None, max_new_tokens: int | None, sampling: dict[str, Any]
+    model: Model, prompt: str, raw: bool, system: str | None, max_new_tokens: int | None, sampling: dict[str, Any],
+    session: Session | None,
 ) -> None:
-    """Stream one answer to standard output."""
+    """Stream one answer to standard output: with a session, the next of its conversation."""
     with StatusLine() as status:
         arguments: dict[str, Any] = {**sampling, "progress": status.prompt_progress}
         status.show("thinking ...")
         if raw:
             reply = model.complete(prompt, max_new_tokens, **arguments)
         else:
-            messages = [{"role": "system", "content": system}] if system else []
-            reply = model.chat([*messages, {"role": "user", "content": prompt}], max_new_tokens, **arguments)
+            messages = session.messages if session is not None else []
+            if system is not None:
+                messages = [one for one in messages if one["role"] != "system"]
+                messages = [{"role": "system", "content": system}, *messages] if system else messages
+            messages.append({"role": "user", "content": prompt})
+            reply = model.chat(messages, max_new_tokens, session=session, **arguments)
         print_answer(reply, status)
         if not reply.text:
             print()
+    if reply.dropped:
+        click.echo(f"(left out: the {len(reply.dropped)} oldest messages, for the conversation is too long)", err=True)
     if reply.finish_reason == "context":
         click.echo(f"(the context of {model.context} tokens is full)", err=True)
 

@@ -15,6 +15,7 @@ from edgemistral.cli.options import (
     max_ram_option,
     model_path,
     no_lookup_option,
+    on_overflow_option,
     size,
     threads_option,
 )
@@ -22,6 +23,7 @@ from edgemistral.terminal import compile_notice
 
 if TYPE_CHECKING:
     from edgemistral.runtime.plan import Threads
+    from edgemistral.text.overflow import OnOverflow
 
 
 @click.command(cls=Command)
@@ -43,11 +45,12 @@ if TYPE_CHECKING:
 @kv_bits_option
 @kv_budget_option
 @no_lookup_option
+@on_overflow_option
 @threads_option
 @max_ram_option
 def serve(
     model: str | None, host: str, port: int, context: int | None, kv_bits: str, threads: Threads,
-    max_ram: int | None, kv_budget: int | None, no_lookup: bool, **settings: Any,
+    max_ram: int | None, kv_budget: int | None, no_lookup: bool, on_overflow: OnOverflow, **settings: Any,
 ) -> None:
     """Serve MODEL over HTTP on this computer: a chat page, the OpenAI interface, and the model card's sample JSON.
 
@@ -75,7 +78,8 @@ def serve(
         planned.check(max_ram)
         run(
             lambda: load(
-                path, planned.context, planned.kv_bits, planned.threads, kv_budget=planned.kv_budget, lookup=not no_lookup
+                path, planned.context, planned.kv_bits, planned.threads, kv_budget=planned.kv_budget, lookup=not no_lookup,
+                on_overflow=on_overflow,
             ),
             host, port,
             listening=listening, **settings,

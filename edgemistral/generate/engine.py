@@ -7,11 +7,12 @@ generated, and beside them as much of a waiting prompt as their readers do not n
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from edgemistral.generate.tasks import AllLogits, Cancel, Generation, LastLogits
 from edgemistral.runtime import segments
 from edgemistral.runtime.segments import Row, SegmentPool, segments_of
 
+Pinned = TypeVar("Pinned", bound=segments.Sequence)
 Ids = Sequence[int] | NDArray[np.integer]
 WORTH_WAITING = 16                      # tokens of a prefix that another task is about to compute
 MOST_DECODED = 8                        # tokens of a step that only decodes: more would wait for products, not for memory
@@ -102,14 +104,45 @@ class Engine:
         max_new_tokens: int | None = None,
         progress: Progress | None = None,
         cancel: Cancel | None = None,
+        home: segments.Sequence | None = None,
     ) -> Generation:
         """Continue `ids` until an end of turn, `max_new_tokens` or the end of the context. Nothing is computed before the first
-        token is asked for, but what is wrong with the arguments is raised here (see `prefill`)."""
+        token is asked for, but what is wrong with the arguments is raised here (see `prefill`).
+
+        home: the pinned sequence that holds it all then.
+        """
         if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 0):
             message = f"max_new_tokens is {max_new_tokens!r}: it must be a whole number, at least 0"
             raise BadRequest(message, "max_new_tokens")
         params.check_vocabulary(self.config.vocab_size)
-        return Generation(self, self._checked(ids), Sampler(params), max_new_tokens, progress, cancel)
+        made = Generation(self, self._checked(ids), Sampler(params), max_new_tokens, progress, cancel)
+        made.home = home
+        return made
+
+    def pin(self, make: Callable[[SegmentPool], Pinned]) -> Pinned:
+        """Keep the sequence that `make` makes, until `unpin`: it is never evicted."""
+        with self._lock:
+            made = make(self._open().pool)
+            self._kept.pin(made)
+            return made
+
+    def unpin(self, sequence: segments.Sequence) -> None:
+        """Close a pinned sequence, after its `save`. Generations that write to it go on without it."""
+        with self._lock:
+            if self._transformer is None or not self._kept.is_pinned(sequence):
+                return
+            self._transformer.wait()
+            self._close_pinned(sequence)
+
+    def save(self, sequence: segments.Sequence, notes: str | None = None, length: int | None = None) -> None:
+        """Save a pinned sequence, with these notes, and cut to this length, if they are given. SessionFailed: it cannot be."""
+        with self._lock:
+            self._open().wait()
+            if not self._kept.is_pinned(sequence):
+                raise EdgeMistralError("the session is closed")
+            if length is not None and length < sequence.length:
+                self._kept.cut_home(sequence, length)
+            sequence.save(notes)
 
     def advance(self, task: Task) -> None:
         """Bring a task nearer to what it waits for, by a step that tasks of other waiting threads share.
@@ -144,9 +177,19 @@ class Engine:
         with self._lock:
             if self._transformer is not None:
                 self._transformer.wait()
+                for sequence in self._kept.pinned:
+                    with contextlib.suppress(EdgeMistralError):      # what was saved last stays
+                        self._close_pinned(sequence)
                 self._kept.evict_all()
                 self._transformer.close()
                 self._transformer = None
+
+    def _close_pinned(self, sequence: segments.Sequence) -> None:
+        try:
+            sequence.save()
+        finally:
+            self._kept.unpin(sequence)
+            sequence.close()
 
     def _open(self) -> Transformer:
         if self._transformer is None:
@@ -192,6 +235,13 @@ class Engine:
             first += row.n_logits
             if task.done and task.sequence is not None:
                 self._kept.leave(task.sequence)
+                self._save(task)
+
+    def _save(self, task: Task) -> None:
+        """At the end of a turn. What the disk does not take, the next turn or `save` complains of."""
+        if task.sequence is not None and task.sequence.pinned:
+            with contextlib.suppress(EdgeMistralError):
+                task.sequence.save()
 
     def _compute(self, transformer: Transformer, rows: list[Row]) -> NDArray[np.float32]:
         try:
@@ -221,6 +271,8 @@ class Engine:
             n = min(task.pending, left)
             if n == 0 or not self._has_room(task.sequence, n + len(task.guessed), [row.sequence for _, row in rows]):
                 continue
+            if task.sequence.pinned and not self._reserve(task, task.sequence.length + n + len(task.guessed)):
+                continue
             self._turns += 1
             task.turn = self._turns
             self._kept.touch(task.sequence)
@@ -240,10 +292,28 @@ class Engine:
                     continue
                 if common_prefix(other.history[: other.length], known) >= common + WORTH_WAITING:
                     return False
-            task.sequence = self._kept.take(task, known, in_use)
+            if task.home is not None and self._kept.is_pinned(task.home):
+                try:
+                    if not self._kept.take_home(task, task.home, known, tasks, in_use):
+                        return False
+                except (OSError, EdgeMistralError) as error:
+                    task.error = error
+                    return False
+                task.sequence = task.home
+            else:
+                task.sequence = self._kept.take(task, known, in_use)
         in_use.add(task.sequence)
         task.attached()
         return True
+
+    def _reserve(self, task: Task, length: int) -> bool:
+        """Make room in the file of a session; False: it cannot grow, which stops its own task only."""
+        assert task.sequence is not None
+        try:
+            task.sequence.reserve(length)
+        except EdgeMistralError as error:
+            task.error = error
+        return task.error is None
 
     def _has_room(self, sequence: segments.Sequence, n: int, in_step: list[segments.Sequence]) -> bool:
         """Whether a sequence can grow by n positions. Alone it always may: one full context was promised."""

@@ -2,7 +2,8 @@
 
 An edited message, another answer to the same prompt, a title for a chat, agents that fork a conversation: all are a prefix of a
 kept sequence and something new. A sequence that is continued from its very end is continued in place, unless somebody else
-is still writing to it; any other gets a fork, and the original stays for the next who comes.
+is still writing to it; any other gets a fork, and the original stays for the next who comes. A pinned sequence (a session's) is
+never evicted, and continued in place only for those who name it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.kernels.kv_layout import SEGMENT
-from edgemistral.runtime.segments import SegmentPool, Sequence
+from edgemistral.runtime.segments import SegmentPool, Sequence, segments_of
+
+WORTH_COPYING = 16       # positions that a session does not hold and another sequence does
 
 
 class KeptSequences:
@@ -72,6 +75,58 @@ class KeptSequences:
         self._owners[made] = weakref.ref(owner)
         return made
 
+    def take_home(self, owner: object, home: Sequence, ids: NDArray[np.int32], active: Collection[object],
+                  in_use: Collection[Sequence] = ()) -> bool:
+        """Make a pinned sequence hold as many of the leading `ids` as any does, for `owner` to continue.
+
+        False: one of the `active` owners is still writing to it. Any other loses it, and computes anew when it goes on.
+        Raises SessionFailed.
+        """
+        current = self._owner(home)
+        if current is not None and current is not owner:
+            if current in active:
+                return False
+            current.sequence = None
+        own = common_prefix(home.ids, ids)
+        best, common = self.longest_prefix(ids)
+        if own < home.length:
+            self._part(home, own // SEGMENT, {*in_use, *([best] if best is not None else [])})
+            home.cut(own)
+        if best is not None and best is not home and best in self._owners and common >= own + WORTH_COPYING and (
+            self.make_room(segments_of(common) - len(home.segments), {*in_use, best, home})
+        ):
+            home.adopt(best, common)
+        self._owners[home] = weakref.ref(owner)
+        self.touch(home)
+        return True
+
+    def pin(self, sequence: Sequence) -> None:
+        """Keep a sequence that was made elsewhere, until `unpin`."""
+        self._owners[sequence] = None
+
+    def unpin(self, sequence: Sequence) -> None:
+        """Forget a pinned sequence; whoever shares its segments gets copies."""
+        owner = self._owner(sequence)
+        if owner is not None:
+            owner.sequence = None
+        self._part(sequence, 0, ())
+        del self._owners[sequence]
+
+    @property
+    def pinned(self) -> list[Sequence]:
+        return [one for one in self._owners if one.pinned]
+
+    def cut_home(self, home: Sequence, length: int) -> None:
+        """Forget what a pinned sequence holds from `length` on; who writes to it computes anew."""
+        owner = self._owner(home)
+        if owner is not None:
+            owner.sequence, self._owners[home] = None, None
+        self._part(home, length // SEGMENT, ())
+        home.cut(length)
+
+    def is_pinned(self, sequence: Sequence) -> bool:
+        return sequence.pinned and sequence in self._owners
+
     def touch(self, sequence: Sequence) -> None:
         """It was used now."""
         self._owners[sequence] = self._owners.pop(sequence)
@@ -85,16 +140,36 @@ class KeptSequences:
 
         The least recently used go first. An evicted one's owner computes it anew when it goes on: the same bits.
         """
-        for sequence in [one for one in self._owners if one not in in_use]:
+        for sequence in [one for one in self._owners if one not in in_use and not one.pinned]:
             if self.pool.used + segments <= self.pool.capacity:
                 break
             self._evict(sequence)
         return self.pool.used + segments <= self.pool.capacity
 
     def evict_all(self, but: Collection[Sequence] = ()) -> None:
-        """Let go of every sequence that is not in use."""
-        for sequence in [one for one in self._owners if one not in but]:
+        """Let go of every sequence that is not in use or pinned."""
+        for sequence in [one for one in self._owners if one not in but and not one.pinned]:
             self._evict(sequence)
+
+    def _part(self, home: Sequence, first: int, in_use: Collection[Sequence]) -> None:
+        """See to it that nobody shares the segments of a pinned sequence from number `first` on: they will be written over.
+
+        Who is in use gets copies, the others too if there is room.
+        """
+        for number in range(first, len(home.segments)):
+            segment = home.segments[number]
+            sharers = [one for one in self._owners if one is not home and one.shares(number, segment)]
+            if not sharers:
+                continue
+            if not self.make_room(1, {*in_use, *sharers, home}):
+                for sharer in [one for one in sharers if one not in in_use and self._is_free(one)]:
+                    self._evict(sharer)
+                    sharers.remove(sharer)
+            if sharers:
+                copied = self.pool.copy(segment, SEGMENT)
+                for sharer in sharers:
+                    sharer.replace(number, copied)
+                self.pool.release(copied)
 
     def _evict(self, sequence: Sequence) -> None:
         owner = self._owner(sequence)
@@ -104,7 +179,8 @@ class KeptSequences:
         sequence.close()
 
     def _is_free(self, sequence: Sequence) -> bool:
-        return self._owner(sequence) is None
+        """Whether it may be continued in place by who comes."""
+        return not sequence.pinned and self._owner(sequence) is None
 
     def _owner(self, sequence: Sequence) -> Any:
         reference = self._owners[sequence]

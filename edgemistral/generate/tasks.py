@@ -49,7 +49,8 @@ class Usage:
 class Task:
     """Ids to compute, and what becomes of the logits behind them. `length` ids of `history` are known.
 
-    sequence: what is in the KV cache of them; None when nothing is (yet, or not any more). news: grows whenever the task got
+    sequence: what is in the KV cache of them; None when nothing is (yet, or not any more). home: the pinned sequence that it
+    shall be, as long as that is kept; None for any. news: grows whenever the task got
     nearer to its end. error: what stopped it.
     """
 
@@ -59,6 +60,7 @@ class Task:
     def __init__(self, engine: Engine, ids: NDArray[np.int32], progress: Progress | None, cancel: Cancel | None) -> None:
         self.engine, self.history, self.length = engine, ids, len(ids)
         self.sequence: Sequence | None = None
+        self.home: Sequence | None = None
         self.error: BaseException | None = None
         self.news = self.turn = 0
         self.done = False

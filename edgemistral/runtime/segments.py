@@ -7,6 +7,7 @@ writes pages back and drops them as memory gets short: 32768 tokens of a 7B are 
 use need to be in memory.
 
 A `Sequence` is token ids and segments. Sequences with a common prefix share its full segments; the last, partial one is copied.
+A session's segments lie in a file of its own instead (`runtime.session`).
 """
 
 from __future__ import annotations
@@ -60,9 +61,10 @@ def _folder() -> Path:
 
 
 class Segment:
-    """One mapping. `users`: sequences that it is part of."""
+    """One mapping. `users`: sequences that it is part of. `pooled`: it lies in the pool's own file and is used again."""
 
-    def __init__(self, mapping: mmap.mmap) -> None:
+    def __init__(self, mapping: mmap.mmap, pooled: bool = True) -> None:
+        self.mapping, self.pooled = mapping, pooled
         self.data: NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
         self.address = address_of(self.data)
         self.users = 1
@@ -107,20 +109,31 @@ class SegmentPool:
         self.used += 1
         return segment
 
+    def adopt(self, mapping: mmap.mmap) -> Segment:
+        """A segment with one user in a mapping of another file's. It counts as used, and is never allocated again."""
+        self.used += 1
+        return Segment(mapping, pooled=False)
+
     def release(self, segment: Segment) -> None:
         """One user less; without any the segment may be allocated again. Its mapping stays until then."""
         segment.users -= 1
         if segment.users == 0:
             self.used -= 1
-            self._free.append(segment)
+            if segment.pooled:
+                self._free.append(segment)
 
     def copy(self, segment: Segment, positions: int) -> Segment:
         """A new segment with the first `positions` positions of another."""
-        made, layout = self.allocate(), self.layout
+        made = self.allocate()
+        self.copy_into(made, segment, positions)
+        return made
+
+    def copy_into(self, to: Segment, segment: Segment, positions: int) -> None:
+        """Copy the first `positions` positions of a segment, in whole blocks."""
+        layout = self.layout
         shape = (layout.n_layers * layout.n_kv_heads, SEGMENT_BLOCKS, layout.block_bytes)
         size, blocks = int(np.prod(shape)), (positions + POSITIONS - 1) // POSITIONS
-        made.data[:size].reshape(shape)[:, :blocks] = segment.data[:size].reshape(shape)[:, :blocks]
-        return made
+        to.data[:size].reshape(shape)[:, :blocks] = segment.data[:size].reshape(shape)[:, :blocks]
 
     def close(self) -> None:
         """Unmap what no sequence uses and delete the file."""
@@ -163,6 +176,8 @@ class Row(NamedTuple):
 class Sequence:
     """Token ids whose keys and values are in the cache: `ids` (length,) and the segments that hold them."""
 
+    pinned = False    # it is never evicted, and only continued for those who name it
+
     def __init__(self, pool: SegmentPool) -> None:
         self.pool, self.length = pool, 0
         self.addresses: NDArray[np.int64] = np.zeros(0, np.int64)   # of the segments
@@ -184,7 +199,7 @@ class Sequence:
         made: list[Segment] = []
         try:
             while self.room + SEGMENT * len(made) < length:
-                made.append(self.pool.allocate())
+                made.append(self._allocate(len(self._segments) + len(made)))
         except BaseException:
             for segment in made:
                 self.pool.release(segment)
@@ -227,12 +242,41 @@ class Sequence:
         made.append(self.ids[:length])
         return made
 
+    def adopt(self, other: Sequence, length: int) -> None:
+        """Become the first `length` positions of another sequence, which begins with all of this one, by copying."""
+        first, ids = self.length // SEGMENT, other.ids[self.length : length]
+        self.reserve(length)
+        for number in range(first, segments_of(length)):
+            self.pool.copy_into(self._segments[number], other.segments[number], min(SEGMENT, length - SEGMENT * number))
+        self.append(ids)
+
+    def save(self, notes: str | None = None) -> None:
+        """For one that outlives the process: everything in it is on the disk then."""
+
+    def shares(self, number: int, segment: Segment) -> bool:
+        """Whether its segment of this number is that one."""
+        return number < len(self._segments) and self._segments[number] is segment
+
+    def replace(self, number: int, segment: Segment) -> None:
+        """Use another segment with the same content, which counts one more user."""
+        old, segment.users = self._segments[number], segment.users + 1
+        self._own([*self._segments[:number], segment, *self._segments[number + 1 :]])
+        self.pool.release(old)
+
     def close(self) -> None:
         """Let go of its segments."""
         for segment in self._segments:
             self.pool.release(segment)
         self._own([])
         self.length = 0
+
+    @property
+    def segments(self) -> list[Segment]:
+        return self._segments
+
+    def _allocate(self, number: int) -> Segment:
+        """A segment to hold its positions from 256 * number on."""
+        return self.pool.allocate()
 
     def _own(self, segments: list[Segment]) -> None:
         self._segments = segments

@@ -26,14 +26,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgemistral.errors import BadInput, BadRequest
-from edgemistral.text.tokenizer import Tokenizer, check_text
+from edgemistral.text.tokenizer import Messages, Tokenizer, check_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
     from edgemistral.text.sentencepiece import SentencePieceTokenizer
 
-Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 BLANK_LINE = "\n\n"
 ROLES = ("system", "user", "assistant", "developer", "tool", "function")

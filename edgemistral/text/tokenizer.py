@@ -23,6 +23,8 @@ from edgemistral.errors import BadRequest
 if TYPE_CHECKING:
     from edgemistral.text.chat import ChatTemplate
 
+Messages = Sequence[Mapping[str, Any]]   # {"role": "system" | "user" | "assistant", "content": str, ...} each
+
 
 BOUNDARY = "\x02"   # a control character, so part of no learnt piece
 

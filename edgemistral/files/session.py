@@ -1,0 +1,420 @@
+"""A session file: the KV cache of one conversation, mapped where it lies, and what makes it safe to go on with.
+
+    0                 header: "edgemistral session\\n", the format's version and the length of what follows as two uint32,
+                      JSON, and the BLAKE2b (32 bytes) of everything before. It says which model, tokenizer, template and KV
+                      format the file is for, and where the rest lies
+    64 KiB            slot 0, and behind it slot 1, each `slot_bytes` long: what is known at the end of a turn. "KVSTATE\\n",
+                      a counter and the length of the notes as two uint64, the record (`files.records`) of the last, partial
+                      segment, the notes (zlib), and the BLAKE2b of everything before. The slots take turns
+    start             the segments, `stride` bytes each, in the layout of the KV cache. The record of a full segment stands at
+                      its end
+
+All numbers are little-endian. The order of writing makes a valid prefix of every file that a crash, a power loss or a full
+disk leaves behind:
+
+* A full segment is on the disk before its record is written, the partial one before its slot is.
+* Records and slots carry a checksum of their own, and checksums of the data. A reader takes the segments in turn for as long as
+  all of this holds, then the newer slot that continues them. Of a partial segment that grew after its slot was written, the
+  blocks of 64 positions that did not change count.
+* Before positions that were counted are written over, the slots and records that count them are replaced on the disk.
+
+The file is for its owner only (0600) and locked while it is open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemistral.errors import BadSession
+from edgemistral.files import records, strict_json
+from edgemistral.files.disk import Disk, put_in_place
+from edgemistral.files.layout import round_up
+from edgemistral.files.records import RECORD, SEGMENT, TRAILER, Geometry, Record
+
+VERSION = 1
+GRANULE = 1 << 16             # offsets of mappings are multiples of this
+NOTES_OF_POSITION = 8         # bytes of compressed notes that a position has room for
+MAX_NOTES = 1 << 28           # bytes of notes, unpacked
+
+_MAGIC = b"edgemistral session\n"
+_HEAD = struct.Struct("<20sII")
+_STATE = struct.Struct("<8sQQ")
+_STATE_MAGIC = b"KVSTATE\n"
+_DIGEST = 32
+# What the message says where a part of the binding differs; of several the first.
+DIFFERENT = {
+    "kv_bits": "holds keys and values of {theirs} bits; this model runs with --kv-bits {ours}",
+    "kv_version": "holds keys and values in a format of another edgemistral ({theirs}; this one has {ours})",
+    "tokenizer": "is of another model: the tokenizers differ",
+    "template": "is of another model: the chat templates differ",
+    "blob": "is of another model, {model}",
+}
+
+
+class State(NamedTuple):
+    """A slot: the partial segment at the end of a turn, and the notes."""
+
+    counter: int
+    record: Record
+    notes: bytes
+
+    @property
+    def positions(self) -> int:
+        return SEGMENT * self.record.number + len(self.record.ids)
+
+
+class Header(NamedTuple):
+    binding: dict[str, Any]      # what the file is for
+    model: str                   # name of the model's file when the session was made
+    geometry: Geometry
+    slot_bytes: int
+
+    @property
+    def start(self) -> int:
+        """Where the segments begin."""
+        return GRANULE + 2 * self.slot_bytes
+
+
+class SessionFile:
+    """An open session file: `ids` and `notes` are what it holds. Not thread-safe.
+
+    cut_back: one line if less than the end of the last turn was found, or "".
+    """
+
+    def __init__(self, disk: Disk, header: Header) -> None:
+        """Use `SessionFile.open`."""
+        self.disk, self.header = disk, header
+        self.path, self.geometry = disk.path, header.geometry
+        self.ids: NDArray[np.int32] = np.zeros(0, np.int32)
+        self.notes = self.cut_back = ""
+        self._chains = [records.root_of(header.binding)]     # before segment 0, 1, ...: as far as the records go
+        self._counter = 1
+        self._saved = 0                                      # positions that slots and records count
+
+    @classmethod
+    def open(
+        cls, path: Path, binding: Mapping[str, Any], geometry: Geometry, context: int, model: str = ""
+    ) -> SessionFile:
+        """Open a session, or make one where there is no file, or an empty one.
+
+        BadSession: it belongs to another model or KV format, is damaged in its header, newer, in use, or cannot be had.
+        """
+        path = Path(path)
+        header = Header(dict(binding), model, geometry, _slot_bytes(context))
+        disk = Disk.open(path) if path.exists() else None
+        if disk is None or not disk.size:
+            if disk is not None:
+                disk.close()
+            disk = put_in_place(path, lambda new: _begin(new, header))
+            return cls(disk, header)
+        try:
+            found = read_header(disk)
+            _check(path, found, header)
+            made = cls(disk, found)
+            made._recover()
+        except OSError as error:
+            disk.close()
+            raise BadSession(f"{path}: cannot be read: {error.strerror}") from None
+        except BaseException:
+            disk.close()
+            raise
+        return made
+
+    @classmethod
+    def inspect(cls, path: Path) -> SessionFile:
+        """Open a session of whatever model and check all of it, changing nothing. Raises as `open` does."""
+        disk = Disk.open(Path(path))
+        try:
+            made = cls(disk, read_header(disk))
+            made._find()
+        except OSError as error:
+            disk.close()
+            raise BadSession(f"{path}: cannot be read: {error.strerror}") from None
+        except BaseException:
+            disk.close()
+            raise
+        return made
+
+    @property
+    def sealed(self) -> int:
+        """Full segments that are counted."""
+        return len(self._chains) - 1
+
+    @property
+    def segments(self) -> int:
+        """Segments that the file has room for."""
+        return max(0, (self.disk.size - self.header.start) // self.geometry.stride)
+
+    def map(self, number: int) -> mmap.mmap:
+        """Map a segment, which is made if it is the next. OSError: the disk is full; the file is as it was."""
+        self.disk.grow(self._at(number + 1))
+        return self.disk.map(self._at(number), self.geometry.stride)
+
+    def seal(self, number: int, mapping: mmap.mmap, data: NDArray[np.uint8], ids: NDArray[np.int32]) -> None:
+        """Count segment `number`, the next after those that are counted; ids (256,). The record itself may reach the disk
+        later."""
+        record = Record(number, self._chains[number], ids, records.digests_of(data, self.geometry))
+        self.disk.flush(mapping)
+        self.disk.sync()
+        self._write_trailer(number, records.encode(record))
+        self._chains = [*self._chains[: number + 1], records.chain_of(record.parent, ids)]
+        self._saved = SEGMENT * (number + 1)
+
+    def save(self, tail: tuple[mmap.mmap, NDArray[np.uint8]] | None, ids: NDArray[np.int32], notes: str) -> None:
+        """Count the positions of the partial segment, `ids`, and keep the notes; all full segments must be sealed.
+
+        tail: mapping and data of the segment, None if there are no such positions. Notes that find no room are left out.
+        """
+        number = self.sealed
+        digests: tuple[bytes, ...] = ()
+        if tail is not None:
+            mapping, data = tail
+            digests = records.digests_of(data, self.geometry, records.blocks_of(len(ids)))
+            self.disk.flush(mapping)
+            self.disk.sync()
+        self.notes = notes
+        self._write_state(Record(number, self._chains[-1], ids, digests))
+        self.disk.sync()
+        self._saved = SEGMENT * number + len(ids)
+
+    def forget(self, length: int, tail: NDArray[np.uint8] | None, ids: NDArray[np.int32]) -> None:
+        """Count no more than `length` positions, on the disk too; `ids` and data of the partial segment that is the last then.
+
+        To be called before anything from there on is written over.
+        """
+        if length >= self._saved:
+            return
+        self._chains = self._chains[: length // SEGMENT + 1]
+        self._count(tail, ids)
+        self._saved = length
+
+    def close(self, segments: int | None = None) -> None:
+        """Unlock the file. segments: how many it keeps the room of; nobody may use the others any more."""
+        if segments is not None:
+            self.disk.shrink(self._at(segments))
+        self.disk.close()
+
+    # ---- reading ------------------------------------------------------------------------------------------------------
+
+    def _recover(self) -> None:
+        """Find what is valid, and see to it that nothing else can count again."""
+        states = self._find()
+        if self.cut_back or len(self.ids) != states[0].positions:
+            tail = self.ids[SEGMENT * self.sealed :]
+            buffer = np.empty(self.geometry.data_bytes, np.uint8)
+            self.disk.read_into(self._at(self.sealed), memoryview(buffer.data))
+            self._count(buffer if len(tail) else None, tail)
+
+    def _find(self) -> list[State]:
+        """Set `ids`, `notes` and `cut_back`; returns the slots that can be read, newest first."""
+        slots = [self._state(slot) for slot in (0, 1)]
+        states = sorted(filter(None, slots), key=lambda state: -state.counter)
+        torn = any(state is None and self._used(slot) for slot, state in enumerate(slots))
+        found: list[NDArray[np.int32]] = []
+        buffer = np.empty(self.geometry.data_bytes, np.uint8)
+        whole = True
+        for number in range(self.segments):
+            record = self._trailer(number)
+            if record is None or record.number != number or record.parent != self._chains[-1] or len(record.ids) < SEGMENT:
+                break
+            good = self._intact(number, record, buffer)
+            found.append(record.ids[:good])
+            if good < SEGMENT:
+                whole = False
+                break
+            self._chains.append(records.chain_of(record.parent, record.ids))
+        if whole:
+            found.append(self._tail(states, len(self._chains) - 1, buffer))
+        self.ids = np.concatenate([np.zeros(0, np.int32), *found])
+        self._saved = len(self.ids)
+        if states:
+            self._counter = states[0].counter
+            with contextlib.suppress(zlib.error, UnicodeDecodeError):
+                self.notes = zlib.decompressobj().decompress(states[0].notes, MAX_NOTES).decode()
+        expected = states[0].positions if states else 0
+        if len(self.ids) < expected or not whole or not states or torn:
+            had = f" of {expected}" if expected > len(self.ids) else ""
+            self.cut_back = f"{self.path}: goes on from {len(self.ids)}{had} tokens: the rest is damaged or was never written"
+        return states
+
+    def _tail(self, states: list[State], number: int, buffer: NDArray[np.uint8]) -> NDArray[np.int32]:
+        """The longest partial segment that continues the full ones and whose data is there."""
+        best = np.zeros(0, np.int32)
+        for state in states:
+            record = state.record
+            if record.number == number and record.parent == self._chains[-1] and number < self.segments:
+                good = self._intact(number, record, buffer)
+                if good > len(best):
+                    best = record.ids[:good]
+        return best
+
+    def _intact(self, number: int, record: Record, buffer: NDArray[np.uint8]) -> int:
+        try:
+            read = self.disk.read_into(self._at(number), memoryview(buffer.data))
+        except OSError:                # the disk cannot read it any more
+            read = 0
+        return records.intact(record, buffer, self.geometry) if read == len(buffer) else 0
+
+    def _trailer(self, number: int) -> Record | None:
+        try:
+            return records.decode(self.disk.read(self._at(number + 1) - TRAILER, RECORD))
+        except OSError:
+            return None
+
+    def _used(self, slot: int) -> bool:
+        return any(self.disk.read(self._slot_at(slot), _STATE.size))
+
+    def _state(self, slot: int) -> State | None:
+        at = self._slot_at(slot)
+        head = self.disk.read(at, _STATE.size)
+        if len(head) < _STATE.size:
+            return None
+        magic, counter, size = _STATE.unpack(head)
+        if magic != _STATE_MAGIC or size > self.header.slot_bytes:
+            return None
+        rest = self.disk.read(at + _STATE.size, RECORD + size + _DIGEST)
+        body, digest = head + rest[: RECORD + size], rest[RECORD + size :]
+        record = records.decode(rest)
+        if record is None or _digest(body) != digest:
+            return None
+        return State(counter, record, rest[RECORD : RECORD + size])
+
+    # ---- writing ------------------------------------------------------------------------------------------------------
+
+    def _count(self, tail: NDArray[np.uint8] | None, ids: NDArray[np.int32]) -> None:
+        """Count the sealed segments and `ids` behind them, whose data is `tail`; nothing else counts any more."""
+        digests = () if tail is None else records.digests_of(tail, self.geometry, records.blocks_of(len(ids)))
+        self._write_state(Record(self.sealed, self._chains[-1], ids, digests))
+        self.disk.sync()                                     # one of the slots is always whole
+        self.disk.write(self._slot_at(self._counter + 1), bytes(_STATE.size))
+        self._forget_trailers(self.sealed)
+        self.disk.sync()
+
+    def _write_state(self, record: Record) -> None:
+        self._counter += 1
+        state = State(self._counter, record, zlib.compress(self.notes.encode(), 6))
+        if _STATE.size + RECORD + len(state.notes) + _DIGEST > self.header.slot_bytes:
+            state = state._replace(notes=zlib.compress(b""))
+        self.disk.write(self._slot_at(self._counter), _encode_state(state))
+
+    def _write_trailer(self, number: int, data: bytes) -> None:
+        self.disk.write(self._at(number + 1) - TRAILER, data)
+
+    def _forget_trailers(self, first: int) -> None:
+        for number in range(first, self.segments):
+            if self._trailer(number) is not None:
+                self._write_trailer(number, bytes(RECORD))
+
+    def _slot_at(self, counter: int) -> int:
+        return GRANULE + counter % 2 * self.header.slot_bytes
+
+    def _at(self, number: int) -> int:
+        return self.header.start + number * self.geometry.stride
+
+
+def read_header(disk: Disk) -> Header:
+    """What a file is for, and where its parts lie. BadSession: it is no session, newer, or damaged here."""
+    path, head = disk.path, disk.read(0, _HEAD.size)
+    if len(head) < _HEAD.size or not head.startswith(_MAGIC):
+        raise BadSession(f"{path}: not a session file; it was left as it is")
+    _, version, size = _HEAD.unpack(head)
+    if version != VERSION:
+        raise BadSession(f"{path}: has session format {version}, and this edgemistral reads format {VERSION}")
+    rest = disk.read(_HEAD.size, min(size, GRANULE) + _DIGEST)
+    text, digest = rest[:size], rest[size:]
+    if _digest(head + text) != digest:
+        raise BadSession(f"{path}: its header is damaged; nothing of it can be used: delete it to begin anew")
+    fields = strict_json.parse(text, f"{path}: header", BadSession)
+    try:
+        geometry = Geometry(*(int(fields[name]) for name in Geometry._fields))
+        header = Header(dict(fields["binding"]), str(fields["model"]), geometry, int(fields["slot_bytes"]))
+    except (KeyError, TypeError, ValueError):
+        raise BadSession(f"{path}: its header lacks what this edgemistral needs") from None
+    if min(*geometry, header.slot_bytes) < 1 or geometry.data_bytes + TRAILER > geometry.stride:
+        raise BadSession(f"{path}: its header describes no segments")
+    return header
+
+
+def summary(path: Path) -> tuple[Header, int]:
+    """Whose session a file is, and how many tokens it held at the end of its last turn; it may be in use meanwhile.
+
+    BadSession: it is no session, newer, or damaged in its header.
+    """
+    disk = Disk.open(path, lock=False)
+    try:
+        file = SessionFile(disk, read_header(disk))
+        return file.header, max((state.positions for state in map(file._state, (0, 1)) if state is not None), default=0)
+    except OSError as error:
+        raise BadSession(f"{path}: cannot be read: {error.strerror}") from None
+    finally:
+        disk.close()
+
+
+def is_session(path: Path) -> bool:
+    """Whether a file begins as a session does."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
+
+
+def _begin(disk: Disk, header: Header) -> None:
+    """Write everything that a session has before its first segment."""
+    fields = {**header.geometry._asdict(), "binding": header.binding, "model": header.model, "slot_bytes": header.slot_bytes}
+    text = json.dumps(fields).encode()
+    head = _HEAD.pack(_MAGIC, VERSION, len(text)) + text
+    disk.grow(header.start)
+    disk.write(0, head + _digest(head))
+    nothing = State(1, Record(0, records.root_of(header.binding), np.zeros(0, np.int32), ()), zlib.compress(b""))
+    disk.write(GRANULE + header.slot_bytes, _encode_state(nothing))
+
+
+def _check(path: Path, found: Header, ours: Header) -> None:
+    """Raise BadSession unless a file is for this model, this tokenizer, and this KV format."""
+    for name, message in DIFFERENT.items():
+        if found.binding.get(name) != ours.binding.get(name):
+            words = {"theirs": found.binding.get(name), "ours": ours.binding.get(name), "model": found.model}
+            raise BadSession(f"{path}: {message.format(**words)}")
+    if found.binding != ours.binding or found.geometry != ours.geometry:
+        raise BadSession(f"{path}: is of a model of another shape")
+
+
+def _encode_state(state: State) -> bytes:
+    body = _STATE.pack(_STATE_MAGIC, state.counter, len(state.notes)) + records.encode(state.record) + state.notes
+    return body + _digest(body)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=_DIGEST).digest()
+
+
+def _slot_bytes(context: int) -> int:
+    return round_up(_STATE.size + RECORD + _DIGEST + NOTES_OF_POSITION * context, GRANULE)
+
+
+def delete(path: Path) -> None:
+    """Delete a session that nobody has open. BadSession: it is no session, in use, or cannot be deleted."""
+    if not is_session(path):
+        raise BadSession(f"{path}: not a session file; it was left as it is")
+    disk = Disk.open(path)
+    try:
+        if os.name == "nt":
+            disk.close()
+        path.unlink()
+    except OSError as error:
+        raise BadSession(f"{path}: cannot be deleted: {error.strerror}") from None
+    finally:
+        disk.close()

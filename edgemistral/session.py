@@ -1,0 +1,137 @@
+"""A conversation in a file: after a restart, a crash or a power cut it goes on without being read again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemistral.errors import BadSession, EdgeMistralError
+from edgemistral.files import strict_json
+from edgemistral.files.blob import SEAL, Blob
+from edgemistral.files.records import KV_VERSION
+from edgemistral.files.session import SessionFile
+from edgemistral.runtime.segments import SegmentPool, Sequence
+from edgemistral.runtime.session import FileSequence, geometry_of
+
+if TYPE_CHECKING:
+    from edgemistral.generate.engine import Engine
+    from edgemistral.text.written import WrittenTexts
+
+
+class Session:
+    """One session, open until `close`; a context manager. Made by `Model.session`.
+
+    Give it to `Model.chat`, `complete` or `generate`: the tokens of prompt and answer are then kept in its file, and a prompt
+    that begins like them computes the rest only. Without it nothing is read or written.
+
+    path: of the file. messages: of the conversation, as the last `chat` left it; a new list may be assigned. notice: one line
+    if the file had to be cut back when it was opened, or "".
+    """
+
+    def __init__(self, engine: Engine, path: Path, binding: Mapping[str, Any], model: str, written: WrittenTexts) -> None:
+        self.path, self.notice = path, ""
+        self._engine, self._written = engine, written
+
+        def make(pool: SegmentPool) -> FileSequence:
+            file = SessionFile.open(path, binding, geometry_of(pool), engine.config.context, model)
+            self.notice = file.cut_back
+            try:
+                return FileSequence(pool, file)
+            except BaseException:
+                file.close()
+                raise
+
+        self._open = True
+        self._sequence = engine.pin(make)
+        try:
+            self._messages = self._read(getattr(self._sequence, "notes", ""))
+        except BaseException:
+            engine.unpin(self._sequence)
+            raise
+
+    @property
+    def sequence(self) -> Sequence:
+        """What the engine continues. Raises EdgeMistralError once the session is closed."""
+        if not self._open:
+            raise EdgeMistralError(f"{self.path}: the session is closed")
+        return self._sequence
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """The ids of the positions it holds, as a copy."""
+        ids: NDArray[np.int32] = self.sequence.ids.copy()
+        return ids
+
+    @property
+    def tokens(self) -> int:
+        """Positions it holds."""
+        return self.sequence.length
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        return [dict(message) for message in self._messages]
+
+    @messages.setter
+    def messages(self, messages: Iterable[Mapping[str, Any]]) -> None:
+        self._messages = [{"role": message["role"], "content": message["content"]} for message in messages]
+        self.save()
+
+    def save(self) -> None:
+        """Put everything so far on the disk. `chat` does so at the end of each answer. Raises EdgeMistralError if it cannot."""
+        written = {
+            str(n): list(ids) for n, message in enumerate(self._messages)
+            if message["role"] == "assistant" and (ids := self._written.get(message["content"])) is not None
+        }
+        self._engine.save(self.sequence, json.dumps({"messages": self._messages, "written": written}))
+
+    def clear(self) -> None:
+        """Forget the conversation, in the file too."""
+        self._messages = []
+        self._engine.save(self.sequence, json.dumps({"messages": [], "written": {}}), length=0)
+
+    def close(self) -> None:
+        """Save and let go of the file. Raises EdgeMistralError if it cannot be saved; it is closed then, too."""
+        if self._open:
+            self._open = False
+            self._engine.unpin(self._sequence)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, notes: str) -> list[dict[str, str]]:
+        """The messages in a file's notes; what spells answers otherwise than the tokenizer is remembered."""
+        if not notes:
+            return []
+        fields = strict_json.parse(notes, f"{self.path}: notes", BadSession)
+        try:
+            messages = [{"role": str(one["role"]), "content": str(one["content"])} for one in fields["messages"]]
+            for n, ids in fields["written"].items():
+                self._written.remember(messages[int(n)]["content"], [int(token) for token in ids])
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            raise BadSession(f"{self.path}: its notes are not those of a conversation") from None
+        return messages
+
+
+def binding_of(blob: Blob, kv_bits: int) -> dict[str, Any]:
+    """What decides the bits of the KV cache: the session of one model is never taken for that of another."""
+    template = blob.metadata.get("chat_template", "")        # without one, the tokenizer decides
+    return {
+        "blob": blob.metadata[SEAL],
+        "tokenizer": blob.metadata["sha256:tokenizer"],
+        "template": hashlib.sha256(template.encode()).hexdigest(),
+        "kv_bits": kv_bits,
+        "kv_version": KV_VERSION,
+        "n_layers": blob.config.n_layers,
+        "n_kv_heads": blob.config.n_kv_heads,
+        "head_dim": blob.config.head_dim,
+    }
+

@@ -1,0 +1,93 @@
+"""What to do with a conversation that is longer than the context: refuse it, or leave out its oldest turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from edgemistral.errors import BadRequest, ContextOverflow
+from edgemistral.text.tokenizer import Messages
+
+OnOverflow = Literal["error", "drop-oldest"]
+ON_OVERFLOW: tuple[str, ...] = get_args(OnOverflow)
+ROOM = 512              # tokens for an answer whose length is not limited, if that is not over a quarter of the context
+KEPT = 0.5              # share of the room for a prompt that the turns fill after some were left out
+
+
+
+def check_on_overflow(value: object) -> None:
+    """Raise BadRequest unless it is one of ON_OVERFLOW."""
+    if value not in ON_OVERFLOW:
+        raise BadRequest(f"on_overflow is {value!r:.40}: it must be {' or '.join(ON_OVERFLOW)}", "on_overflow")
+
+
+def fit(
+    messages: Messages, encode: Callable[[Messages], list[int]], context: int, max_new_tokens: int | None
+) -> tuple[list[int], tuple[int, ...]]:
+    """The ids of a conversation without as many of its oldest turns as it takes; and the numbers of the messages left out.
+
+    A turn is a user's messages and the answers to them. System texts and the last turn always stay. Room is kept for
+    `max_new_tokens`, at most a quarter of the context. Which turns go depends on the conversation alone, and several go at
+    once: the next prompts then begin as this one does, and what is in the KV cache of it counts.
+    Raises ContextOverflow if system text and last turn alone are too long.
+    """
+    ids = encode(messages)
+    answer = max_new_tokens if type(max_new_tokens) is int else ROOM
+    limit = context - max(0, min(answer, context // 4))
+    if len(ids) <= limit:
+        return ids, ()
+    system, turns = _turns(messages)
+    if len(turns) > 1:
+        lengths = _lengths(messages, system, turns, encode)
+        first = _first(lengths, limit)
+        while True:
+            kept = [*system, *(n for turn in turns[first:] for n in turn)]
+            ids = encode([messages[n] for n in kept])
+            if len(ids) <= limit or first == len(turns) - 1:
+                break
+            first += 1
+        if len(ids) <= context:
+            return ids, tuple(n for turn in turns[:first] for n in turn)
+    if len(ids) <= context:
+        return ids, ()
+    raise ContextOverflow(len(ids), context)
+
+
+def _turns(messages: Messages) -> tuple[list[int], list[list[int]]]:
+    """Numbers of the system messages, and of those of each turn."""
+    system: list[int] = []
+    turns: list[list[int]] = []
+    before = "assistant"
+    for n, message in enumerate(messages):
+        role = message["role"]
+        if role == "system" and not turns:
+            system.append(n)
+            continue
+        if not turns or (role == "user" and before != "user"):
+            turns.append([])
+        turns[-1].append(n)
+        before = role
+    return system, turns
+
+
+def _lengths(
+    messages: Messages, system: list[int], turns: list[list[int]], encode: Callable[[Messages], list[int]]
+) -> tuple[int, list[int]]:
+    """Tokens of the system texts, and what each turn adds to them, nearly."""
+    head = [messages[n] for n in system]
+    user = {"role": "user", "content": ""}
+    base = len(encode([*head, user]))
+    return base, [max(1, len(encode([*head, *(messages[n] for n in turn)])) - base) for turn in turns]
+
+
+def _first(lengths: tuple[int, list[int]], limit: int) -> int:
+    """The turn to begin with: as the conversation grew, whenever it was over the limit, turns went until it was half of it."""
+    base, turns = lengths
+    first, size = 0, base
+    for n, turn in enumerate(turns):
+        size += turn
+        if size > limit:
+            while first < n and size > base + KEPT * (limit - base):
+                size -= turns[first]
+                first += 1
+    return first
