@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint coverage help bench clean
+.PHONY: demo test test-slow lint coverage docs bench clean
 
 demo: $(VENV)/.installed  ## quantize the demo model, ask it something, and how to go on
 	$(BIN)/python -m training.show_demo
@@ -21,7 +21,7 @@ lint: $(VENV)/.installed-test
 coverage: $(VENV)/.installed-test  ## which lines and branches the fast tests reach; also as htmlcov/index.html
 	$(BIN)/python -m pytest -q --cov --cov-report=term --cov-report=html
 
-help: $(VENV)/.installed-test  ## docs/help.md
+docs: $(VENV)/.installed-test  ## docs/help.md, after an option has changed
 	$(BIN)/python -m docs.make_help
 
 bench: $(VENV)/.installed-bench $(VENV)-avx2/.installed  ## all figures of bench/RESULTS.md and bench/results/

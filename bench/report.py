@@ -38,7 +38,7 @@ TABLES_HEAD = """# All tables
 
 Written by `python -m bench.run_all --report`. [RESULTS.md](../RESULTS.md) has the summary.
 """
-ESSENTIAL = ("parallel", "real_model", "quality")     # sections that RESULTS.md repeats once they are measured
+ESSENTIAL = ("parallel", "real_model", "quality", "kv_bits")     # sections that RESULTS.md repeats once they are measured
 Results = dict[str, Any]
 
 
@@ -264,6 +264,19 @@ def _real_model(r: Results) -> list[str]:
     ]
 
 
+def _kv_bits(r: Results) -> list[str]:
+    exact = {row["program"]: row["perplexity"] for row in reversed(r["rows"])}      # its first row has 16 bits
+    return [
+        f"Each against the same program's 16 bits: {r['model']}, heads of {r['head_dim']}, {r['tokens']:,} tokens of prose.",
+        "",
+        *_table(("keys and values", "bits", "perplexity", "change", "mean KL", "top-1"), (
+            (f"{row['program']}, {row['kv']}", f"{row['bits']:.2f}", f"{row['perplexity']:.3f}",
+             f"{row['perplexity'] / exact[row['program']] - 1:+.2%}", f"{row['mean_kl']:.1e}", f"{row['top1_agreement']:.1%}")
+            for row in r["rows"]
+        )),
+    ]
+
+
 def _quality_random(r: Results) -> list[str]:
     return [line for name, methods in r.items() if name != "folder" for line in (
         *_table((name, "mean KL", "of Q4_0's", "top-1"), (
@@ -360,6 +373,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ("Quality: a trained model, beside llama.cpp's types", "quality", "python bench/quality.py", _quality),
     ("Quality: a real pretrained model, beside llama.cpp's types", "real_model",
      "python -m bench.real_model WORK", _real_model),
+    ("Quality: few bits of keys and values, beside llama.cpp", "kv_bits", "python bench/kv_bits.py", _kv_bits),
     ("Quality: random models, beside Q4_0", "quality_random", "python bench/quality_random.py", _quality_random),
     ("Error of the quantizers", "quantization_error", "python bench/quantization_error.py", _quantization_error),
 ]

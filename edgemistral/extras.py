@@ -1,4 +1,4 @@
-"""What is installed only on demand: `pip install edgemistral` brings the library; the server and the line editor are extras."""
+"""What is installed only on demand: `pip install edgemistral` brings the library; server, line editor and others are extras."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ EXTRAS = {
     "starlette": "server",
     "uvicorn": "server",
     "prompt_toolkit": "chat",
+    "tokenizers": "hf",
 }
 """Module -> the extra of pyproject.toml that installs it."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +47,16 @@ def test_a_grammar_says_what_to_install():
     assert run_without_extras(code).stdout.strip() == expected
 
 
+def test_a_tokenizer_json_says_what_to_install():
+    code = (
+        "from edgemistral.errors import EdgeMistralError; from edgemistral.text.bpe import BPETokenizer\n"
+        "try: BPETokenizer(b'{}')\n"
+        "except EdgeMistralError as error: print(error)"
+    )
+    expected = "this needs tokenizers, which is not installed: pip install 'edgemistral[hf]'"
+    assert run_without_extras(code).stdout.strip() == expected
+
+
 def test_a_module_of_no_extra_is_an_ordinary_error():
     from edgemistral.extras import missing
 
@@ -52,10 +64,30 @@ def test_a_module_of_no_extra_is_an_ordinary_error():
     assert missing(ModuleNotFoundError(name="uvicorn.protocols")) is not None
 
 
-def test_pyproject_has_every_extra():
+def names(requirements):
+    return {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in requirements}
+
+
+def imported(path):
+    """Top-level names of the modules that a file imports from outside of the standard library and of this project."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
+            [node.module] if isinstance(node, ast.ImportFrom) and node.module else [])
+        for name in {module.split(".")[0] for module in modules}:
+            if name not in sys.stdlib_module_names and name not in ("edgemistral", "edgemistral_quantize"):
+                yield name
+
+
+def test_pyproject_declares_what_is_imported():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for module, extra in EXTRAS.items():
-        named = " ".join(project["optional-dependencies"][extra])
-        assert module.replace("_", "-") in named or module == "starlette"    # which fastapi brings
-        assert not any(line.startswith(module.replace("_", "-")) for line in project["dependencies"])
+    core, extras = names(project["dependencies"]), project["optional-dependencies"]
+    brought = {"llvmlite": "numba", "starlette": "fastapi"}
+    for folder in ("edgemistral", "quantize"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for module in imported(path):
+                name = brought.get(module, module).replace("_", "-")
+                if module in EXTRAS:
+                    assert name in names(extras[EXTRAS[module]]) and name not in core, (path, module)
+                else:
+                    assert name in core, f"{path.relative_to(ROOT)} imports {module}, which pyproject.toml does not declare"

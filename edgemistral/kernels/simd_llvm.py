@@ -7,16 +7,25 @@ in an array of bytes, whatever is loaded), or an address (int64) and an offset i
 
 from __future__ import annotations
 
-import struct
-
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
+from numba.extending import intrinsic
 
 from edgemistral.kernels.lowering import I8, I16, I32, call, choose, shuffle, vector
+from edgemistral.kernels.vector_types import (
+    F32,
+    bf16_to_f32,
+    constant,
+    f16_to_f32,
+    f32_to_bf16,
+    f32_to_f16,
+    f32x16,
+    i8x64,
+    i32x16,
+    splat,
+)
 
-F32 = ir.FloatType()
 LOWERING = choose()
 
 __all__ = [
@@ -28,23 +37,6 @@ __all__ = [
     "total_i32", "walsh_hadamard", "where_between", "where_negative", "without_low_nibbles", "yield_thread", "zero_f32",
     "zero_i32",
 ]
-
-
-class Vector(types.Type):
-    """A numba type for an LLVM vector."""
-
-    def __init__(self, name: str, llvm: ir.VectorType) -> None:
-        self.llvm = llvm
-        super().__init__(name)
-
-
-@register_model(Vector)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, fe_type.llvm)
-
-
-i8x64, i32x16, f32x16 = Vector("i8x64", vector(I8, 64)), Vector("i32x16", vector(I32, 16)), Vector("f32x16", vector(F32, 16))
 
 
 def _address(context, builder, base_type, base, index, llvm):
@@ -59,18 +51,6 @@ def _address(context, builder, base_type, base, index, llvm):
 def _base(base):
     """The type in a signature of what is loaded from or stored to: an array, or an address."""
     return types.int64 if isinstance(base, types.Integer) else base
-
-
-def _splat(builder, scalar, llvm):
-    one = builder.insert_element(ir.Constant(llvm, ir.Undefined), scalar, ir.Constant(I32, 0))
-    return shuffle(builder, one, None, [0] * llvm.count)
-
-
-def _constant(llvm, value):
-    """All lanes the same; floats are rounded to float32 first, because LLVM takes them as exact doubles."""
-    if llvm.element == F32:
-        value = struct.unpack("f", struct.pack("f", value))[0]
-    return ir.Constant(llvm, [value] * llvm.count)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -95,59 +75,19 @@ def _store(memory, value_type, convert=lambda builder, value: value):
     return store
 
 
-def _bf16_to_f32(builder, value):
-    bits = builder.shl(builder.zext(value, i32x16.llvm), _constant(i32x16.llvm, 16))
-    return builder.bitcast(bits, f32x16.llvm)
-
-
-def _f16_to_f32(builder, value):
-    """Exact for every finite half: the exponent is moved by a multiplication with 2**112, which subnormals survive."""
-    wide, c = builder.zext(value, i32x16.llvm), lambda x: _constant(i32x16.llvm, x)
-    magnitude = builder.bitcast(builder.shl(builder.and_(wide, c(0x7FFF)), c(13)), f32x16.llvm)
-    scaled = builder.bitcast(builder.fmul(magnitude, _constant(f32x16.llvm, 2.0**112)), i32x16.llvm)
-    return builder.bitcast(builder.or_(scaled, builder.shl(builder.and_(wide, c(0x8000)), c(16))), f32x16.llvm)
-
-
-def _f32_to_f16(builder, value):
-    """Round to nearest even, after clamping to the largest half.
-
-    Below 2**-14, where halves are multiples of 2**-24, the addition of 0.5 rounds to one: rounding the product with
-    2**-112 would round twice, because that is subnormal too.
-    """
-    f, i, c = f32x16.llvm, i32x16.llvm, lambda x: _constant(i32x16.llvm, x)
-    bits = builder.bitcast(value, i)
-    magnitude = builder.bitcast(builder.and_(bits, c(0x7FFFFFFF)), f)
-    largest, half = _constant(f, 65504.0), _constant(f, 0.5)
-    magnitude = builder.select(builder.fcmp_ordered("<", magnitude, largest), magnitude, largest)
-    scaled = builder.sub(builder.bitcast(magnitude, i), c(112 << 23))
-    even = builder.and_(builder.lshr(scaled, c(13)), c(1))
-    normal = builder.lshr(builder.add(builder.add(scaled, c(0xFFF)), even), c(13))
-    subnormal = builder.sub(builder.bitcast(builder.fadd(magnitude, half), i), builder.bitcast(half, i))
-    result = builder.select(builder.fcmp_ordered("<", magnitude, _constant(f, 2.0**-14)), subnormal, normal)
-    return builder.trunc(builder.or_(result, builder.and_(builder.lshr(bits, c(16)), c(0x8000))), vector(ir.IntType(16), 16))
-
-
-def _f32_to_bf16(builder, value):
-    """Of one number: round to nearest even."""
-    bits, sixteen = builder.bitcast(value, I32), ir.Constant(I32, 16)
-    even = builder.and_(builder.lshr(bits, sixteen), ir.Constant(I32, 1))
-    rounded = builder.add(builder.add(bits, ir.Constant(I32, 0x7FFF)), even)
-    return builder.trunc(builder.lshr(rounded, sixteen), I16)
-
-
 load_bytes = _load(i8x64.llvm, i8x64)
 load_f32 = _load(f32x16.llvm, f32x16)
 load_i8_as_f32 = _load(vector(I8, 16), f32x16, lambda b, v: b.sitofp(b.sext(v, i32x16.llvm), f32x16.llvm))
-load_bf16_as_f32 = _load(vector(ir.IntType(16), 16), f32x16, _bf16_to_f32)
-load_f16_as_f32 = _load(vector(ir.IntType(16), 16), f32x16, _f16_to_f32)
-broadcast4 = _load(I32, i8x64, lambda b, v: b.bitcast(_splat(b, v, i32x16.llvm), i8x64.llvm))    # 4 bytes to every lane
+load_bf16_as_f32 = _load(vector(ir.IntType(16), 16), f32x16, bf16_to_f32)
+load_f16_as_f32 = _load(vector(ir.IntType(16), 16), f32x16, f16_to_f32)
+broadcast4 = _load(I32, i8x64, lambda b, v: b.bitcast(splat(b, v, i32x16.llvm), i8x64.llvm))    # 4 bytes to every lane
 
 store_bytes = _store(i8x64.llvm, i8x64)
 store_scalar_f32 = _store(F32, types.float32)
 store_f32 = _store(f32x16.llvm, f32x16)
-store_scalar_bf16 = _store(I16, types.float32, _f32_to_bf16)
+store_scalar_bf16 = _store(I16, types.float32, f32_to_bf16)
 store_low_bytes = _store(vector(I8, 16), i32x16, lambda b, v: b.trunc(v, vector(I8, 16)))
-store_f32_as_f16 = _store(vector(ir.IntType(16), 16), f32x16, _f32_to_f16)
+store_f32_as_f16 = _store(vector(ir.IntType(16), 16), f32x16, f32_to_f16)
 
 
 def _spread(element, count, value_type, convert):
@@ -173,7 +113,7 @@ def _low_bytes(builder, value):
 # Loops over the elements would become scatter instructions, which are ten times slower.
 spread_words = _spread(I32, 4, i32x16, _low_bytes)      # the low bytes of 16 int32, as 4 words
 spread_bytes = _spread(I8, 16, i32x16, _low_bytes)
-spread_f32_as_f16 = _spread(I16, 16, f32x16, _f32_to_f16)
+spread_f32_as_f16 = _spread(I16, 16, f32x16, f32_to_f16)
 
 
 @intrinsic
@@ -212,22 +152,22 @@ def _fma(builder, a, b, c):
 
 @_operation(f32x16, types.float32)
 def splat_f32(builder, scalar):
-    return _splat(builder, scalar, f32x16.llvm)
+    return splat(builder, scalar, f32x16.llvm)
 
 
 @_operation(i32x16, types.int32)
 def splat_i32(builder, scalar):
-    return _splat(builder, scalar, i32x16.llvm)
+    return splat(builder, scalar, i32x16.llvm)
 
 
 @_operation(f32x16)
 def zero_f32(builder):
-    return _constant(f32x16.llvm, 0.0)
+    return constant(f32x16.llvm, 0.0)
 
 
 @_operation(i32x16)
 def zero_i32(builder):
-    return _constant(i32x16.llvm, 0)
+    return constant(i32x16.llvm, 0)
 
 
 @_operation(i32x16)
@@ -276,7 +216,7 @@ def minimum(builder, a, b):
 
 @_operation(f32x16, f32x16)
 def absolute(builder, a):
-    bits = builder.and_(builder.bitcast(a, i32x16.llvm), _constant(i32x16.llvm, 0x7FFFFFFF))
+    bits = builder.and_(builder.bitcast(a, i32x16.llvm), constant(i32x16.llvm, 0x7FFFFFFF))
     return builder.bitcast(bits, f32x16.llvm)
 
 
@@ -299,53 +239,53 @@ def round_to_i32(builder, a):
 @_operation(f32x16, i32x16, types.int32, types.int32, f32x16, f32x16)
 def where_between(builder, lanes, low, high, a, b):
     """a in the lanes where low <= lanes <= high, else b."""
-    above = builder.icmp_signed(">=", lanes, _splat(builder, low, i32x16.llvm))
-    below = builder.icmp_signed("<=", lanes, _splat(builder, high, i32x16.llvm))
+    above = builder.icmp_signed(">=", lanes, splat(builder, low, i32x16.llvm))
+    below = builder.icmp_signed("<=", lanes, splat(builder, high, i32x16.llvm))
     return builder.select(builder.and_(above, below), a, b)
 
 
 @_operation(f32x16, f32x16, f32x16, f32x16)
 def where_negative(builder, x, a, b):
     """a in the lanes where x < 0, else b."""
-    return builder.select(builder.fcmp_ordered("<", x, _constant(f32x16.llvm, 0.0)), a, b)
+    return builder.select(builder.fcmp_ordered("<", x, constant(f32x16.llvm, 0.0)), a, b)
 
 
 @_operation(i8x64, i8x64)
 def low_nibbles(builder, a):
-    return builder.and_(a, _constant(i8x64.llvm, 15))
+    return builder.and_(a, constant(i8x64.llvm, 15))
 
 
 @_operation(i8x64, i8x64)
 def high_nibbles(builder, a):
-    return builder.lshr(a, _constant(i8x64.llvm, 4))
+    return builder.lshr(a, constant(i8x64.llvm, 4))
 
 
 @_operation(i8x64, i8x64)
 def without_low_nibbles(builder, a):
     """16 times the high nibbles."""
-    return builder.and_(a, _constant(i8x64.llvm, -16))
+    return builder.and_(a, constant(i8x64.llvm, -16))
 
 
 @_operation(i8x64, i8x64)
 def flip_top_bits(builder, a):
     """Signed bytes as unsigned ones that are 128 larger, and back."""
-    return builder.xor(a, _constant(i8x64.llvm, -128))
+    return builder.xor(a, constant(i8x64.llvm, -128))
 
 
 @_operation(f32x16, f32x16)
 def exp(builder, a):
     """e**a for a <= 0, relative error about 2e-7, 0 below -87: 2**n * polynomial (coefficients of Cephes)."""
     f, i = f32x16.llvm, i32x16.llvm
-    x = _select(builder, ">", a, _constant(f, -87.0))
-    n = call(builder, "llvm.rint.v16f32", f, builder.fmul(x, _constant(f, 1.44269504)))
-    r = _fma(builder, n, _constant(f, -0.693145752), x)
-    r = _fma(builder, n, _constant(f, -1.42860677e-6), r)
-    p = _constant(f, 1.3981999e-3)
+    x = _select(builder, ">", a, constant(f, -87.0))
+    n = call(builder, "llvm.rint.v16f32", f, builder.fmul(x, constant(f, 1.44269504)))
+    r = _fma(builder, n, constant(f, -0.693145752), x)
+    r = _fma(builder, n, constant(f, -1.42860677e-6), r)
+    p = constant(f, 1.3981999e-3)
     for coefficient in (8.3334519e-3, 4.1665795e-2, 1.6666665e-1, 0.5, 1.0, 1.0):
-        p = _fma(builder, p, r, _constant(f, coefficient))
-    scale = builder.shl(builder.fptosi(n, i), _constant(i, 23))
+        p = _fma(builder, p, r, constant(f, coefficient))
+    scale = builder.shl(builder.fptosi(n, i), constant(i, 23))
     result = builder.bitcast(builder.add(builder.bitcast(p, i), scale), f)
-    return builder.select(builder.fcmp_ordered("<", a, _constant(f, -87.0)), _constant(f, 0.0), result)
+    return builder.select(builder.fcmp_ordered("<", a, constant(f, -87.0)), constant(f, 0.0), result)
 
 
 # ---- across lanes --------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import json
 from collections.abc import Iterable
 from typing import Any, SupportsIndex
 
-from edgemistral.errors import BadInput
+from edgemistral.errors import BadInput, EdgeMistralError
+from edgemistral.extras import missing
 from edgemistral.text.chat import ChatTemplate, MistralTemplate
 from edgemistral.text.sentencepiece import AddedTokens
 from edgemistral.text.tokenizer import Tokenizer, check_text
@@ -39,7 +40,10 @@ class BPETokenizer(Tokenizer):
         adds_bos: bool = False,
         chat: ChatTemplate | None = None,
     ) -> None:
-        from tokenizers import Tokenizer as Library
+        try:
+            from tokenizers import Tokenizer as Library
+        except ModuleNotFoundError as error:
+            raise EdgeMistralError(missing(error) or str(error)) from None
 
         try:
             fields = json.loads(data)
