@@ -41,12 +41,14 @@ def float_operations(a, b, c, out):
         simd.store_f32(out[7], i, simd.where_between(simd.lane_numbers(), np.int32(3), np.int32(11), x, y))
         simd.store_f32(out[8], i, simd.splat_f32(a[i]))
         simd.store_f32(out[9], i, simd.fma(x, y, z))
+        simd.store_f32(out[10], i, simd.minimum(x, y))
+        simd.store_f32(out[11], i, simd.walsh_hadamard(x))
 
 
 def test_float_operations():
     a, b, c = (floats(1024, seed) for seed in (1, 2, 3))
     b[:16] = b[16:32]
-    out = np.zeros((10, 1024), F32)
+    out = np.zeros((12, 1024), F32)
     float_operations(a, b, c, out)
     lanes = np.arange(1024) % 16
     expected = [
@@ -55,13 +57,26 @@ def test_float_operations():
     ]
     for got, want in zip(out, expected, strict=False):
         np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(out[10], np.minimum(a, b))
+    x = a.reshape(-1, 16)
+    for n in (1, 2, 4, 8):
+        other = x[:, np.arange(16) ^ n]
+        x = np.where(np.arange(16) & n, other - x, x + other)
+    np.testing.assert_array_equal(out[11].reshape(-1, 16), x)
+
+
+def test_walsh_hadamard_is_the_matrix():
+    signs = np.array([[(-1) ** (i & j).bit_count() for j in range(16)] for i in range(16)])
+    a, out = np.eye(16, dtype=F32).reshape(-1), np.zeros((12, 256), F32)
+    float_operations(a, a, a, out)
+    np.testing.assert_array_equal(out[11].reshape(16, 16), signs)
 
 
 def test_fma_rounds_once():
     """x**2 - round(x**2) is what rounding took away, exactly."""
     x = floats(1024)
     x = x[(abs(x) > 1e-10) & (abs(x) < 1e10)][:256]
-    out = np.zeros((10, x.size), F32)
+    out = np.zeros((12, x.size), F32)
     float_operations(x, x, -(x * x), out)
     np.testing.assert_array_equal(out[9], x.astype(np.float64) ** 2 - (x * x))
     assert out[9].any()
@@ -190,6 +205,23 @@ def test_bfloat16_and_bytes_are_loaded_exactly():
 
 
 @entry
+def to_bf16(x, bf16):
+    for i in range(x.size):
+        simd.store_scalar_bf16(bf16, i, x[i])
+
+
+def test_bfloat16_is_stored_to_the_nearest_with_ties_to_even():
+    halves = np.arange(1 << 15, dtype=np.uint32)
+    halves = halves[halves < 0x7F00]
+    x = np.concatenate([halves << 16, (halves << 16) + 0x7FFF, (halves << 16) + 0x8000, (halves << 16) + 0x8001])
+    out = np.zeros(x.size, np.uint16)
+    to_bf16(x.astype(np.uint32).view(F32), out)
+    np.testing.assert_array_equal(out, np.concatenate([halves, halves, halves + halves % 2, halves + 1]))
+    to_bf16(-x.astype(np.uint32).view(F32), out)
+    assert (out[: len(halves)] == halves + 0x8000).all()
+
+
+@entry
 def byte_operations(a, words, out):
     v = simd.load_bytes(a, 1)                                # no alignment is needed
     simd.store_bytes(out[0], 0, v)
@@ -198,6 +230,7 @@ def byte_operations(a, words, out):
     simd.store_bytes(out[3], 0, simd.flip_top_bits(v))
     simd.store_bytes(out[4], 0, simd.broadcast4(a, 3))
     simd.store_bytes(out[5], 0, simd.load_bytes(words, 2))   # an index counts the array's own elements
+    simd.store_bytes(out[6], 0, simd.without_low_nibbles(v))
     simd.prefetch(a, 1 << 40)                                # never faults
 
 
@@ -205,9 +238,9 @@ def test_byte_operations():
     rng = np.random.default_rng(0)
     for _ in range(20):
         a, words = rng.integers(0, 256, 65, dtype=np.uint8), rng.integers(0, 1 << 31, 18, dtype=np.int32)
-        out = np.zeros((6, 64), np.uint8)
+        out = np.zeros((7, 64), np.uint8)
         byte_operations(a, words, out)
-        expected = [a[1:], a[1:] & 15, a[1:] >> 4, a[1:] ^ 128, np.tile(a[3:7], 16), words[2:].view(np.uint8)]
+        expected = [a[1:], a[1:] & 15, a[1:] >> 4, a[1:] ^ 128, np.tile(a[3:7], 16), words[2:].view(np.uint8), a[1:] & 240]
         np.testing.assert_array_equal(out, expected)
 
 
