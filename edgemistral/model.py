@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
+from edgemistral.errors import BadRequest
 from edgemistral.files.blob import Blob
 from edgemistral.generate.engine import Engine, Ids
 from edgemistral.generate.sampler import Logprobs, SamplingParams
@@ -24,6 +25,8 @@ from edgemistral.text.written import WrittenTexts
 if TYPE_CHECKING:
     from edgemistral.session import Session
 
+KV_STORE_QUOTA = 8 << 30    # bytes
+
 
 def load(
     path: str | os.PathLike[str],
@@ -34,6 +37,8 @@ def load(
     kv_budget: int | None = None,
     lookup: bool = True,
     on_overflow: OnOverflow = "error",
+    kv_store: str | os.PathLike[str] | None = None,
+    kv_store_quota: int = KV_STORE_QUOTA,
 ) -> Model:
     """Map a blob and make ready to run it; a context manager.
 
@@ -42,12 +47,19 @@ def load(
     process may use, "auto" the best number measured with this model (once, then remembered). max_ram: bytes.
     lookup: guess tokens that were said before and verify several at once: the same answers, sooner where they quote.
     kv_budget: bytes for conversations that are kept; None means a quarter of the memory (see `runtime.plan.plan`).
+    kv_store: a folder where prompts and answers of all runs are kept, up to `kv_store_quota` bytes; whatever begins like one
+    of them is not read again.
     on_overflow: what `Model.chat` does with a conversation that is longer than the context, unless a call says otherwise.
     Raises BadBlob, BadRequest (its `field` names the argument) or OutOfMemoryBudget before anything is allocated.
     """
+    from edgemistral.files.kv_store import KVStore
+    from edgemistral.files.records import root_of
+    from edgemistral.runtime.session import geometry_of
     from edgemistral.runtime.transformer import Transformer  # imports numba
     from edgemistral.session import binding_of
 
+    if type(kv_store_quota) is not int or kv_store_quota < 1:
+        raise BadRequest(f"kv_store_quota is {kv_store_quota!r}: it must be a number of bytes", "kv_store_quota")
     check_on_overflow(on_overflow)
     blob = Blob.open(path)
     try:
@@ -61,6 +73,13 @@ def load(
         blob.close()
         raise
     engine = Engine(transformer, lookup)      # the transformer closes the blob
+    try:
+        if kv_store is not None:
+            root, geometry = root_of(binding_of(blob, kv_bits)), geometry_of(transformer.pool)
+            engine.use_store(KVStore(Path(kv_store), root, geometry, kv_store_quota))
+    except BaseException:
+        engine.close()
+        raise
     return Model(engine, tokenizer, blob.path, binding_of(blob, kv_bits), on_overflow)
 
 

@@ -100,6 +100,10 @@ class KeptSequences:
         self.touch(home)
         return True
 
+    def add(self, sequence: Sequence) -> None:
+        """Keep a sequence that was made elsewhere."""
+        self._owners[sequence] = None
+
     def pin(self, sequence: Sequence) -> None:
         """Keep a sequence that was made elsewhere, until `unpin`."""
         self._owners[sequence] = None
