@@ -24,11 +24,12 @@ coverage: $(VENV)/.installed-test  ## which lines and branches the fast tests re
 help: $(VENV)/.installed-test  ## docs/help.md
 	$(BIN)/python -m docs.make_help
 
-bench: $(VENV)/.installed-bench  ## the figures of bench/RESULTS.md
-	$(BIN)/python -m bench.run_all $(or $(WORK),$(error WORK names a folder with 30 GB free for large files: make bench WORK=folder))
+bench: $(VENV)/.installed-bench $(VENV)-avx2/.installed  ## all figures of bench/RESULTS.md and bench/results/
+	$(BIN)/python -m bench.run_all --avx2 $(VENV)-avx2/bin/python \
+		$(or $(WORK),$(error WORK names a folder with 40 GB free for large files: make bench WORK=folder))
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-avx2
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,12 +42,13 @@ $(VENV)/.installed-test: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
 	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e '.[test]'
 	touch $@
 
-$(VENV)/.installed-coverage: $(VENV)/.installed-test  ## which lines and branches the fast tests reach; also as htmlcov/index.html
-	$(BIN)/python -m pytest -q --cov --cov-report=term --cov-report=html
-
-help: $(VENV)/.installed-test  ## docs/help.md
-	$(BIN)/python -m docs.make_help
-
-bench: $(VENV)/bin/python pyproject.toml
+$(VENV)/.installed-bench: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install -q -e '.[bench]'
+	touch $@
+
+# llama.cpp chooses its instructions when it is built: a second environment has one for AVX2 only. Needs a C++ compiler.
+$(VENV)-avx2/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-avx2
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" \
+		$(VENV)-avx2/bin/python -m pip install -q --no-cache-dir --no-binary llama-cpp-python -e '.[bench]'
 	touch $@

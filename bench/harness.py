@@ -93,11 +93,28 @@ def drop_from_cache(paths: Sequence[Path]) -> bool:
     return True
 
 
-def save(name: str, command: str, results: Mapping[str, Any]) -> None:
-    """Write bench/results/PROCESSOR/NAME.json: the machine, the command that makes it again, and the results."""
-    OF_MACHINE.mkdir(parents=True, exist_ok=True)
-    content = {"command": command, "machine": machine(), **results}
-    (OF_MACHINE / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def save(name: str, command: str, results: Mapping[str, Any], of_machine: bool = True) -> None:
+    """Write bench/results/PROCESSOR/NAME.json: the command that makes it again, the commit, the machine, and the results.
+
+    of_machine False: the figures are the same on every machine, and the file is in bench/results itself.
+    """
+    folder = OF_MACHINE if of_machine else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"command": command, "commit": commit(), **({"machine": machine()} if of_machine else {}), **results}
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def commit() -> str | None:
+    """The commit that is measured, with a + when its files were changed since; None outside of a git checkout."""
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/edgemistral", ":/quantize", ":/bench/*.py")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

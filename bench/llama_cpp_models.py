@@ -17,8 +17,8 @@ from edgemistral_quantize.checkpoint import Checkpoint
 from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
+from edgemistral.files.bf16 import widen
 from edgemistral.files.layout import PANEL
-from edgemistral.measure.reference import widen
 
 NAMES = {   # theirs by ours
     "attention_norm": "attn_norm", "wo": "attn_output", "ffn_norm": "ffn_norm", "w2": "ffn_down",
@@ -108,15 +108,21 @@ def bits_per_weight(path: Path) -> dict[str, float]:
 
 
 class LlamaCpp:
-    """What `evaluate` needs of a model, computed by llama.cpp with its defaults; keys and values are its 16-bit ones."""
+    """What `evaluate` needs of a model, computed by llama.cpp with its defaults.
 
-    def __init__(self, path: Path, config: ModelConfig, threads: int = 1) -> None:
+    kv: the type of keys and values, by gguf's name. Others than F16 need its flash attention, which is on then.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig, threads: int = 1, kv: str = "F16") -> None:
         self.config, self.context = config, config.context
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         params: Any = llama_cpp.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = config.context
         params.n_threads = params.n_threads_batch = threads
+        if kv != "F16":
+            params.type_k = params.type_v = int(getattr(gguf.GGMLQuantizationType, kv))
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self._context = llama_cpp.llama_init_from_model(self._model, params)
 
     def logits(self, ids: Any) -> NDArray[np.float32]:

@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from bench import harness
-from bench.long_reference import logits_at, naive
 from bench.synthetic import V2, write_synthetic
 from edgemistral.config import ModelConfig
 from edgemistral.errors import ContextOverflow
@@ -36,9 +35,11 @@ from edgemistral.files.blob import Blob
 from edgemistral.generate.engine import Engine
 from edgemistral.generate.sampler import SamplingParams
 from edgemistral.measure.benchmark import Roofline, bytes_of_a_token, products, seconds
+from edgemistral.measure.reference import BlobWeights, Reference
 from edgemistral.runtime.segments import segment_bytes, segments_of
 from edgemistral.runtime.threads import performance_cores
 from edgemistral.runtime.transformer import Transformer
+from tests import naive
 
 CONFIG = dataclasses.replace(V2, n_layers=2)
 TOKENS = 30_000
@@ -75,8 +76,9 @@ class LongRun:
         speeds, logits = [], []
         for depth in tqdm(range(0, len(self.ids), self.piece), desc="prefill", leave=False, disable=None):
             end = min(depth + self.piece, len(self.ids))
-            peak = self.ceilings.int8_peak()
+            before = self.ceilings.int8_peak()
             took = seconds(lambda end=end: logits.append(self.engine.prefill(self.ids[:end])))
+            peak = max(before, self.ceilings.int8_peak())    # of a moment each: a disturbed one would make shares over 100 %
             share = products(self.config, end - depth, depth) / took / peak
             speeds.append(Speed(depth, end - depth, (end - depth) / took, share))
         return speeds, np.stack(logits)
@@ -142,16 +144,15 @@ def measure(blob: Path, tokens: int = TOKENS, piece: int = PIECE) -> tuple[dict[
 
 def compare(blob: Path, logits: NDArray[np.float32], tokens: int = TOKENS, piece: int = PIECE) -> dict[str, Any]:
     """The logits against float32 arithmetic on the same dequantized weights."""
-    with Blob.open(blob) as opened:
-        weights, config = naive.blob_weights(opened), opened.config
     at = np.minimum(np.arange(piece, tokens + piece, piece), tokens) - 1
 
-    def reference(config: ModelConfig, what: str) -> NDArray[np.float32]:
-        with tqdm(desc=what, leave=False, disable=None) as bar:
-            return logits_at(weights, config, prompt(config, tokens), at, performance_cores(), bar)
+    def reference(config: ModelConfig) -> NDArray[np.float32]:
+        model, ids = Reference(BlobWeights(opened, config)), np.asarray(prompt(config, tokens), np.int32)
+        return model.logits(model.hidden_states([ids], at=[at], threads=performance_cores())[0])
 
-    exact = reference(config, "float32 reference")
-    blind = reference(dataclasses.replace(config, sliding_window=tokens // 2), "the same, half blind")
+    with Blob.open(blob) as opened:
+        exact = reference(opened.config)
+        blind = reference(dataclasses.replace(opened.config, sliding_window=tokens // 2))
     return {
         "positions": at.tolist(),
         "kl": [naive.mean_kl(a[None], b[None]) for a, b in zip(exact, logits, strict=True)],

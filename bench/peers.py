@@ -77,8 +77,12 @@ def write_gguf(path: Path, blob: Blob, bits: int) -> None:
 class Peer:
     """A process that measures when it reads a line: "prefill" or "decode" (and for ours "bandwidth" or "peak")."""
 
-    def __init__(self, python: str, kind: str, model: Path, threads: int, environment: Mapping[str, str] | None = None) -> None:
-        command = [python, "-m", "bench.peers", "--worker", kind, str(model), str(threads)]
+    def __init__(
+        self, python: str, kind: str, model: Path, threads: int, environment: Mapping[str, str] | None = None,
+        module: str = "bench.peers",
+    ) -> None:
+        """module: whose `--worker` it runs; its tasks are the lines."""
+        command = [python, "-m", module, "--worker", kind, str(model), str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                          text=True, env={**os.environ, **(environment or {})}, cwd=Path(__file__).parents[1])
         self.ask("decode")     # warms up, and waits for the model to be loaded

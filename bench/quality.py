@@ -30,7 +30,7 @@ from edgemistral.demo import checkpoint_dir
 from edgemistral.files.blob import Blob
 from edgemistral.measure.evaluate import evaluate_windows
 from edgemistral.measure.reference import Reference, ReferenceModel
-from edgemistral.text.tokenizer import Tokenizer
+from edgemistral.text.sentencepiece import SentencePieceTokenizer
 from training.heldout_texts import texts as heldout_texts
 
 PEERS = ("Q8_0", "Q4_K_M", "IQ4_NL", "Q4_0")
@@ -84,7 +84,7 @@ def main() -> None:
     directory = checkpoint_dir()
     checkpoint = Checkpoint(directory)
     reference = Reference(checkpoint)
-    texts = heldout_texts(Tokenizer(checkpoint.tokenizer))
+    texts = heldout_texts(SentencePieceTokenizer(checkpoint.tokenizer))
     rows: list[Row] = []
 
     def add(name: str, bits: dict[str, float] | None, model: Any) -> None:

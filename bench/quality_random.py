@@ -9,7 +9,6 @@ were trained see quality.py.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -25,15 +24,16 @@ from edgemistral_quantize.checkpoint import Checkpoint
 from numpy.typing import NDArray
 
 import edgemistral
+from bench.harness import RESULTS, save
 from edgemistral.config import ModelConfig
+from edgemistral.files.bf16 import widen
 from edgemistral.generate.engine import Ids
 from edgemistral.measure.evaluate import Evaluation, evaluate
-from edgemistral.measure.reference import Reference, ReferenceModel, widen
+from edgemistral.measure.reference import Reference, ReferenceModel
 from tests.checkpoints import write_hf
 from tests.golden.models import GoldenModel
 from tests.naive import q4_0
 
-RESULTS = Path(__file__).parent / "results"
 SHAPE = ModelConfig(
     dim=512, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=64, hidden_dim=1792, vocab_size=2000, context=1024,
     norm_eps=1e-5, rope_theta=1e6, sliding_window=None, bos_id=1, eos_id=2,
@@ -111,8 +111,7 @@ def main() -> None:
             for method, result in measure(directory, ids, folder):
                 print(f"{method:26}{result.mean_kl:12.6f}{result.top1_agreement:9.2%}", flush=True)
                 table[name][method] = asdict(result)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "quality_random.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    save("quality_random", "python bench/quality_random.py", table, of_machine=False)
     plot(table, RESULTS / "quality_random.png")
 
 

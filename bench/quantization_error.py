@@ -12,19 +12,17 @@ tails heavier than trained weights have would make them worth the time.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from edgemistral_quantize.groups import DEFAULT_LEVELS, default_levels, quantize_rows, quantize_to_levels, stored_levels
 from numpy.typing import NDArray
 
+from bench.harness import save
 from edgemistral.files.layout import GROUP, LEVEL_ZERO, dequantize, unpack
 
 F32 = NDArray[np.float32]
-RESULTS = Path(__file__).parent / "results" / "quantization_error.json"
 SHAPE = 1024, 4096
 IQ4_NL = stored_levels((-64, -52, -42, -33, -25, -18, -11, -5, 0, 6, 12, 19, 26, 34, 44, 56))   # ggml's, halved
 
@@ -152,8 +150,7 @@ def main() -> None:
         fit()
     else:
         results = {"relative_squared_error": compare(), "million_weights_per_second": speed()}
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        save("quantization_error", "python bench/quantization_error.py", results, of_machine=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""bench/RESULTS.md from the JSON files in bench/results: no figure in it is typed by hand."""
+"""bench/RESULTS.md and bench/results/tables.md from the JSON files in bench/results: no figure in their tables is typed."""
 
 from __future__ import annotations
 
@@ -7,35 +7,67 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import plots
+from bench import plots, summary
 from bench.harness import RESULTS, in_gb
+from edgemistral.config import ModelConfig
+from edgemistral.measure.benchmark import products
 
-REPORT = Path(__file__).parent / "RESULTS.md"
+REPORT, TABLES = Path(__file__).parent / "RESULTS.md", RESULTS / "tables.md"
 LIMITS = Path(__file__).parent / "limits.md"
 HEAD = """# Results
 
-Written by `python bench/run_all.py --report` from the JSON files in `bench/results`; see [README.md](README.md) for what each
-benchmark does. Shares of bandwidth and int8 peak are of what the same machine did in the same run, with the same
-instructions: they can be compared between machines and hours, the other figures cannot.
+Written by `python -m bench.run_all --report` from the JSON files in `bench/results`; [README.md](README.md) says what each
+benchmark does. Shares are of what the same machine did in the same run with the same instructions: compare them between
+machines and hours. Compare other figures only within one run. All tables: [results/tables.md](results/tables.md).
 """
+PEERS = """
+## Beside llama.cpp
+
+`python bench/peers.py WORK [--bits 8] [--avx2 PYTHON]`: a 7B of 32 layers, both programs in turns, tokens/s. "Undisturbed" are
+the samples around which the bandwidth was at least 0.9 of the highest in the run. The commit is the one that was measured; in
+brackets, the one that recorded a result from before that was kept.
+"""
+PLOTS = """
+![tokens a second beside llama.cpp](results/peers.png)
+
+`python bench/speed.py WORK`: shares of the machine's limits over prompt size and depth, four layers of a 7B.
+
+![share of the limits over prompt size and depth](results/znver5/speed.png)
+"""
+TABLES_HEAD = """# All tables
+
+Written by `python -m bench.run_all --report`. [RESULTS.md](../RESULTS.md) has the summary.
+"""
+ESSENTIAL = ("parallel", "real_model", "quality")     # sections that RESULTS.md repeats once they are measured
 Results = dict[str, Any]
 
 
 def write() -> None:
-    """Write RESULTS.md and its plots; a section whose benchmark has not run says so."""
+    """Write both reports and the plot; a section whose benchmark has not run says so."""
     plots.peers()
-    limits = LIMITS.read_text("utf-8")
-    REPORT.write_text("\n".join([HEAD, *(_section(*section) for section in SECTIONS), limits]), encoding="utf-8")
+    for path, text in texts().items():
+        path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _section(title: str, name: str, command: str, body: Callable[[Results], Iterable[str]]) -> str:
+def texts() -> dict[Path, str]:
+    """What `write` writes."""
+    essential = [section for section in SECTIONS if section[1] in ESSENTIAL and any(RESULTS.rglob(f"{section[1]}.json"))]
+    parts = [HEAD, *summary.summary(), PEERS, *summary.peers(), PLOTS, *(_section(*section) for section in essential)]
+    tables = [TABLES_HEAD, *(_section(*section, at=TABLES) for section in SECTIONS)]
+    return {REPORT: "\n".join([*parts, LIMITS.read_text("utf-8")]), TABLES: "\n".join(tables)}
+
+
+def _section(title: str, name: str, command: str, body: Callable[[Results], Iterable[str]], at: Path = REPORT) -> str:
     lines = [f"## {title}", "", f"    {command}", ""]
     paths = sorted(RESULTS.rglob(f"{name}.json"))   # of every processor that it was measured on
     for path in paths:
         results = json.loads(path.read_text("utf-8"))
-        if machine := results.pop("machine", None):
-            lines += [_machine(machine), ""]
-        lines += [*body({**results, "folder": path.parent.relative_to(REPORT.parent).as_posix()}), ""]
+        commit = f"Commit {summary.origin(results)}."
+        for known in ("commit", "recorded_in", "command"):
+            results.pop(known, None)
+        machine = results.pop("machine", None)
+        lines += [f"{_machine(machine)} {commit}" if machine else commit, ""]
+        lines += [*body({**results, "folder": path.parent.relative_to(at.parent).as_posix()}), ""]
     return "\n".join(lines if paths else [*lines, "Not measured yet.", ""])
 
 
@@ -48,11 +80,7 @@ def _machine(m: Results) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Markdown; the first column is text, all others are figures."""
-    return [_row(head), _row(["---", *["---:"] * (len(head) - 1)]), *map(_row, rows)]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return summary.table(head, list(rows))
 
 
 def _startup(r: Results) -> list[str]:
@@ -151,15 +179,35 @@ def _batches(r: Results) -> list[str]:
     ))
 
 
+def _parallel(r: Results) -> list[str]:
+    reader, fork = r["reader"], r["fork"]
+    return [
+        f"{r['n_layers']} layers of 7B shapes, {r['threads']} threads; a step computes one token of each sequence.",
+        "",
+        *_table(("sequences", "ours, tokens/s in all", "llama.cpp", "ratio", "our step, times one sequence's"), (
+            (str(row["sequences"]), f"{row['ours']:.1f}", f"{row['theirs']:.1f}", f"{row['ratio']:.2f}", f"{row['cost']:.2f}")
+            for row in r["rows"]
+        )),
+        "",
+        f"While another client's prompt of {reader['prompt']:,} tokens is read, a generating client keeps "
+        f"{reader['keeps']:.0%} of its tokens/s. The prompt takes {reader['prompt_slower']:.2f} times its time alone. "
+        f"A fork of a 7B conversation of {fork['positions']:,} tokens takes {1000 * fork['seconds']:.1f} ms at most.",
+    ]
+
+
 def _long_context(r: Results) -> list[str]:
     def speeds(task: str, limit: str) -> list[str]:
         return _table((task, "tokens", "tokens/s", f"of the {limit}"), (
-            (f"from depth {s['depth']:,}", f"{s['tokens']:,}", f"{s['tokens_per_second']:.1f}", f"{s['share']:.0%}")
-            for s in r[task]
+            (f"from depth {s['depth']:,}", f"{s['tokens']:,}", f"{s['tokens_per_second']:.1f}", f"{share:.0%}")
+            for s, share in zip(r[task], shares[task], strict=True)
         ))
 
+    shares = {"prefill": _of_the_highest_peak(r), "decode": [s["share"] for s in r["decode"]]}
     return [
-        *speeds("prefill", "int8 peak"), "", *speeds("decode", "bandwidth"), "",
+        "The int8 peak is measured beside every piece of the prompt, for some 20 ms, in which others may use the machine. "
+        "Shares are of the highest peak of the run.",
+        "",
+        *speeds("prefill", "highest int8 peak"), "", *speeds("decode", "bandwidth"), "",
         *_table(("", ""), [
             (f"prefill of {r['tokens']:,} tokens", f"{r['prefill_seconds']:.1f} s"),
             ("KV file, 8 bits", in_gb(r["kv_file_bytes"])),
@@ -171,6 +219,14 @@ def _long_context(r: Results) -> list[str]:
             ("a prompt one token too long", f"{r['overflow']}; the conversation goes on with the same bits"),
         ]),
     ]
+
+
+def _of_the_highest_peak(r: Results) -> list[float]:
+    """Shares of the pieces of a prompt: products a second over the highest peak that was measured beside any of them."""
+    config = ModelConfig(**r["config"])
+    rates = [products(config, s["tokens"], s["depth"]) * s["tokens_per_second"] / s["tokens"] for s in r["prefill"]]
+    highest = max(rate / s["share"] for rate, s in zip(rates, r["prefill"], strict=True))
+    return [rate / highest for rate in rates]
 
 
 def _quality(r: Results) -> list[str]:
@@ -268,8 +324,8 @@ def _server_load(r: Results) -> list[str]:
 
 SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ("Start", "startup", "python bench/startup.py", _startup),
-    ("7B: quantizing", "seven_b_quantize", "python bench/seven_b.py WORK --only quantize", _quantize),
-    ("7B: running", "seven_b_run", "python bench/seven_b.py WORK --only run", _run),
+    ("7B: quantizing", "seven_b_quantize", "python bench/seven_b.py WORK", _quantize),
+    ("7B: running", "seven_b_run", "python bench/seven_b.py WORK", _run),
     ("7B beside llama.cpp, 4 bits", "peers_q4", "python bench/peers.py WORK", _peers),
     ("7B beside llama.cpp, 8 bits", "peers_q8", "python bench/peers.py WORK --bits 8", _peers),
     ("7B beside llama.cpp, 4 bits, both with AVX2 only", "peers_q4_avx2",
@@ -277,6 +333,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ("Speed by size, depth, threads and bits", "speed", "python bench/speed.py WORK", _speed),
     ("7B, short batches, 4 bits", "batches_q4", "python bench/batches.py WORK", _batches),
     ("7B, short batches, 8 bits", "batches_q8", "python bench/batches.py WORK --bits 8", _batches),
+    ("Several sequences at once", "parallel", "python bench/parallel.py WORK --n-layers 4", _parallel),
     ("30,000 tokens through two layers of a 7B, 4-bit weights", "long_context-4bit",
      "python bench/long_context.py WORK --bits 4", _long_context),
     ("30,000 tokens through two layers of a 7B, 8-bit weights", "long_context-8bit",

@@ -1,7 +1,9 @@
-"""All benchmarks one after another, then bench/RESULTS.md.
+"""All benchmarks one after another, then bench/RESULTS.md and bench/results/tables.md.
 
-    python -m bench.run_all WORK         # an hour on a quiet machine, 30 GB of disk in WORK
-    python -m bench.run_all --report     # only RESULTS.md, from the results of earlier runs
+    python -m bench.run_all WORK --avx2 PYTHON     # two hours on a quiet machine, 40 GB of disk in WORK
+    python -m bench.run_all --report               # only the reports, from the results of earlier runs
+
+PYTHON has a llama-cpp-python that was built for AVX2 only; `make bench WORK=folder` makes it and passes it on.
 """
 
 from __future__ import annotations
@@ -16,34 +18,51 @@ from tqdm import tqdm
 from bench import report
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = (
-    ("startup",),
-    ("seven_b", "WORK"),
-    ("peers", "WORK"),
-    ("batches", "WORK"),
-    ("speed", "WORK"),
-    ("long_context", "WORK", "--bits", "4"),
-    ("long_context", "WORK", "--bits", "8"),
-    ("server_overhead", "WORK"),
-    ("server_load",),
-    ("quality",),
-    ("quality_random",),
-    ("quantization_error",),
+COMMANDS = (     # as bench/report.py names them beside its sections
+    "python bench/startup.py",
+    "python bench/seven_b.py WORK",
+    "edgemistral quantize WORK/7b WORK/7b-q8.safetensors --bits 8 --force",
+    "python bench/peers.py WORK",
+    "python bench/peers.py WORK --bits 8",
+    "python bench/peers.py WORK --avx2 PYTHON",
+    "python bench/batches.py WORK",
+    "python bench/batches.py WORK --bits 8",
+    "python bench/parallel.py WORK --n-layers 4",
+    "python bench/speed.py WORK",
+    "python bench/long_context.py WORK --bits 4",
+    "python bench/long_context.py WORK --bits 8",
+    "python bench/server_overhead.py WORK",
+    "python bench/server_overhead.py WORK --model demo",
+    "python bench/server_load.py",
+    "python bench/quality.py",
+    "python bench/quality_random.py",
+    "python bench/quantization_error.py",
 )
+
+
+def command_line(command: str, work: Path, avx2: str | None) -> list[str]:
+    """One of COMMANDS for this interpreter, WORK and PYTHON filled in."""
+    words = [word.replace("WORK", str(work)).replace("PYTHON", avx2 or "") for word in command.split()]
+    if words[0] == "edgemistral":
+        return [sys.executable, "-m", *words]
+    return [sys.executable, "-m", words[1].removesuffix(".py").replace("/", "."), *words[2:]]
 
 
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("work", type=click.Path(path_type=Path, file_okay=False), required=False)
+@click.option("--avx2", metavar="PYTHON", help="An interpreter whose llama-cpp-python is built for AVX2 only.")
 @click.option("--report", "only_report", is_flag=True, help="Measure nothing.")
-def main(work: Path | None, only_report: bool) -> None:
+def main(work: Path | None, avx2: str | None, only_report: bool) -> None:
     if (work is None) != only_report:
         raise click.UsageError("give either WORK, a folder for large files, or --report")
     failed = []
-    for script, *arguments in tqdm(() if work is None else SCRIPTS, disable=None):
-        click.echo(f"\n{' '.join([script, *arguments])}\n")
-        command = [sys.executable, "-m", f"bench.{script}", *(work if a == "WORK" else a for a in arguments)]
-        if subprocess.run(command, cwd=ROOT).returncode != 0:
-            failed.append(script)
+    for command in tqdm(() if work is None else COMMANDS, disable=None):
+        if "PYTHON" in command and avx2 is None:
+            click.echo(f"\nleft out, for want of --avx2: {command}\n", err=True)
+            continue
+        click.echo(f"\n{command}\n")
+        if work is None or subprocess.run(command_line(command, work, avx2), cwd=ROOT).returncode != 0:
+            failed.append(command)
     report.write()
     click.echo(report.REPORT)
     if failed:

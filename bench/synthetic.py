@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from edgemistral.config import ModelConfig
 from edgemistral.demo import checkpoint_dir
+from edgemistral.files.bf16 import to_bf16
 from edgemistral.files.safetensors import make_header
 
 V2 = ModelConfig(
@@ -79,20 +80,16 @@ class _Values:
 
     def pieces(self, shape: tuple[int, ...]) -> Iterator[NDArray[np.uint16]]:
         if len(shape) == 1:
-            yield _to_bf16(1 + 0.05 * self._rng.standard_normal(shape).astype(np.float32))
+            yield to_bf16(1 + 0.05 * self._rng.standard_normal(shape).astype(np.float32))
             return
         rows, cols = shape
         if cols not in self._scaled:
-            self._scaled[cols] = _to_bf16(self._gaussian * np.float32(0.7 / cols**0.5))
+            self._scaled[cols] = to_bf16(self._gaussian * np.float32(0.7 / cols**0.5))
         pool, at, left = self._scaled[cols], int(self._rng.integers(POOL)), rows * cols
         while left:
             piece = pool[at : at + min(left, PIECE)]
             yield piece
             at, left = (at + piece.size) % POOL, left - piece.size
-
-
-def _to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    return (values.view(np.uint32) >> 16).astype("<u2")
 
 
 def _split(

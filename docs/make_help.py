@@ -18,7 +18,8 @@ What `edgemistral COMMAND --help` prints. Made by `python -m docs.make_help`; a 
 def reference() -> str:
     """The whole page."""
     top = _context(main, "edgemistral", None)
-    return "\n".join([HEAD, _section(top), *(_section(_context(command, name, top)) for name, command in main.commands.items())])
+    contexts = [top, *(_context(command, name, top) for name, command in main.commands.items())]
+    return "\n".join([HEAD, *map(_section, contexts)])
 
 
 def _context(command: click.Command, name: str, parent: click.Context | None) -> click.Context:

@@ -123,11 +123,9 @@ class ModelConfig:
             if not _divides(ours["n_heads"], ours["dim"]):
                 raise BadConfig("head_dim is missing and hidden_size is no multiple of num_attention_heads")
             head_dim = ours["dim"] // ours["n_heads"]
-        eos_id = ours.pop("eos_id")
         return cls(
             **ours,
             head_dim=head_dim,
-            eos_id=eos_id[0] if isinstance(eos_id, list) and len(eos_id) == 1 else eos_id,
             rope_theta=_hf_rope_theta(fields),
             sliding_window=fields.get("sliding_window"),
         )

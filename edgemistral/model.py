@@ -43,7 +43,7 @@ def load(
     """Map a blob and make ready to run it; a context manager.
 
     context: positions to make room for; None means the model's own maximum (the KV file is sparse).
-    kv_bits: 8, or 16 for reference. threads: None means the performance cores that this
+    kv_bits: 8, 4 for half the memory, or 16 for reference. threads: None means the performance cores that this
     process may use, "auto" the best number measured with this model (once, then remembered). max_ram: bytes.
     lookup: guess tokens that were said before and verify several at once: the same answers, sooner where they quote.
     kv_budget: bytes for conversations that are kept; None means a quarter of the memory (see `runtime.plan.plan`).
@@ -65,7 +65,7 @@ def load(
     try:
         planned = plan(blob, context, kv_bits, threads, kv_budget, max_ram)
         planned.check(max_ram)
-        tokenizer = Tokenizer(blob.array("tokenizer").tobytes(), blob.config.vocab_size, f"{path}: its tokenizer")
+        tokenizer = tokenizer_of(blob)
         transformer = Transformer(
             blob, context=planned.context, kv_bits=kv_bits, threads=planned.threads, kv_budget=planned.kv_budget
         )
@@ -81,6 +81,12 @@ def load(
         engine.close()
         raise
     return Model(engine, tokenizer, blob.path, binding_of(blob, kv_bits), on_overflow)
+
+
+def tokenizer_of(blob: Blob) -> Tokenizer:
+    """The tokenizer in a blob. Raises BadInput for bytes that are none."""
+    config, name = blob.config, f"{blob.path}: its tokenizer"
+    return blob.text.tokenizer(blob.array("tokenizer").tobytes(), config.vocab_size, name, config.eos_id)
 
 
 class Model:
@@ -101,6 +107,7 @@ class Model:
         self.engine, self.tokenizer, self.path, self.on_overflow = engine, tokenizer, path, on_overflow
         self._binding = binding or {}
         self._written = WrittenTexts(tokenizer)
+        engine.end_ids |= tokenizer.end_ids
 
     @property
     def config(self) -> ModelConfig:
@@ -131,8 +138,9 @@ class Model:
         **sampling: Any,
     ) -> Generation:
         """Token ids that continue `ids`, until </s> (which is not given), `max_new_tokens` or a full context."""
+        params = SamplingParams(**{**self.tokenizer.defaults, **sampling})
         home = None if session is None else session.sequence
-        return self.engine.generate(ids, SamplingParams(**sampling), max_new_tokens, progress, cancel, home)
+        return self.engine.generate(ids, params, max_new_tokens, progress, cancel, home)
 
     def session(self, path: str | os.PathLike[str]) -> Session:
         """Open the session in a file, which is made if there is none: give it to `chat`, and a restart loses nothing.
@@ -165,7 +173,7 @@ class Model:
         on_overflow = self.on_overflow if on_overflow is None else on_overflow
         check_on_overflow(on_overflow)
         ids, dropped = self._encode(messages, on_overflow, max_new_tokens)
-        stops, continued = StopStrings(stop), messages[-1]["role"] == "assistant"
+        stops, continued = StopStrings(stop), messages[-1]["role"] == "assistant" and bool(messages[-1].get("content"))
 
         def answered(reply: Reply) -> None:
             if not continued:
@@ -190,7 +198,7 @@ class Model:
         **sampling: Any,
     ) -> Reply:
         """The continuation of a raw text (<s> is put before it) or of ids, without the chat template."""
-        ids = [self.config.bos_id, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+        ids = [*self._bos(), *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
         stops = StopStrings(stop)
         generation = self.generate(ids, max_new_tokens, progress=progress, cancel=cancel, session=session, **sampling)
         return Reply(generation, self._decoder(ids), stops)
@@ -204,6 +212,10 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _bos(self) -> list[int]:
+        """What a text without a template begins with."""
+        return [self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []
 
     def _encode(self, messages: Messages, on_overflow: OnOverflow, max_new_tokens: int | None) -> tuple[Ids, tuple[int, ...]]:
         """The ids of a conversation, its answers as they were written here; and the messages that are left out."""

@@ -22,8 +22,9 @@ from edgemistral.errors import BadRequest
 from edgemistral.generate.sampler import SamplingParams
 from edgemistral.generate.tasks import Cancel, Progress
 from edgemistral.model import Model, Reply
+from edgemistral.text.chat import ROLES, chat_turns
 from edgemistral.text.guardrail import with_guardrail
-from edgemistral.text.tokenizer import ROLES, Messages, chat_turns, check_text
+from edgemistral.text.tokenizer import Messages, check_text
 
 INPUT = "input_data.input_string"
 PARAMETERS = "input_data.parameters"

@@ -23,9 +23,8 @@ def warm_up() -> Path:
     with tempfile.TemporaryDirectory(prefix="edgemistral-") as folder:
         eight = quantize(checkpoint_dir(), Path(folder) / "8.safetensors", bits=8, progress=False)
         for path in (blob, eight):
-            for kv_bits in (8, 16):
-                with load(path, kv_bits=kv_bits, threads=1) as model:
-                    model.engine.prefill([model.config.bos_id])
+            with load(path, threads=1) as model:      # every KV format is part of the same code
+                model.engine.prefill([model.config.bos_id])
     with Blob.open(blob) as opened:
         Roofline(1, opened.data).close()
     return cache_dir()

@@ -8,6 +8,7 @@ import numpy as np
 
 from edgemistral.config import ModelConfig
 from edgemistral.files import layout
+from edgemistral.files.bf16 import to_bf16
 from edgemistral.files.blob import BlobWriter
 from edgemistral.files.layout import Recipe
 
@@ -29,7 +30,7 @@ def write_blob(path: Path, config: ModelConfig, recipe: Recipe, tokenizer: bytes
             writer.write(name, [np.ascontiguousarray(array)], lambda: "0" * 63 + "1")
 
         embeddings = rng.standard_normal((config.vocab_size, config.dim)).astype(np.float32)
-        write("tok_embeddings", (embeddings.view(np.uint32) >> 16).astype(np.uint16))
+        write("tok_embeddings", to_bf16(embeddings))
         for norm in [name for name in writer.tensors if name.endswith("norm")]:
             write(norm, rng.uniform(0.8, 1.2, config.dim).astype(np.float32))
         for matrix in layout.matrices(config, recipe):

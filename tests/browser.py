@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, expect, sync_playwright
 
 from edgemistral.generate.engine import Engine
 from edgemistral.model import Model
-from edgemistral.text.tokenizer import Tokenizer
+from edgemistral.text.sentencepiece import SentencePieceTokenizer
 from tests.fake import tiny_config
 from tests.serving import TOKENIZER, SlowTransformer
 
@@ -70,7 +70,7 @@ class Actor(Model):
     """
 
     def __init__(self, script: Callable[[list[dict[str, str]]], str], context: int = 2048, chunk: int = 64) -> None:
-        tokenizer = Tokenizer(TOKENIZER.read_bytes())
+        tokenizer = SentencePieceTokenizer(TOKENIZER.read_bytes())
         config = tiny_config(vocab_size=tokenizer.vocab_size, context=context, bos_id=1, eos_id=tokenizer.eos_id)
         self.stage = _Stage(config, chunk=chunk)
         self.script, self.asked, self.options = script, [], []
@@ -97,7 +97,8 @@ class _Stage(SlowTransformer):
         ids = tuple(ids)
         prompt = max((prompt for prompt in self.answers if ids[: len(prompt)] == prompt), key=len)
         logits = np.zeros(self.config.vocab_size, np.float32)
-        logits[self.answers[prompt][len(ids) - len(prompt)]] = 100
+        answer = self.answers[prompt]
+        logits[answer[min(len(ids) - len(prompt), len(answer) - 1)]] = 100   # guessed tokens may go beyond its end
         return logits
 
 

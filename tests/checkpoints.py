@@ -13,6 +13,7 @@ from edgemistral_quantize import quantize
 from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
+from edgemistral.files.bf16 import to_bf16
 from edgemistral.files.safetensors import make_header
 
 TOKENIZER = Path(__file__).parent / "data" / "tokenizer.model"   # 2048 pieces
@@ -116,7 +117,7 @@ def save(path: Path, tensors: Mapping[str, NDArray[np.float32]], dtype: str) -> 
 def to_bytes(values: NDArray[np.float32], dtype: str) -> bytes:
     """As stored in a safetensors file."""
     if dtype == "BF16":
-        return (np.ascontiguousarray(values).view(np.uint32) >> 16).astype("<u2").tobytes()
+        return to_bf16(values).astype("<u2").tobytes()
     return values.astype({"F16": "<f2", "F32": "<f4"}[dtype]).tobytes()
 
 

@@ -1,13 +1,13 @@
-"""One slow, obvious NumPy reference for every kernel, and for the whole model. The kernels are compared with these.
+"""One slow, obvious NumPy reference for every kernel. The kernels are compared with these.
 
-The first half is the model as the paper has it, in float32; the second half is the arithmetic of the kernels: int8
-activations, packed weights, an 8-bit KV cache. T counts tokens, S cached positions, H query heads, K key/value heads,
-D the dimensions of a head.
+The first half is the parts of the model as the paper has them, in float32; the second half is the arithmetic of the kernels:
+int8 activations, packed weights, KV caches of 8 and 4 bits. The whole model in float32 is `edgemistral.measure.reference`.
+T counts tokens, S cached positions, H query heads, K key/value heads, D the dimensions of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
 from edgemistral.files import layout
+from edgemistral.files.bf16 import to_bf16, widen
+from edgemistral.files.blob import Blob
+from edgemistral.measure.reference import BlobWeights, Reference
 
 Array = NDArray[Any]
 F32 = np.float32
@@ -69,32 +72,42 @@ def attention(q: Array, k: Array, v: Array, sliding_window: int | None = None) -
     return out
 
 
-def forward(
-    weights: Mapping[str, Array], config: ModelConfig, ids: Sequence[int] | Array, at: Sequence[int] | None = None
-) -> Array:
-    """Logits (len(ids), vocab_size), or only the rows of the positions in `at`.
+class Unfused:
+    """Tensors by their own names as a checkpoint in the order of a blob, which fuses some of them.
 
-    `weights` float32 by the blob's names, unfused: tok_embeddings, norm, output, and LAYER_TENSORS after "layers.N.";
-    the rows of wq and wk have rotary pairs as (i, i + D / 2).
+    float32: tok_embeddings, norm, output, and after "layers.N." attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3; the rows
+    of wq and wk have rotary pairs as (i, i + D / 2).
     """
-    c, n = config, len(ids)
-    positions = np.arange(n)
-    x = weights["tok_embeddings"][np.asarray(ids)]
-    for i in range(c.n_layers):
-        w = {name: weights[f"layers.{i}.{name}"] for name in LAYER_TENSORS}
-        h = rms_norm(x, w["attention_norm"], c.norm_eps)
-        q = rope((h @ w["wq"].T).reshape(n, c.n_heads, c.head_dim), positions, c.rope_theta)
-        k = rope((h @ w["wk"].T).reshape(n, c.n_kv_heads, c.head_dim), positions, c.rope_theta)
-        v = (h @ w["wv"].T).reshape(n, c.n_kv_heads, c.head_dim)
-        x = x + attention(q, k, v, c.sliding_window).reshape(n, c.q_dim) @ w["wo"].T
-        h = rms_norm(x, w["ffn_norm"], c.norm_eps)
-        x = x + swiglu(h @ w["w1"].T, h @ w["w3"].T) @ w["w2"].T
-    if at is not None:
-        x = x[np.asarray(at)]
-    return rms_norm(x, weights["norm"], c.norm_eps) @ weights["output"].T
+
+    def __init__(self, weights: Mapping[str, Array], config: ModelConfig) -> None:
+        self.config, self._weights = config, weights
+
+    def strips(self, name: str, strip_bytes: int) -> Iterator[Array]:
+        at, _, part = name.rpartition(".")
+        parts = [self._weights[f"{at}.{each}"] for each in {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}.get(part, ())]
+        if part == "wqkv":
+            yield from parts
+        elif part == "w13":
+            yield layout.interleave_gate_up(*parts)
+        else:
+            yield self._weights[name]
 
 
-LAYER_TENSORS = ("attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3")
+def forward(
+    weights: Mapping[str, Array], config: ModelConfig, ids: Sequence[int] | Array, at: Sequence[int] | Array | None = None
+) -> Array:
+    """Logits (len(ids), vocab_size) of the float reference, or only the rows of the positions in `at`; weights of `Unfused`."""
+    return _logits(Reference(Unfused(weights, config)), ids, at)
+
+
+def forward_of_blob(blob: Blob, ids: Sequence[int] | Array) -> Array:
+    """The same with the dequantized weights of an open blob."""
+    return _logits(Reference(BlobWeights(blob)), ids, None)
+
+
+def _logits(reference: Reference, ids: Sequence[int] | Array, at: Sequence[int] | Array | None) -> Array:
+    states = reference.hidden_states([np.asarray(ids, np.int32)], at=None if at is None else [np.asarray(at)])
+    return reference.logits(states[0])
 
 
 def mean_kl(reference: Array, logits: Array) -> float:
@@ -112,39 +125,6 @@ def log_softmax(x: Array) -> Array:
     x = x.astype(np.float64)
     x = x - x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
-
-
-# The weights of a blob ----------------------------------------------------------------------------------------------
-
-
-def bf16_to_f32(bits: Array) -> Array:
-    """uint16 bits of bfloat16 -> float32."""
-    return (bits.astype(np.uint32) << 16).view(F32)
-
-
-def blob_weights(blob: Any) -> dict[str, Array]:
-    """What `forward` needs, dequantized from an open `edgemistral.files.blob.Blob`."""
-    c: ModelConfig = blob.config
-
-    def matrix(m: layout.Matrix) -> Array:
-        levels = blob.array(m.name + ".levels") if m.bits == 4 else None
-        return layout.dequantize(blob.array(m.name), blob.array(m.name + ".row_scales"), levels)[:, : m.cols]
-
-    weights = {"tok_embeddings": bf16_to_f32(blob.array("tok_embeddings")), "norm": blob.array("norm")}
-    for i in range(c.n_layers):
-        at = f"layers.{i}."
-        wqkv, wo, w13, w2 = layout.layer_matrices(c, i, blob.recipe.bits)
-        weights[at + "wq"], weights[at + "wk"], weights[at + "wv"], _ = np.split(
-            matrix(wqkv), [c.q_dim, c.q_dim + c.kv_dim, c.q_dim + 2 * c.kv_dim]
-        )
-        pairs = matrix(w13).reshape(-1, 2, layout.PANEL, c.dim)
-        weights[at + "w1"] = pairs[:, 0].reshape(-1, c.dim)[: c.hidden_dim]
-        weights[at + "w3"] = pairs[:, 1].reshape(-1, c.dim)[: c.hidden_dim]
-        weights[at + "wo"], weights[at + "w2"] = matrix(wo)[: c.dim], matrix(w2)[: c.dim]
-        for norm in ("attention_norm", "ffn_norm"):
-            weights[at + norm] = blob.array(at + norm)
-    weights["output"] = matrix(layout.output_matrix(c, blob.recipe))[: c.vocab_size]
-    return weights
 
 
 # Weights as llama.cpp's Q4_0 rounds them, to compare with -------------------------------------------------------------
@@ -177,6 +157,53 @@ def quantize_int8(x: Array) -> tuple[Array, Array]:
     highest = np.maximum(np.abs(x).max(axis=-1).astype(F32), F32(1e-30))
     codes = np.rint(x.astype(F32) * (F32(127) / highest)[..., None])
     return codes.astype(np.int8), highest / F32(127)
+
+
+def hadamard(x: Array) -> Array:
+    """x (..., D) times a Hadamard matrix (Sylvester's, of 1 and -1), in blocks of the largest power of two that divides D."""
+    size, matrix = x.shape[-1] & -x.shape[-1], np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return (x.reshape(*x.shape[:-1], -1, size).astype(np.float64) @ matrix).reshape(x.shape)
+
+
+def quantize_int4(x: Array, half: float) -> tuple[Array, Array]:
+    """x float32 (..., n) -> codes float32 (..., n), -8 ... 7 and `half` more, and float32 scales (...,), one for all n.
+
+    The best of seven trials: the largest magnitude becomes 7, 7.5, ... 10 (with `half` 0 the scale has the sign that makes
+    it negative), the codes are clipped, and the scale is refitted by least squares. Sums are those of 16 lanes, added up in
+    a tree, bit for bit what the kernel has.
+    """
+    def total(terms: list[tuple[Array, Array]]) -> Array:
+        lanes = np.zeros_like(x[..., :16])
+        for a, b in terms:
+            lanes = fma(a, b, lanes)
+        for width in (8, 4, 2, 1):
+            lanes = lanes[..., :width] + lanes[..., width:]
+        return lanes[..., 0]
+
+    high, low = np.maximum(x.max(axis=-1), 0), np.maximum((-x).max(axis=-1), 0)
+    top = np.maximum(np.maximum(high, low), F32(1e-30))
+    if half == 0:
+        top = np.where(high >= low, -top, top)
+    best, scales, most = np.zeros_like(x), np.zeros_like(top), np.full_like(top, -1)
+    for largest in np.arange(7, 10.5, 0.5, dtype=F32):
+        factor = largest / top
+        scaled = x * factor[..., None]
+        codes = np.clip(np.rint(scaled - F32(half)), F32(-8), F32(7)) + F32(half)
+        parts = [slice(i, i + 16) for i in range(0, x.shape[-1], 16)]
+        product = total([(codes[..., i], scaled[..., i]) for i in parts])
+        norm = np.maximum(total([(codes[..., i], codes[..., i]) for i in parts]), F32(1))
+        explained = product / largest * (product / largest) / norm
+        better = explained > most
+        best, most = np.where(better[..., None], codes, best), np.where(better, explained, most)
+        scales = np.where(better, product / norm / factor, scales)
+    return best, scales
+
+
+def f32_to_bf16(x: Array) -> Array:
+    """float32 -> the nearest bfloat16 as float32, ties to even."""
+    return widen(to_bf16(x.astype(F32)))
 
 
 def quantize_activations(x: Array) -> tuple[Array, Array]:
@@ -214,6 +241,7 @@ def attention_8bit(
 ) -> Array:
     """`attention` over an 8-bit KV cache: k, v int8 (S, K, D), scales float32 (S, K); q float32 (T, H, D) -> (T, H, D).
 
+    Over a 4-bit one too, whose keys have a scale for each part of a head: k_scales (S, K, parts).
     Queries are rounded to int8, one scale per token and head. Aligned blocks of 64 positions are merged in order with a
     running maximum. In a block, the probabilities times their V scales are rounded to codes 0..255, and the unit of the
     codes is chosen such that they keep the sum of what was rounded. (Summing the denominator from the codes instead
@@ -222,6 +250,8 @@ def attention_8bit(
     n_tokens, n_heads, head_dim = q.shape
     n_past, group = len(k) - n_tokens, n_heads // k.shape[1]
     q_codes, q_scales = quantize_int8(q)
+    parts = k_scales.reshape(*k.shape[:2], -1).astype(np.float64)
+    keys = k * np.repeat(parts, head_dim // parts.shape[-1], axis=-1)
     out = np.empty((n_tokens, n_heads, head_dim), F32)
     for t in range(n_tokens):
         low, high = first_visible(n_past + t, sliding_window), n_past + t + 1
@@ -229,14 +259,13 @@ def attention_8bit(
             highest, total, acc = -np.inf, 0.0, np.zeros(head_dim)
             for begin in range(low // block * block, high, block):
                 at = (slice(max(begin, low), min(begin + block, high)), h // group)
-                dots = k[at].astype(np.int64) @ q_codes[t, h].astype(np.int64)
-                scores = dots * k_scales[at].astype(np.float64) * q_scales[t, h] / np.sqrt(head_dim)
+                scores = keys[at] @ q_codes[t, h].astype(np.float64) * q_scales[t, h] / np.sqrt(head_dim)
                 raised = max(highest, scores.max())
                 shrink, p = np.exp(highest - raised), np.exp(scores - raised)
                 weighted = p * v_scales[at]
                 codes = np.rint(weighted * (255 / max(weighted.max(), 1e-30))).astype(np.int64)
                 unit = weighted.sum() / max(codes.sum(), 1)
-                acc = acc * shrink + unit * (codes @ v[at].astype(np.int64))
+                acc = acc * shrink + unit * (codes @ v[at].astype(np.float64))
                 total = total * shrink + p.sum()
                 highest = raised
             out[t, h] = acc / total

@@ -15,7 +15,7 @@ import uvicorn
 from edgemistral.generate.engine import Engine
 from edgemistral.model import Model
 from edgemistral.server import create_app, runner
-from edgemistral.text.tokenizer import Tokenizer
+from edgemistral.text.sentencepiece import SentencePieceTokenizer
 from tests.fake import FakeTransformer, tiny_config
 
 USER = [{"role": "user", "content": "Where is it?"}]
@@ -35,7 +35,7 @@ class SlowTransformer(FakeTransformer):
 
 def fake_model(seconds=0.0, context=512, chunk=64, script=None) -> Model:
     """A model whose answers depend on every id before them: an answer to another prompt, or mixed ones, would show."""
-    tokenizer = Tokenizer(TOKENIZER.read_bytes())
+    tokenizer = SentencePieceTokenizer(TOKENIZER.read_bytes())
     config = tiny_config(vocab_size=tokenizer.vocab_size, context=context, bos_id=1, eos_id=tokenizer.eos_id)
     transformer = SlowTransformer(config, chunk=chunk, script=script)
     transformer.seconds = seconds

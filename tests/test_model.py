@@ -14,7 +14,7 @@ from edgemistral.files.blob import Blob
 from edgemistral.generate.engine import Engine
 from edgemistral.model import Model
 from edgemistral.runtime.plan import plan
-from edgemistral.text.tokenizer import Tokenizer
+from edgemistral.text.sentencepiece import SentencePieceTokenizer
 from tests.fake import FakeTransformer, tiny_config
 
 TOKENIZER = Path(__file__).parent / "data" / "tokenizer.model"
@@ -22,7 +22,7 @@ TOKENIZER = Path(__file__).parent / "data" / "tokenizer.model"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(TOKENIZER.read_bytes())
+    return SentencePieceTokenizer(TOKENIZER.read_bytes())
 
 
 def scripted(tokenizer, prompt_ids, answer, chunk=64, context=512):

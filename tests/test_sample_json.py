@@ -12,7 +12,7 @@ from edgemistral import sample_json
 from edgemistral.errors import BadRequest, ContextOverflow
 from edgemistral.generate.engine import Engine
 from edgemistral.model import Model
-from edgemistral.text.tokenizer import Tokenizer
+from edgemistral.text.sentencepiece import SentencePieceTokenizer
 from tests.fake import FakeTransformer, tiny_config
 
 DATA = Path(__file__).parent / "data"
@@ -23,7 +23,7 @@ TOKENIZER = Path(__file__).parent / "data" / "tokenizer.model"
 
 @pytest.fixture(scope="module")
 def model():
-    tokenizer = Tokenizer(TOKENIZER.read_bytes())
+    tokenizer = SentencePieceTokenizer(TOKENIZER.read_bytes())
     config = tiny_config(vocab_size=tokenizer.vocab_size, context=2048, eos_id=tokenizer.eos_id)
     return Model(Engine(FakeTransformer(config, chunk=512)), tokenizer)
 

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from edgemistral.config import HF_ARCHITECTURE, HF_NAMES, ModelConfig
+from edgemistral.text.sentencepiece import SentencePieceTokenizer
 from edgemistral.text.tokenizer import Tokenizer
 from training.balance import balance
 from training.batches import IGNORED, Batch, chat_pool, encode_prose, prose_batch
@@ -283,7 +284,7 @@ def main(work: Path, prose: Path, validation: Path, threads: int | None, eager: 
     if not (work / "tokenizer.model").exists():
         (work / "tokenizer.model").write_bytes(train_tokenizer(prose, CONFIG.vocab_size))
     tokenizer_model = (work / "tokenizer.model").read_bytes()
-    tokenizer = Tokenizer(tokenizer_model)
+    tokenizer = SentencePieceTokenizer(tokenizer_model)
     training = Training(
         tokenizer, encode_prose(prose, tokenizer, work / "prose.ids"),
         encode_prose(validation, tokenizer, work / "validation.ids"), "cuda" if torch.cuda.is_available() else "cpu", not eager,

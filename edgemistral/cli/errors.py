@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import traceback
@@ -73,4 +75,5 @@ def _use_utf8() -> None:
     """Pipes on Windows, and a bare C locale, would otherwise refuse what people ask and models write."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            with contextlib.suppress(io.UnsupportedOperation):     # a debugger has read from it already
+                stream.reconfigure(encoding="utf-8", errors="replace")

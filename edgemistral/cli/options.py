@@ -65,7 +65,7 @@ context_option = click.option(
     "--context", type=int, metavar="N", help="Positions to make room for.  [default: the model's own]"
 )
 kv_bits_option = click.option(
-    "--kv-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits of a stored key or value."
+    "--kv-bits", type=click.Choice(["4", "8", "16"]), default="8", show_default=True, help="Bits of a stored key or value."
 )
 threads_option = click.option(
     "--threads", type=threads, metavar="N", help="Threads, or auto: measured once.  [default: performance cores]"

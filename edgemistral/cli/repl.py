@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from edgemistral.errors import BadInput, BadRequest, Cancelled, ContextOverflow, EdgeMistralError
+from edgemistral.cli.errors import describe
+from edgemistral.errors import BadInput, BadRequest, Cancelled, ContextOverflow
 from edgemistral.extras import missing
 from edgemistral.files import strict_json
 from edgemistral.generate.sampler import SamplingParams
 from edgemistral.model import Model, Reply
 from edgemistral.session import Session
-from edgemistral.terminal import StatusLine, printable, stoppable
+from edgemistral.terminal import StatusLine, print_answer, printable, stoppable, wrapped
 
 Message = dict[str, str]
 NEARLY_FULL = 0.85      # of the context
+
+# What people type out of habit from other programs. The words without a slash count only when they are the whole line.
+ALIASES = {
+    "/bye": "/exit", "/quit": "/exit", "/q": "/exit", "exit": "/exit", "quit": "/exit", "exit()": "/exit",
+    "quit()": "/exit", ":q": "/exit", "/?": "/help", "/h": "/help", "?": "/help", "help": "/help", "/new": "/clear",
+    "/reset": "/clear", "/retry": "/regen", "/regenerate": "/regen",
+}
+MAX_FILE = 64 << 20   # bytes of a conversation to load
 
 
 def chat(
@@ -55,7 +67,10 @@ def chat(
         except EOFError:
             break
         if text.strip():
-            conversation.take(text)
+            try:
+                conversation.take(text)
+            except KeyboardInterrupt:   # outside an answer, which handles it itself
+                _say("(stopped)")
 
 
 class Chat:
@@ -73,20 +88,29 @@ class Chat:
         self.system = system or ""
         if session is not None:
             self._take_over(session.messages, system)
-        self.settings = {"max_new_tokens": max_new_tokens, **asdict(SamplingParams(**sampling))}
+        params = SamplingParams(**{**model.tokenizer.defaults, **sampling})
+        # What a line of text can set; the rest (a grammar, a table of biases) stays as it was given.
+        names = [field.name for field in fields(params) if _is_number(str(field.type)) and field.name != "top_logprobs"]
+        self.settings = {"max_new_tokens": max_new_tokens, **{name: getattr(params, name) for name in names}}
+        self._fixed = {name: value for name, value in sampling.items() if name not in names}
         _check_settings(self.settings)
         self._model, self._session = model, session
         self._last: Reply | None = None
 
     def take(self, text: str) -> None:
-        """One line of the user's: a /command, or a message to answer."""
+        """One line of the user's: a /command, or a message to answer. No error ends the chat."""
         try:
-            if text.startswith("/"):
-                self._command(text)
+            command = ALIASES.get(text.rstrip().lower(), text)
+            if command.startswith("/"):
+                self._command(command)
             else:
                 self._answer([*self.messages, {"role": "user", "content": text.strip()}], self.settings)
-        except EdgeMistralError as error:
-            _say(f"error: {error}")
+        except BrokenPipeError:   # nobody reads the answers any more
+            raise
+        except Exception as error:
+            if "--debug" in sys.argv:
+                traceback.print_exc()
+            _say(f"error: {describe(error)[0]}")
 
     @classmethod
     def commands(cls) -> list[str]:
@@ -94,17 +118,20 @@ class Chat:
         return [f"/{name.removeprefix('do_')}" for name in vars(cls) if name.startswith("do_")]
 
     def _command(self, text: str) -> None:
-        name, _, argument = text.partition(" ")
+        typed, *rest = text.split(maxsplit=1)
+        name = ALIASES.get(typed.lower(), typed.lower())
         if name not in self.commands():
-            _say(f"unknown command {name}: /help lists them (begin a message with a space to start it with a slash)")
+            near = difflib.get_close_matches(name, self.commands(), 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            _say(f"unknown command {typed}: {hint}/help lists them (begin a message with a space to start it with a slash)")
         else:
-            getattr(self, f"do_{name[1:]}")(argument.strip())
+            getattr(self, f"do_{name[1:]}")(rest[0].strip() if rest else "")
 
     def do_help(self, _: str) -> None:
         """/help                     this list"""
         for name in self.commands():
-            print(getattr(self, f"do_{name[1:]}").__doc__)
-        print("A line that ends in a backslash, or Alt-Enter, goes on in the next. Ctrl-C stops an answer.")
+            _show(getattr(self, f"do_{name[1:]}").__doc__, indent=4)
+        _show("A line that ends in a backslash, or Alt-Enter, goes on in the next. Ctrl-C stops an answer.")
 
     def do_clear(self, _: str) -> None:
         """/clear                    forget the conversation; system text and settings stay"""
@@ -116,7 +143,7 @@ class Chat:
     def do_system(self, text: str) -> None:
         """/system [TEXT]            show or set the system text; /system - removes it"""
         if not text:
-            print(self.system or "(no system text)")
+            _show(self.system or "(no system text)")
             return
         self.system = "" if text == "-" else text
         _say("(from the next answer on)")
@@ -136,12 +163,15 @@ class Chat:
         """/set [NAME VALUE]         show the settings or change one, such as /set temperature 0.3; none is no value"""
         if not argument:
             for name, value in self.settings.items():
-                print(f"{name:20}{'none' if value is None else value}")
+                print(f"{name:20}{_shown(value)}")
             return
-        name, _, text = argument.partition(" ")
+        name, *values = re.split(r"[\s=]+", argument, maxsplit=1)
+        name = name.lower().replace("-", "_")
         if name not in self.settings:
             raise BadRequest(f"there is no setting {name}: {', '.join(self.settings)}", name)
-        settings = {**self.settings, name: _number(text.strip())}
+        if not values or not values[0]:
+            raise BadInput(f"which {name}? It is {_shown(self.settings[name])}; for example /set temperature 0.3")
+        settings = {**self.settings, name: _number(values[0].strip())}
         _check_settings(settings)
         self.settings = settings
 
@@ -149,12 +179,12 @@ class Chat:
         """/stats                    the last answer's tokens and speed, and how full the context is"""
         if self._last is not None:
             usage = self._last.usage
-            print(
+            _show(
                 f"last answer: {usage.prompt_tokens} tokens of prompt, {usage.cached_tokens} of them known already; "
                 f"{usage.new_tokens} new\n"
                 f"speed: {usage.prefill_rate:.1f} tokens/s of prompt, {usage.decode_rate:.1f} tokens/s of answer"
             )
-        print(f"context: {len(self._model.engine.tokens)} of {self._model.context} tokens")
+        _show(f"context: {len(self._model.engine.tokens)} of {self._model.context} tokens")
 
     def do_save(self, file: str) -> None:
         """/save FILE                write the conversation, system text included, as JSON"""
@@ -166,23 +196,19 @@ class Chat:
     def do_load(self, file: str) -> None:
         """/load FILE                go on with a saved conversation"""
         path = _path(file)
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise BadInput(f"{path}: {error.strerror}") from None
-        data = strict_json.parse(content, str(path), BadInput)
+        data = strict_json.parse(_read(path), str(path), BadInput)
         messages = data.get("messages") if isinstance(data, dict) else None
         if not isinstance(messages, list):
             raise BadInput(f"{path}: no saved conversation: it has no list of messages")
-        if messages:
-            self._model.tokenizer.encode_chat(messages)   # raises BadRequest, which names the message that is wrong
-        turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+        turns = [_turn(message, f"{path}: messages[{i}]") for i, message in enumerate(messages)]
+        if turns:
+            self._model.tokenizer.encode_chat(turns)   # raises BadRequest, which names the message that is wrong
         self._take_over(turns, None)
         self._keep()
         _say(f"({len(self.messages)} messages from {path})")
 
     def do_exit(self, _: str) -> None:
-        """/exit                     leave; Ctrl-D does too"""
+        """/exit                     leave; so do exit, quit, /bye and Ctrl-D"""
         self.over = True
 
     def _take_over(self, turns: list[Message], system: str | None) -> None:
@@ -203,12 +229,13 @@ class Chat:
         stopped = False
         with stoppable() as pressed, StatusLine() as status:
             try:
+                status.show("thinking ...")
                 reply = self._model.chat(
-                    self._with_system(messages), **settings, progress=status.prompt_progress, cancel=pressed,
+                    self._with_system(messages), **self._fixed, **settings, progress=status.prompt_progress, cancel=pressed,
                     session=self._session,
                 )
                 self._last = reply
-                _stream(reply)
+                print_answer(reply, status)
             except ContextOverflow as error:
                 raise BadInput(f"{error}: shorten the message, or begin anew with /clear") from None
             except Cancelled:
@@ -237,17 +264,6 @@ class Chat:
             _say(f"(the context is {share:.0%} full: {then})")
 
 
-def _stream(reply: Reply) -> None:
-    """Print an answer as it comes; the line ends whatever happens."""
-    shown = printable if sys.stdout.isatty() else str
-    try:
-        for piece in reply:
-            print(shown(piece), end="", flush=True)
-    finally:
-        if reply.text:
-            print(flush=True)
-
-
 def _plain_line() -> str:
     """A line of standard input; one that ends in a backslash goes on in the next."""
     lines: list[str] = []
@@ -264,7 +280,11 @@ def _plain_line() -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(wrapped(printable(text), sys.stderr), file=sys.stderr, flush=True)
+
+
+def _show(text: str, indent: int = 0) -> None:
+    print(wrapped(text, sys.stdout, indent))
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
@@ -277,9 +297,18 @@ def _check_settings(settings: dict[str, Any]) -> None:
         raise BadRequest(message, "max_new_tokens")
 
 
+def _is_number(kind: str) -> bool:
+    """Whether an annotation is of a number that may be missing."""
+    return set(kind.split(" | ")) <= {"int", "float", "None"}
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else str(value)
+
+
 def _number(text: str) -> int | float | str | None:
     """What was typed as a value: a number or none; anything else stays text, for the setting's own error."""
-    if text == "none":
+    if text.lower() in ("none", "off", "null"):
         return None
     for kind in (int, float):
         try:
@@ -289,14 +318,45 @@ def _number(text: str) -> int | float | str | None:
     return text
 
 
+def _turn(message: Any, where: str) -> Message:
+    """A message of a saved conversation as one of ours; BadInput says what the chat cannot take."""
+    role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+    if role not in ("system", "user", "assistant"):
+        raise BadInput(f"{where} has the role {role!r}: it must be system, user or assistant")
+    if not isinstance(content, str):
+        raise BadInput(f"{where} has no text: its content must be a string")
+    return {"role": role, "content": content}
+
+
 def _path(file: str) -> Path:
+    if len(file) > 1 and file[0] == file[-1] and file[0] in "\"'":   # as shells want it for names with spaces
+        file = file[1:-1]
     if not file:
         raise BadInput("which file? For example /save chat.json")
-    return Path(file).expanduser()
+    try:
+        return Path(file).expanduser()
+    except RuntimeError:
+        raise BadInput(f"{file}: there is no such user") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        is_other = path.exists() and not path.is_file()   # a pipe or a device, which may never end
+        size = 0 if is_other else path.stat().st_size
+        content = b"" if is_other or size > MAX_FILE else path.read_bytes()
+    except (OSError, ValueError) as error:   # ValueError: a name that no file can have
+        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if is_other:
+        raise BadInput(f"{path}: it must be a file")
+    if size > MAX_FILE:
+        raise BadInput(f"{path}: over {MAX_FILE >> 20} MiB, too large for a conversation")
+    return content
 
 
 def _write_whole(path: Path, text: str) -> None:
     """Replace a file by a complete new one, or leave it as it was."""
+    if path.is_dir():
+        raise BadInput(f"{path}: it is a folder; name a file")
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -304,7 +364,7 @@ def _write_whole(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
+    except (OSError, ValueError) as error:   # ValueError: a name that no file can have
+        with contextlib.suppress(OSError, ValueError):
             partial.unlink()
-        raise BadInput(f"{path}: {error.strerror}") from None
+        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from None

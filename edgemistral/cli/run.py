@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from edgemistral.cli.options import (
 )
 from edgemistral.errors import BadRequest
 from edgemistral.files import strict_json
-from edgemistral.terminal import StatusLine, compile_notice, printable
+from edgemistral.terminal import StatusLine, compile_notice, print_answer
 
 if TYPE_CHECKING:
     from edgemistral.model import Model
@@ -148,6 +147,7 @@ def _answer(
     """Stream one answer to standard output: with a session, the next of its conversation."""
     with StatusLine() as status:
         arguments: dict[str, Any] = {**sampling, "progress": status.prompt_progress}
+        status.show("thinking ...")
         if raw:
             reply = model.complete(prompt, max_new_tokens, **arguments)
         else:
@@ -157,10 +157,9 @@ def _answer(
                 messages = [{"role": "system", "content": system}, *messages] if system else messages
             messages.append({"role": "user", "content": prompt})
             reply = model.chat(messages, max_new_tokens, session=session, **arguments)
-        shown = printable if sys.stdout.isatty() else str
-        for piece in reply:
-            print(shown(piece), end="", flush=True)
-        print()
+        print_answer(reply, status)
+        if not reply.text:
+            print()
     if reply.dropped:
         click.echo(f"(left out: the {len(reply.dropped)} oldest messages, for the conversation is too long)", err=True)
     if reply.finish_reason == "context":

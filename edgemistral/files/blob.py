@@ -7,9 +7,10 @@ A blob is a valid safetensors file (container.py shows the bytes). What it adds 
 * The data starts at a multiple of 64 bytes, and so does every tensor in it.
 * Its metadata holds
       format             "edgemistral"
-      format_version     "1"
+      format_version     "2", or "1", in which `text` is missing and means its defaults
       config             the JSON of `ModelConfig.to_dict`
       recipe             the JSON of `Recipe`: {"bits": 4, "output_bits": 8}
+      text               the JSON of `TextSpec.to_dict`: the kind of tokenizer, chat template, ends of turn, ...
       sha256:NAME        of the stored bytes of tensor NAME, 64 hexadecimal digits
       source_sha256:NAME of the values that NAME was made of: the rows of the checkpoint's tensors in the order in which
                          NAME stores them, without padding, in the checkpoint's own dtype; rotary pairs as
@@ -45,9 +46,11 @@ from edgemistral.errors import BadBlob, BadConfig, BadInput, DamagedBlob
 from edgemistral.files import layout, strict_json
 from edgemistral.files.layout import ALIGNMENT, Recipe, TensorSpec
 from edgemistral.files.safetensors import MAX_HEADER, METADATA, Header, make_header, read_header
+from edgemistral.text.spec import TextSpec
 
 FORMAT = "edgemistral"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+READ_VERSIONS = ("1", "2")
 SEAL = "header_sha256"
 NO_DIGEST = "0" * 64
 HASH_PIECE = 1 << 22   # bytes read at a time
@@ -61,6 +64,7 @@ class Blob:
     path: Path
     config: ModelConfig
     recipe: Recipe
+    text: TextSpec
     metadata: dict[str, str]
     tensors: dict[str, TensorSpec]   # in file order
     offsets: dict[str, int]          # of each tensor, in bytes from the start of the file
@@ -71,7 +75,7 @@ class Blob:
         header = read_header(file, path, BadBlob)
         self.path, self.metadata = path, header.metadata
         _check_format(header, path)
-        self.config, self.recipe = _read_config(header, path), _read_recipe(header, path)
+        self.config, self.recipe, self.text = _read_config(header, path), _read_recipe(header, path), _read_text(header, path)
         self.tensors, self.offsets = _check_tensors(header, self.config, self.recipe, path)
         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.data = np.frombuffer(self._map, dtype=np.uint8)
@@ -128,8 +132,8 @@ def _check_format(header: Header, path: Path) -> None:
     if header.metadata.get("format") != FORMAT:
         raise BadBlob(f"{path}: a safetensors file but not a blob; `edgemistral quantize` makes one of a checkpoint")
     version = header.metadata.get("format_version", "")
-    if version != FORMAT_VERSION:
-        raise BadBlob(f"{path}: has format version {version[:20]!r}; this edgemistral reads version {FORMAT_VERSION}")
+    if version not in READ_VERSIONS:
+        raise BadBlob(f"{path}: has format version {version[:20]!r}; this edgemistral reads {' and '.join(READ_VERSIONS)}")
     seal = header.metadata.get(SEAL, "")
     if seal == NO_DIGEST:
         raise BadBlob(f"{path}: unfinished; `edgemistral quantize --resume` goes on with it under its .partial name")
@@ -153,6 +157,14 @@ def _read_recipe(header: Header, path: Path) -> Recipe:
     ):
         raise BadBlob(f"{path}: recipe is {str(fields)[:80]}, not bits and output_bits of 4 or 8")
     return Recipe(**fields)
+
+
+def _read_text(header: Header, path: Path) -> TextSpec:
+    fields = strict_json.parse(header.metadata.get("text", "{}"), f"{path}: text", BadBlob)
+    try:
+        return TextSpec.from_dict(fields)
+    except BadInput as problem:
+        raise BadBlob(f"{path}: {problem}") from None
 
 
 def _check_tensors(
@@ -202,13 +214,14 @@ class BlobWriter:
         recipe: Recipe,
         tokenizer_bytes: int,
         *,
+        text: TextSpec | None = None,
         resume: bool = False,
         force: bool = False,
     ) -> None:
         self.dst = Path(dst)
         self.partial = self.dst.with_name(self.dst.name + ".partial")
         self.tensors = {spec.name: spec for spec in layout.tensors(config, recipe, tokenizer_bytes)}
-        self._header = _blank_header(config, recipe, self.tensors.values())
+        self._header = _blank_header(config, recipe, text or TextSpec(), self.tensors.values())
         self.offsets: dict[str, int] = {}
         self.size = len(self._header)   # bytes of the whole file
         for spec in self.tensors.values():
@@ -334,13 +347,14 @@ class BlobWriter:
             self.partial.unlink(missing_ok=True)   # nothing in it to resume from
 
 
-def _blank_header(config: ModelConfig, recipe: Recipe, specs: Iterable[TensorSpec]) -> bytearray:
+def _blank_header(config: ModelConfig, recipe: Recipe, text: TextSpec, specs: Iterable[TensorSpec]) -> bytearray:
     """The first bytes of a file, up to its data, with zeros for all checksums."""
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "config": json.dumps(config.to_dict()),
         "recipe": json.dumps(asdict(recipe)),
+        "text": json.dumps(text.to_dict()),
         SEAL: NO_DIGEST,
     }
     tensors = [(spec.name, spec.dtype, spec.shape) for spec in specs]
@@ -365,7 +379,7 @@ def _difference(file: io.FileIO, header: bytearray) -> str:
     length = min(int.from_bytes(file.read(8), "little"), MAX_HEADER)
     try:
         theirs, ours = (json.loads(text)[METADATA] for text in (file.read(length), bytes(header[8:])))
-        changed = [key for key in ("format_version", "config", "recipe") if theirs[key] != ours[key]]
+        changed = [key for key in ("format_version", "config", "recipe", "text") if theirs[key] != ours[key]]
     except (ValueError, KeyError, TypeError):
         return "something else than a blob"
     return f"another {' and '.join(changed)}" if changed else "a tokenizer of another size"

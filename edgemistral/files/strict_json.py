@@ -7,7 +7,7 @@ from typing import Any
 
 from edgemistral.errors import BadInput
 
-MAX_DIGITS = 19   # of an integer: everything that a file here counts fits into 64 bits
+MAX_DIGITS = 64   # of an integer: what a file here counts fits into 64 bits, but transformers writes 10**30 for "no limit"
 
 
 def parse(text: str | bytes, where: str, error: type[BadInput]) -> Any:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # One space after each comma and colon and nowhere else: with free whitespace a model can write spaces for ever.
 JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_BOUNDARY = "\x02"   # a control character, so part of no learnt piece
 
 
 class GrammarCompiler:
@@ -41,6 +40,7 @@ class GrammarCompiler:
 
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Pieces(tokenizer)), n_vocab=tokenizer.vocab_size)
         self._vocab_size = tokenizer.vocab_size
+        self._text_begins_with_space = tokenizer.answers_begin_with_space
 
     def json_schema(self, schema: Mapping[str, Any], continues: bool = False) -> CompiledGrammar:
         """JSON texts that fit a schema, on one line; {"type": "object"} is any object. Raises BadRequest."""
@@ -60,7 +60,9 @@ class GrammarCompiler:
     def _compile(self, inner: dict[str, Any], continues: bool) -> CompiledGrammar:
         from llguidance import LLMatcher
 
-        grammars = [inner] if continues else [{"lark_grammar": 'start: " " @inner'}, {"name": "inner", **inner}]
+        grammars = [inner]
+        if self._text_begins_with_space and not continues:
+            grammars = [{"lark_grammar": 'start: " " @inner'}, {"name": "inner", **inner}]
         try:
             text = json.dumps({"grammars": grammars})
         except RecursionError:
@@ -105,23 +107,22 @@ class _Pieces:
     """The bytes of every token, as llguidance's TokenizerWrapper asks for them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
+        self.eos_token_id, self.bos_token_id = tokenizer.turn_end_id, tokenizer.bos_id
         self.tokens: list[bytes] = []
         self.special_token_ids: list[int] = []
         self._tokenizer = tokenizer
         for token_id in range(tokenizer.vocab_size):
-            byte, text = tokenizer.byte(token_id), tokenizer.surface(token_id)
+            byte, data = tokenizer.byte(token_id), tokenizer.token_bytes(token_id)
             # A space as a byte is never written by a tokenizer, and decoding would not drop it at the beginning.
-            if byte == ord(" ") or (byte is None and not text):
+            if byte == ord(" ") or not data:
                 self.special_token_ids.append(token_id)
                 self.tokens.append((tokenizer.piece(token_id) or f"<padding {token_id}>").encode())
             else:
-                self.tokens.append(text.encode() if byte is None else bytes([byte]))
+                self.tokens.append(data)
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text in the middle of another one, without the space that `encode` puts in front."""
-        before = self._tokenizer.encode(_BOUNDARY)
-        return self._tokenizer.encode(_BOUNDARY + text)[len(before):]
+        return self._tokenizer.encode_inside(text)
 
 
 def _one_line(error: object) -> str:

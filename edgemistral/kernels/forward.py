@@ -25,19 +25,12 @@ from edgemistral.kernels.activations import (
     quantize_block,
     swiglu,
 )
-from edgemistral.kernels.attention import (
-    AttentionScratch,
-    Queries,
-    Rows,
-    append_key_value,
-    attend,
-    block_at,
-    quantize_query,
-    rotate,
-)
+from edgemistral.kernels.attention import AttentionScratch, Queries, Rows, attend, block_at
 from edgemistral.kernels.jit import entry, inner
+from edgemistral.kernels.kv_formats import append_key_value, quantize_query
 from edgemistral.kernels.kv_layout import POSITIONS, KVLayout
 from edgemistral.kernels.matmul import PAIR, STREAM, MatrixScratch, matrix_at, multiply_pairs, streams_of
+from edgemistral.kernels.rope import rotate
 from edgemistral.kernels.simd import add, load_bf16_as_f32, load_f32, store_f32
 from edgemistral.kernels.sync import Member, barrier, take
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 POSITIONS = 64            # of one block
 SEGMENT_BLOCKS = 4        # blocks of one head in a segment, one after another
 SEGMENT = SEGMENT_BLOCKS * POSITIONS    # positions
-KV_FORMATS = {8: (8, 8), 16: (16, 0)}    # bits -> bits of a code, bytes of the scales of one position's key and value
+ROWS = 4                  # query rows (token x query head of one KV head) that meet a block in registers
+KV_FORMATS = {4: (4, 8), 8: (8, 8), 16: (16, 0)}    # bits -> bits of a code, bytes of one position's scales (of K and V)
 
 
 def block_bytes(head_dim: int, bits: int) -> int:

@@ -22,10 +22,11 @@ LOWERING = choose()
 __all__ = [
     "LOWERING", "absolute", "add", "add_i32", "atomic_add", "atomic_load", "broadcast4", "div", "dot4", "dot4_7bit", "exp",
     "flip_top_bits", "fma", "high_nibbles", "highest", "lane_numbers", "load_bf16_as_f32", "load_bytes", "load_f16_as_f32",
-    "load_f32", "load_i8_as_f32", "look_up", "low_nibbles", "maximum", "mul", "pause", "prefetch", "round_to_i32",
-    "splat_f32", "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes", "store_f32",
-    "store_f32_as_f16", "store_low_bytes", "store_scalar_f32", "sub", "to_f32", "total", "total_i32", "where_between",
-    "where_negative", "yield_thread", "zero_f32", "zero_i32",
+    "load_f32", "load_i8_as_f32", "look_up", "low_nibbles", "maximum", "minimum", "mul", "pause", "prefetch",
+    "round_to_i32", "splat_f32", "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes",
+    "store_f32", "store_f32_as_f16", "store_low_bytes", "store_scalar_bf16", "store_scalar_f32", "sub", "to_f32", "total",
+    "total_i32", "walsh_hadamard", "where_between", "where_negative", "without_low_nibbles", "yield_thread", "zero_f32",
+    "zero_i32",
 ]
 
 
@@ -126,6 +127,14 @@ def _f32_to_f16(builder, value):
     return builder.trunc(builder.or_(result, builder.and_(builder.lshr(bits, c(16)), c(0x8000))), vector(ir.IntType(16), 16))
 
 
+def _f32_to_bf16(builder, value):
+    """Of one number: round to nearest even."""
+    bits, sixteen = builder.bitcast(value, I32), ir.Constant(I32, 16)
+    even = builder.and_(builder.lshr(bits, sixteen), ir.Constant(I32, 1))
+    rounded = builder.add(builder.add(bits, ir.Constant(I32, 0x7FFF)), even)
+    return builder.trunc(builder.lshr(rounded, sixteen), I16)
+
+
 load_bytes = _load(i8x64.llvm, i8x64)
 load_f32 = _load(f32x16.llvm, f32x16)
 load_i8_as_f32 = _load(vector(I8, 16), f32x16, lambda b, v: b.sitofp(b.sext(v, i32x16.llvm), f32x16.llvm))
@@ -136,6 +145,7 @@ broadcast4 = _load(I32, i8x64, lambda b, v: b.bitcast(_splat(b, v, i32x16.llvm),
 store_bytes = _store(i8x64.llvm, i8x64)
 store_scalar_f32 = _store(F32, types.float32)
 store_f32 = _store(f32x16.llvm, f32x16)
+store_scalar_bf16 = _store(I16, types.float32, _f32_to_bf16)
 store_low_bytes = _store(vector(I8, 16), i32x16, lambda b, v: b.trunc(v, vector(I8, 16)))
 store_f32_as_f16 = _store(vector(ir.IntType(16), 16), f32x16, _f32_to_f16)
 
@@ -258,6 +268,12 @@ def maximum(builder, a, b):
     return _select(builder, ">", a, b)
 
 
+@_operation(f32x16, f32x16, f32x16)
+def minimum(builder, a, b):
+    """a where a < b, else b (also where a is not a number)."""
+    return _select(builder, "<", a, b)
+
+
 @_operation(f32x16, f32x16)
 def absolute(builder, a):
     bits = builder.and_(builder.bitcast(a, i32x16.llvm), _constant(i32x16.llvm, 0x7FFFFFFF))
@@ -305,6 +321,12 @@ def high_nibbles(builder, a):
 
 
 @_operation(i8x64, i8x64)
+def without_low_nibbles(builder, a):
+    """16 times the high nibbles."""
+    return builder.and_(a, _constant(i8x64.llvm, -16))
+
+
+@_operation(i8x64, i8x64)
 def flip_top_bits(builder, a):
     """Signed bytes as unsigned ones that are 128 larger, and back."""
     return builder.xor(a, _constant(i8x64.llvm, -128))
@@ -327,6 +349,16 @@ def exp(builder, a):
 
 
 # ---- across lanes --------------------------------------------------------------------------------------------------
+
+@_operation(f32x16, f32x16)
+def walsh_hadamard(builder, a):
+    """Lane i = the sum over j of a[j] * (-1)**(number of ones in i & j), in four steps."""
+    for n in (1, 2, 4, 8):
+        other = shuffle(builder, a, None, [lane ^ n for lane in range(16)])
+        sums, differences = builder.fadd(a, other), builder.fsub(other, a)
+        a = shuffle(builder, sums, differences, [lane + 16 if lane & n else lane for lane in range(16)])
+    return a
+
 
 def _fold(builder, value, combine):
     """Combine 16 lanes in one fixed tree."""

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemistral.files.bf16 import to_bf16
 from edgemistral.kernels.addresses import memory_at
 from edgemistral.kernels.lowering import Plain
 
@@ -29,10 +30,11 @@ LANES = np.arange(16, dtype=I32)
 __all__ = [
     "LOWERING", "absolute", "add", "add_i32", "atomic_add", "atomic_load", "broadcast4", "div", "dot4", "dot4_7bit", "exp",
     "flip_top_bits", "fma", "high_nibbles", "highest", "lane_numbers", "load_bf16_as_f32", "load_bytes", "load_f16_as_f32",
-    "load_f32", "load_i8_as_f32", "look_up", "low_nibbles", "maximum", "mul", "pause", "prefetch", "round_to_i32",
-    "splat_f32", "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes", "store_f32",
-    "store_f32_as_f16", "store_low_bytes", "store_scalar_f32", "sub", "to_f32", "total", "total_i32", "where_between",
-    "where_negative", "yield_thread", "zero_f32", "zero_i32",
+    "load_f32", "load_i8_as_f32", "look_up", "low_nibbles", "maximum", "minimum", "mul", "pause", "prefetch",
+    "round_to_i32", "splat_f32", "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes",
+    "store_f32", "store_f32_as_f16", "store_low_bytes", "store_scalar_bf16", "store_scalar_f32", "sub", "to_f32", "total",
+    "total_i32", "walsh_hadamard", "where_between", "where_negative", "without_low_nibbles", "yield_thread", "zero_f32",
+    "zero_i32",
 ]
 
 
@@ -87,6 +89,10 @@ def store_scalar_f32(base, index, value):
 
 def store_f32(base, index, value):
     _bytes(base, index, 64).view(F32)[:] = _typed(value, F32)
+
+
+def store_scalar_bf16(base, index, value):
+    _bytes(base, index, 2).view(np.uint16)[0] = to_bf16(np.array([value], F32))[0]
 
 
 def store_low_bytes(base, index, value):
@@ -200,6 +206,10 @@ def maximum(a, b):
     return np.where(a > b, a, b)
 
 
+def minimum(a, b):
+    return np.where(a < b, a, b)
+
+
 def absolute(a):
     return (a.view(np.uint32) & 0x7FFFFFFF).view(F32)
 
@@ -234,6 +244,10 @@ def high_nibbles(a):
     return a >> np.uint8(4)
 
 
+def without_low_nibbles(a):
+    return a & np.uint8(0xF0)
+
+
 def flip_top_bits(a):
     return a ^ np.uint8(128)
 
@@ -252,6 +266,13 @@ def exp(a):
 
 
 # ---- across lanes ----------------------------------------------------------------------------------------------------
+
+def walsh_hadamard(a):
+    for n in (1, 2, 4, 8):
+        other = a[LANES ^ n]
+        a = np.where(LANES & n, other - a, a + other)
+    return a
+
 
 def highest(a):
     return _fold(a, maximum)

@@ -13,9 +13,9 @@ from edgemistral.errors import BadRequest, ContextOverflow
 from edgemistral.files.blob import Blob
 from edgemistral.files.layout import ALIGNMENT, BLOCK, GROUP, GROUPS, round_up
 from edgemistral.kernels.activations import LONG, SHORT, Activations
-from edgemistral.kernels.attention import ROWS, SPAN, AttentionScratch, Queries, Rows
+from edgemistral.kernels.attention import SPAN, AttentionScratch, Queries, Rows
 from edgemistral.kernels.forward import Own, Shape, State, forward
-from edgemistral.kernels.kv_layout import POSITIONS
+from edgemistral.kernels.kv_layout import POSITIONS, ROWS
 from edgemistral.kernels.matmul import PAIR, STREAMS, MatrixScratch
 from edgemistral.runtime.segments import Row, SegmentPool
 from edgemistral.runtime.team import Team, compile_for
@@ -203,7 +203,7 @@ def _workspace(shape: Shape, threads: int, array: Allocate = _aligned) -> tuple[
         xq=activations(tokens, max(shape.dim_cols, shape.q_cols)),
         hq=activations(_tiled(chunk), shape.hidden_cols),
         queries=Queries(
-            queries, queries.view(np.int32), array(rows, np.int32), array(rows, np.float32), array(rows * hd, np.float32)
+            queries, queries.view(np.int32), array(2 * rows, np.int32), array(rows, np.float32), array(rows * hd, np.float32)
         ),
         logits=_logits(shape, MAX_LOGITS, array),
         cos=array(chunk * hd // 2, np.float32),

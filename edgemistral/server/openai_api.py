@@ -19,8 +19,8 @@ from edgemistral.server.answers import chat_logprobs, completion_logprobs, timin
 from edgemistral.server.failures import RESPONSES
 from edgemistral.server.scheduler import Job
 from edgemistral.server.service import Event, Finished, Piece, Service, Token, service_of, warnings_header
+from edgemistral.text.chat import chat_turns
 from edgemistral.text.guardrail import with_guardrail
-from edgemistral.text.tokenizer import chat_turns
 
 router = APIRouter(prefix="/v1", responses=RESPONSES)
 Shared = Annotated[Service, Depends(service_of)]

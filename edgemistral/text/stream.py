@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable
 from typing import SupportsIndex
 
@@ -19,11 +20,14 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")   # where any token may end inside a character
         self._held = bytearray()   # the beginning of a character
         self._started = False      # decode() drops the space that encode() put before a text, so the first id differs
 
     def push(self, token_id: SupportsIndex) -> str:
         """The text that is certain after one more id. Raises BadRequest for an id outside the vocabulary."""
+        if self._tokenizer.bytes_split_characters:
+            return self._utf8.decode(self._tokenizer.token_bytes(token_id))
         if not self._tokenizer.piece(token_id):   # padding, which decode() passes over
             return ""
         byte = self._tokenizer.byte(token_id)
@@ -34,13 +38,13 @@ class StreamDecoder:
         surface = self._tokenizer.surface(token_id)
         if surface and not self._started:
             self._started = True
-            return self._tokenizer.decode([token_id])
+            return self._tokenizer.first_surface(token_id)
         # An id that adds no text (a control id) still ends a run of bytes, as it does in decode().
         return self.flush() + surface
 
     def flush(self) -> str:
         """What is held back at the end of the text: one U+FFFD for each byte that belongs to no character."""
-        return self._characters(final=True)
+        return self._utf8.decode(b"", final=True) or self._characters(final=True)
 
     def _characters(self, final: bool) -> str:
         """Take the whole characters out of the held bytes, and if `final` the rest as well."""

@@ -53,7 +53,7 @@ class WrittenTexts:
             return ids
         at, made = 0, list(ids)
         for message in messages:
-            text = message["content"] if message["role"] == "assistant" else ""
+            text = message.get("content") if message["role"] == "assistant" else ""
             written = self._ids.get(text) if text else None
             if written is None:
                 continue

@@ -25,7 +25,8 @@ from edgemistral.config import ModelConfig
 from edgemistral.errors import BadCheckpoint, BadConfig, BadInput
 from edgemistral.files import layout, strict_json
 from edgemistral.files.safetensors import Entry, read_header
-from edgemistral.text.tokenizer import Tokenizer
+from edgemistral.text.spec import TextSpec
+from edgemistral_quantize.text_files import read_text_files
 
 Strip = NDArray[Any]   # rows of a tensor in the checkpoint's dtype; numpy has no bfloat16: its bits as uint16
 
@@ -33,7 +34,6 @@ DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f
 EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}   # all of these bits set: infinity or NaN
 
 HF_INDEX = "model.safetensors.index.json"
-TOKENIZERS = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
 MIN_ROWS = 2 * layout.PANEL   # of a strip
 IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")   # old transformers stored this constant with the weights
 
@@ -97,25 +97,28 @@ class Checkpoint:
     """
 
     config: ModelConfig
-    tokenizer: bytes            # the SentencePiece model
+    tokenizer: bytes            # the SentencePiece model, or the tokenizer.json
+    text: TextSpec              # everything else about text
     files: list[Path]           # everything that was or will be read
     n_bytes: int                # of all weights
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, chat_template: Path | None = None) -> None:
+        """chat_template: a file with the template to use instead of the checkpoint's."""
         if not directory.is_dir():
             raise BadCheckpoint(f"{directory}: no such directory")
         naming, shards = _find_weights(directory)
-        config_file, tokenizer_file = directory / naming.config, _find_tokenizer(directory)
-        self.files = [config_file, tokenizer_file, *shards]
-        self.tokenizer = _read_bytes(tokenizer_file)
+        config_file = directory / naming.config
         fields = _read_object(config_file, BadConfig)
+        texts = read_text_files(directory, fields, chat_template)
+        self.files = [config_file, texts.path, *shards, *([] if chat_template is None else [chat_template])]
+        self.tokenizer, self.text = texts.data, texts.spec
+        bos_id = texts.eos_id if texts.bos_id is None else texts.bos_id      # never used where there is none
         try:
-            tokenizer = Tokenizer(self.tokenizer, name=tokenizer_file.name)
             if naming is HUGGING_FACE:
-                self.config = ModelConfig.from_hf(fields)
+                self.config = ModelConfig.from_hf({**fields, "bos_token_id": bos_id, "eos_token_id": texts.eos_id})
             else:
-                self.config = ModelConfig.from_mistral(fields, tokenizer.bos_id, tokenizer.eos_id)
-            Tokenizer(self.tokenizer, self.config.vocab_size, tokenizer_file.name)
+                self.config = ModelConfig.from_mistral(fields, bos_id, texts.eos_id)
+            self.text.tokenizer(self.tokenizer, self.config.vocab_size, texts.path.name, texts.eos_id)
         except BadConfig as problem:
             raise BadConfig(f"{config_file}: {problem}") from None
         except BadInput as problem:
@@ -268,13 +271,6 @@ def _indexed(index: Path) -> list[Path]:
         if Path(name).name != name or not (index.parent / name).is_file():
             raise BadCheckpoint(f"{index}: lists {name[:80]!r}, which is not there; is the download complete?")
     return [index.parent / name for name in names]
-
-
-def _find_tokenizer(directory: Path) -> Path:
-    for name in TOKENIZERS:
-        if (directory / name).is_file():
-            return directory / name
-    raise BadCheckpoint(f"{directory}: no {TOKENIZERS[0]} (the SentencePiece model; tokenizer.json is not read)")
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from edgemistral.errors import BadInput
+from edgemistral.files.bf16 import to_bf16, widen
 from edgemistral.files.blob import BlobWriter
 from edgemistral.files.layout import BLOCK_BYTES, PANEL, Matrix, Recipe, TensorSpec, matrices, matrix_tensors
 from edgemistral_quantize.checkpoint import Checkpoint, Strip
@@ -34,6 +35,7 @@ def quantize(
     resume: bool = False,
     force: bool = False,
     progress: bool = True,
+    chat_template: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Make a blob of a checkpoint directory in Hugging Face or Mistral layout; returns its path.
 
@@ -44,13 +46,15 @@ def quantize(
     `resume=True` goes on behind the tensors that are already in DST.partial, once their checksums and those of their
     sources are found to match; `force=True` starts again and replaces an existing DST.
 
+    chat_template: a file with the Jinja template to use instead of the checkpoint's own.
+
     Raises BadConfig and BadCheckpoint when the checkpoint cannot be used (before anything is written, but for a NaN, an
     infinity or an unreadable file in the middle), BadInput for everything about DST and the arguments, a full disk too.
     """
     for name, value in (("bits", bits), ("output_bits", output_bits)):
         if value not in BLOCK_BYTES:
             raise BadInput(f"{name} is {value}; supported are {' and '.join(map(str, BLOCK_BYTES))}")
-    checkpoint, dst = Checkpoint(Path(src)), Path(dst)
+    checkpoint, dst = Checkpoint(Path(src), None if chat_template is None else Path(chat_template)), Path(dst)
     if dst.exists() and any(dst.samefile(file) for file in checkpoint.files):
         raise BadInput(f"{dst}: a part of the checkpoint itself")
     if max_ram < (needed := STRIPS_IN_WORK * checkpoint.min_strip_bytes):
@@ -62,7 +66,7 @@ def quantize(
     in_matrices = {tensor.name for matrix in by_name.values() for tensor in matrix_tensors(matrix)}
     with (
         BlobWriter(
-            dst, checkpoint.config, recipe, len(checkpoint.tokenizer), resume=resume, force=force
+            dst, checkpoint.config, recipe, len(checkpoint.tokenizer), text=checkpoint.text, resume=resume, force=force
         ) as writer,
         tqdm(
             total=checkpoint.n_bytes, desc=dst.name, unit="B", unit_scale=True, unit_divisor=1024,
@@ -98,7 +102,7 @@ class _Conversion:
 
         def panels() -> Iterator[NDArray[np.uint8]]:
             n_panels = 0
-            for rows in _one_ahead(_widen(strip) for strip in self._read(matrix.name, digest)):
+            for rows in _one_ahead(widen(strip) for strip in self._read(matrix.name, digest)):
                 packed, scales = quantize_rows(rows, matrix.bits, levels)
                 n_panels += len(packed)
                 row_scales.append(scales)
@@ -118,7 +122,7 @@ class _Conversion:
         """A tensor that is not quantized: float32 or bfloat16."""
         if not self._is_done(spec.name):
             digest = hashlib.sha256()
-            convert = _round_to_bf16 if spec.dtype == "BF16" else _widen
+            convert = to_bf16 if spec.dtype == "BF16" else widen
             self.writer.write(spec.name, map(convert, self._read(spec.name, digest)), digest.hexdigest)
 
     def write_tokenizer(self) -> None:
@@ -152,20 +156,3 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
         while (item := coming.result()) is not end:
             coming = pool.submit(next, items, end)
             yield item   # type: ignore[misc]   # not the sentinel
-
-
-def _widen(strip: Strip) -> NDArray[np.float32]:
-    """Any source dtype -> float32, exactly."""
-    if strip.dtype == np.uint16:   # the bits of bfloat16, the upper half of a float32
-        bits = strip.astype(np.uint32)
-        bits <<= 16
-        return bits.view(np.float32)
-    return strip.astype(np.float32, copy=False)
-
-
-def _round_to_bf16(strip: Strip) -> NDArray[np.uint16]:
-    """Any source dtype -> bits of the nearest bfloat16, ties to even."""
-    if strip.dtype == np.uint16:
-        return strip
-    bits = _widen(strip).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)

@@ -17,7 +17,8 @@ from edgemistral.cli import repl
 from edgemistral.cli.repl import Chat
 from edgemistral.generate.engine import Engine
 from edgemistral.model import Model
-from edgemistral.text.tokenizer import Tokenizer
+from edgemistral.terminal import cells
+from edgemistral.text.sentencepiece import SentencePieceTokenizer
 from tests.checkpoints import babbler
 from tests.fake import FakeTransformer, tiny_config
 
@@ -26,7 +27,7 @@ TOKENIZER = Path(__file__).parents[1] / "data" / "tokenizer.model"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(TOKENIZER.read_bytes())
+    return SentencePieceTokenizer(TOKENIZER.read_bytes())
 
 
 @pytest.fixture
@@ -96,6 +97,67 @@ def test_an_unknown_command_says_so(make_chat, capsys):
     assert chat.messages == []
 
 
+@pytest.mark.parametrize("line", [
+    "exit", "quit", "/bye", "/quit", "/q", "/exit", "EXIT", "Quit ", "exit()", "quit()", ":q", "/BYE", "/exit now"])
+def test_the_words_that_people_leave_with(make_chat, line):
+    chat = make_chat()
+    chat.take(line)
+    assert chat.over and chat.messages == []
+
+
+@pytest.mark.parametrize("line", ["/?", "/help", "/h", "?", "help", "/HELP", "/help set"])
+def test_the_words_that_people_ask_for_help_with(make_chat, capsys, line):
+    make_chat().take(line)
+    assert "/system [TEXT]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", [" exit", "exit the house", "How do I quit?", "help me"])
+def test_words_inside_a_message_are_no_command(make_chat, line):
+    chat = make_chat()
+    chat.take(line)
+    assert not chat.over and chat.messages[0]["content"] == line.strip()
+
+
+def test_a_command_with_a_slip_is_recognised(make_chat, capsys):
+    make_chat().take("/stat")
+    assert capsys.readouterr().err.startswith("unknown command /stat: did you mean /stats? ")
+
+
+@pytest.mark.parametrize("line", [
+    "/set logit_bias 3", "/set logit_bias none", "/set grammar x", "/set top_logprobs 3", "/set temperature nan",
+    "/set seed " + "9" * 5000, "/set top_k 1e400", "/set = =", "/set temperature [1]", "/set max_new_tokens True",
+    "/set temperature {}", "/load ~nobody-of-that-name/x", "/load \0", "/save \0", "/load /dev/zero", "/load .",
+    "/save .", "/save /dev/full/x", "/load \ud800", "/save " + "x" * 5000,
+])
+def test_no_command_ends_the_chat_or_leaves_it_changed(make_chat, capsys, line):
+    chat = make_chat()
+    before = dict(chat.settings)
+    chat.take(line)
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "bug" not in err, err
+    assert (chat.over, chat.messages, chat.settings) == (False, [], before)
+
+
+@pytest.mark.parametrize("name", ["help", "clear", "system", "regen", "set", "stats", "save", "load", "exit"])
+def test_an_unforeseen_error_in_a_command_is_one_line(make_chat, capsys, monkeypatch, name):
+    def fail(self, argument):
+        raise ZeroDivisionError("of a kind\nnobody thought of")
+
+    monkeypatch.setattr(Chat, f"do_{name}", fail)
+    chat = make_chat()
+    chat.take(f"/{name}")
+    assert capsys.readouterr().err.startswith("error: ZeroDivisionError: of a kind nobody thought of")
+    chat.take("Hello")
+    assert len(chat.messages) == 2
+
+
+def test_settings_that_are_no_numbers_stay_as_they_were_given(make_chat):
+    chat = make_chat(logit_bias={400: -100.0})
+    chat.take("/set temperature = 0")
+    chat.take("Hello")
+    assert chat.settings["temperature"] == 0 and "logit_bias" not in chat.settings and len(chat.messages) == 2
+
+
 def test_help_names_every_command(make_chat, capsys):
     make_chat().take("/help")
     out = capsys.readouterr().out
@@ -145,7 +207,9 @@ def test_save_and_load(make_chat, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"messages": 1}', '{"messages": [1]}', '{"messages": [{"role": "robot"}]}', "\ud800"]
+    "content", ["", "[]", "{}", '{"messages": 1}', '{"messages": [1]}', '{"messages": [{"role": "robot"}]}', "\ud800",
+                '{"messages": [{"role": "user", "content": null}]}', '{"messages": [{"role": "user", "content": ["x"]}]}',
+                '{"messages": [{"role": ["user"], "content": "x"}]}', '{"messages": [{"role": "tool", "content": "x"}]}']
 )
 def test_a_bad_file_is_not_loaded(make_chat, tmp_path, capsys, content):
     chat = make_chat()
@@ -225,11 +289,10 @@ pexpect = pytest.importorskip("pexpect") if sys.platform != "win32" else None
 class Terminal:
     """The real program in a terminal of its own."""
 
-    def __init__(self, model, env):
+    def __init__(self, model, env, size=(30, 100)):
         arguments = ["-m", "edgemistral", "run", model, "--max-new-tokens", "4", "--threads", "1", "--seed", "1"]
-        size = (30, 100)
         self.child = pexpect.spawn(sys.executable, arguments, env=env, encoding="utf-8", timeout=30, dimensions=size)
-        self.sees("/help lists the commands")
+        self.sees(r"/help\s+lists\s+the\s+commands")
 
     def sees(self, pattern):
         self.child.expect(pattern)
@@ -300,3 +363,50 @@ class TestInATerminal:
         [history] = tmp_path.rglob("history")
         assert "+two" in history.read_text(encoding="utf-8")
         assert history.stat().st_mode & 0o077 == 0
+
+    @pytest.mark.parametrize("word", ["exit", "quit", "/bye"])
+    def test_leaving_as_people_do(self, terminal, word):
+        assert terminal.leaves(f"{word}\r") == 0
+
+    def test_no_command_ends_it(self, terminal):
+        for line, error in (("/set logit_bias 3", "no setting logit_bias"), ("/load /", "must be a file"), ("/?", "/regen")):
+            terminal.gets(f"{line}\r")
+            terminal.sees(error)
+        assert terminal.leaves() == 0
+
+    def test_there_is_a_sign_of_life_before_the_first_word(self, terminal):
+        terminal.gets("Hello\r")
+        terminal.sees(r"thinking \.\.\.\r +\r[^\r\n]*[a-z]")   # and nothing of it stays
+        terminal.gets("word " * 400 + "\r")
+        terminal.sees(r"reading the prompt: \d+ of \d+ tokens")
+        assert terminal.leaves() == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pexpect needs a Unix terminal")
+def test_help_is_wrapped_at_words_in_a_narrow_window(tmp_path, endless):
+    env = {**os.environ, "XDG_DATA_HOME": str(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
+    terminal = Terminal(endless, env, size=(60, 30))
+    terminal.gets("/help\r")
+    terminal.sees(r"/help\r\n    this list\r\n(.*)Ctrl-C")
+    lines = [line.rstrip() for line in terminal.child.match[1].replace("\r\n", "\n").split("\n")]
+    assert len(lines) > 16 and all(len(line) <= 30 for line in lines), lines
+    assert "such as /set temperature 0.3;" in " ".join(" ".join(lines).split())
+    assert terminal.leaves() == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pexpect needs a Unix terminal")
+@pytest.mark.parametrize("width", [24, 40, 61])
+def test_an_answer_is_wrapped_at_words_in_a_window_of_any_width(tmp_path, endless, width):
+    env = {**os.environ, "XDG_DATA_HOME": str(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
+    arguments = ["-m", "edgemistral", "run", endless, "Hello", "--max-new-tokens", "60", "--threads", "1", "--seed", "1"]
+
+    def answered(size):
+        child = pexpect.spawn(sys.executable, arguments, env=env, encoding="utf-8", timeout=30, dimensions=size)
+        child.expect(pexpect.EOF)
+        child.wait()
+        return child.before.replace("\r\n", "\n").rpartition("\r")[2]   # what follows the status line
+
+    wide, narrow = answered((30, 10_000)), answered((30, width))
+    assert narrow.split() == wide.split() and narrow.count("\n") > wide.count("\n")
+    for line in narrow.split("\n"):
+        assert cells(line.rstrip()) <= width or len(line.split()) == 1

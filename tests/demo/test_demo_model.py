@@ -12,13 +12,13 @@ import edgemistral
 from edgemistral.demo import checkpoint_dir
 from edgemistral.measure.evaluate import evaluate_windows
 from edgemistral.measure.reference import Reference, ReferenceModel
-from edgemistral.text.tokenizer import Tokenizer
+from edgemistral.text.sentencepiece import SentencePieceTokenizer
 from training import exam
 from training.conversations import Case, check, heldout, sample
 from training.heldout_texts import texts
 
 CHECKPOINT = checkpoint_dir()
-TEXTS = texts(Tokenizer((CHECKPOINT / "tokenizer.model").read_bytes()), n_prose=4)
+TEXTS = texts(SentencePieceTokenizer((CHECKPOINT / "tokenizer.model").read_bytes()), n_prose=4)
 
 
 @pytest.fixture(scope="module", params=[4, 8])

@@ -112,11 +112,11 @@ def test_the_bytes_of_the_format_are_pinned(path: Path) -> None:
     assert list(header)[:4] == ["__metadata__", "tok_embeddings", "layers.0.attention_norm", "layers.0.wqkv"]
     assert header["tok_embeddings"] == {"dtype": "BF16", "shape": [50, 192], "data_offsets": [0, 19200]}
     assert header["layers.0.wqkv"] == {"dtype": "U8", "shape": [20, 2, 1088], "data_offsets": [19968, 63488]}
-    assert list(header["__metadata__"])[:6] == [
-        "format", "format_version", "config", "recipe", "header_sha256", "sha256:tok_embeddings",
+    assert list(header["__metadata__"])[:7] == [
+        "format", "format_version", "config", "recipe", "text", "header_sha256", "sha256:tok_embeddings",
     ]
     assert header["__metadata__"]["recipe"] == '{"bits": 4, "output_bits": 8}'
-    assert hashlib.sha256(whole).hexdigest() == "dea61a1903c8c1d4d878977d54d934a9335d9f991a5bbb63cc24c25bad0a99a5"
+    assert hashlib.sha256(whole).hexdigest() == "53692eb7c9eab1a088059c3defa1ba12ae3e9873113e13d49aa1b315286b2021"
 
 
 def test_arrays_outlive_the_blob(path: Path) -> None:
@@ -202,7 +202,10 @@ CONFIG_FIELDS = CONFIG.to_dict()
     ("change", "message"),
     [
         (metadata("format", "other"), "not a blob"),
-        (metadata("format_version", "2"), "format version '2'"),
+        (metadata("format_version", "3"), "format version '3'"),
+        (metadata("text", "[]"), "text is not a JSON object"),
+        (metadata("text", '{"voice": 1}'), "text has unknown fields: voice"),
+        (metadata("text", '{"end_ids": [-1]}'), r"text.end_ids is '\[-1\]'"),
         (metadata("config", None), "config is not usable JSON"),
         (metadata("config", "[]"), "not a JSON object"),
         (metadata("config", json.dumps({**CONFIG_FIELDS, "dim": -192})), "dim is -192"),

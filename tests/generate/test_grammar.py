@@ -13,7 +13,7 @@ from edgemistral.errors import BadRequest
 from edgemistral.generate.engine import Engine
 from edgemistral.generate.grammar import GrammarCompiler
 from edgemistral.model import Model
-from edgemistral.text.tokenizer import Tokenizer
+from edgemistral.text.sentencepiece import SentencePieceTokenizer
 from tests.fake import FakeTransformer, tiny_config
 
 TOKENIZERS = {
@@ -33,7 +33,7 @@ CITY = {
 @pytest.fixture(scope="module", params=TOKENIZERS)
 def setting(request):
     """(a model of random logits, the compiler for its tokenizer)"""
-    tokenizer = Tokenizer(TOKENIZERS[request.param].read_bytes())
+    tokenizer = SentencePieceTokenizer(TOKENIZERS[request.param].read_bytes())
     config = tiny_config(vocab_size=tokenizer.vocab_size, context=512, bos_id=1, eos_id=tokenizer.eos_id)
     return Model(Engine(FakeTransformer(config, chunk=64)), tokenizer), GrammarCompiler(tokenizer)
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
+from edgemistral.files.bf16 import to_bf16, widen
 from tests.checkpoints import Weights
 
 HERE = Path(__file__).parent
@@ -134,5 +135,4 @@ def _normal(seed: int, n: int) -> NDArray[np.float64]:
 
 def _to_bf16(x: NDArray[np.float64]) -> NDArray[np.float32]:
     """Rounded to the nearest bfloat16, ties to even."""
-    bits = x.astype(np.float32).view(np.uint32)
-    return (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).view(np.float32)
+    return widen(to_bf16(x.astype(np.float32)))

@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 from edgemistral_quantize import quantize
 
-from edgemistral.files.blob import Blob
+import edgemistral
 from edgemistral.kernels import simd_llvm, simd_numpy
 from edgemistral.kernels.addresses import address_of
 from edgemistral.kernels.jit import entry
-from edgemistral.runtime.segments import Sequence
-from edgemistral.runtime.transformer import Row, Transformer
 from tests.checkpoints import write_hf
 from tests.golden.models import MODELS
 
@@ -35,7 +33,7 @@ def test_both_have_the_same_operations():
 # ---- the same bits ---------------------------------------------------------------------------------------------------
 
 @entry
-def compiled(a, b, c, out, halves):
+def compiled(a, b, c, out, halves, scalars):
     for i in range(0, a.size, 16):
         x, y, z = simd_llvm.load_f32(a, i), simd_llvm.load_f32(b, i), simd_llvm.load_f32(c, i)
         simd_llvm.store_f32(out[0], i, simd_llvm.fma(x, y, z))
@@ -45,10 +43,13 @@ def compiled(a, b, c, out, halves):
         simd_llvm.store_f32(out[4], i, simd_llvm.splat_f32(simd_llvm.highest(x)))
         simd_llvm.store_f32(out[5], i, simd_llvm.maximum(x, y))
         simd_llvm.store_f32(out[6], i, simd_llvm.where_negative(x, y, z))
+        simd_llvm.store_f32(out[7], i, simd_llvm.minimum(x, y))
+        simd_llvm.store_f32(out[8], i, simd_llvm.walsh_hadamard(x))
+        simd_llvm.store_scalar_bf16(scalars, i, a[i])
         simd_llvm.store_f32_as_f16(halves, i, x)
 
 
-def interpreted(a, b, c, out, halves):
+def interpreted(a, b, c, out, halves, scalars):
     for i in range(0, a.size, 16):
         x, y, z = a[i : i + 16], b[i : i + 16], c[i : i + 16]
         out[0, i : i + 16] = simd_numpy.fma(x, y, z)
@@ -58,6 +59,10 @@ def interpreted(a, b, c, out, halves):
         out[4, i : i + 16] = simd_numpy.highest(x)
         out[5, i : i + 16] = simd_numpy.maximum(x, y)
         out[6, i : i + 16] = simd_numpy.where_negative(x, y, z)
+        out[7, i : i + 16] = simd_numpy.minimum(x, y)
+        out[8, i : i + 16] = simd_numpy.walsh_hadamard(x)
+        if not np.isnan(a[i]):
+            simd_numpy.store_scalar_bf16(scalars, i, a[i])
         simd_numpy.store_f32_as_f16(halves, i, x)
 
 
@@ -93,15 +98,16 @@ def test_the_same_bits_as_compiled(numbers):
         a = np.ldexp(F32(1) + rng.integers(0, 4, n) * F32(2**-23), rng.integers(-60, -30, n)).astype(F32)
         b = np.ldexp(rng.choice([-1, 1], n).astype(F32), rng.integers(-40, 30, n)).astype(F32)
         c = np.ldexp(F32(1) + rng.integers(0, 1 << 23, n) * F32(2**-23), rng.integers(-40, 40, n)).astype(F32)
-    wanted, got = np.zeros((7, n), F32), np.zeros((7, n), F32)
-    halves, got_halves = np.zeros(n, np.uint16), np.zeros(n, np.uint16)
-    compiled(a, b, c, wanted, halves)
+    wanted, got = np.zeros((9, n), F32), np.zeros((9, n), F32)
+    halves, got_halves, scalars, got_scalars = (np.zeros(n, np.uint16) for _ in range(4))
+    compiled(a, b, c, wanted, halves, scalars)
     with np.errstate(all="ignore"):
-        interpreted(a, b, c, got, got_halves)
+        interpreted(a, b, c, got, got_halves, got_scalars)
     number = ~np.isnan(wanted)
     np.testing.assert_array_equal(np.isnan(got), ~number)            # whose bits say nothing
     np.testing.assert_array_equal(got.view(np.uint32)[number], wanted.view(np.uint32)[number])
     np.testing.assert_array_equal(got_halves, halves)
+    np.testing.assert_array_equal(got_scalars[~np.isnan(a)], scalars[~np.isnan(a)])
 
 
 def test_fma_where_rounding_twice_is_wrong():
@@ -207,14 +213,14 @@ except IndexError as error:
 # ---- a whole model ---------------------------------------------------------------------------------------------------
 
 def digests(path, kv_bits=8, threads=1):
-    """Of the logits after a short prompt, a single token and two more."""
-    model = Transformer(Blob.open(path), kv_bits=kv_bits, threads=threads)
-    sequence, found = Sequence(model.pool), []
-    for ids in ([1, 7, 300, 41, 5, 99, 260, 3, 12], [77], [150, 2]):
-        logits = model.step([Row(sequence, np.array(ids, np.int32), 1)])
-        found.append(hashlib.sha256(logits.tobytes()).hexdigest())
-    model.close()
-    return found
+    """Of the logits of a short prompt, of two tokens that are generated, and of one more after these."""
+    ids, found = [1, 7, 300, 41, 5, 99, 260, 3, 12], []
+    with edgemistral.load(path, kv_bits=kv_bits, threads=threads) as model:
+        for more in ([], [77]):
+            ids += more
+            found.append(hashlib.sha256(model.logits(ids).tobytes()).hexdigest())
+            ids += model.generate(ids, 2, temperature=0)
+    return [*found, *map(str, ids)]
 
 
 @pytest.mark.parametrize(("bits", "kv_bits", "threads"), [(4, 8, 1), (8, 16, 2)])

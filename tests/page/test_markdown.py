@@ -57,15 +57,16 @@ def code(language, text):
     ("2 * 3 * 4, snake_case_name, ~5 and ~6, **open, ** a **", "<p>2 * 3 * 4, snake_case_name, ~5 and ~6, **open, ** a **</p>"),
     ("`a*b*` ``x`y`` ` open", "<p><code>a*b*</code> <code>x`y</code> ` open</p>"),
     (r"\*not\* \<b\> a\b", "<p>*not* &lt;b&gt; a\\b</p>"),
-    ("```py\nx = 1\n\n  y\n```\nafter", code("py", "x = 1\n\n  y") + "<p>after</p>"),
+    ("```py\nx = y\n\n  y\n```\nafter", code("py", "x = y\n\n  y") + "<p>after</p>"),
     ("````\n```\n````", code("text", "```")),
     ("~~~\nopen", code("text", "open")),
     ("```\n<b>&amp;", code("text", "&lt;b&gt;&amp;amp;")),
-    ("- a\n- b\n  - c\n* d", "<ul><li>a</li><li>b<ul><li>c</li></ul></li><li>d</li></ul>"),
+    ("- a\n- b\n  - c\n- d", "<ul><li>a</li><li>b<ul><li>c</li></ul></li><li>d</li></ul>"),
     ("3. a\n4. b\n   more\n\nafter", '<ol start="3"><li>a</li><li>b<br>more</li></ol><p>after</p>'),
     ("1. a\n\n2. b", '<ol start="1"><li><p>a</p></li><li><p>b</p></li></ol>'),
-    ("1. a\n  - b\n2. c", '<ol start="1"><li>a<ul><li>b</li></ul></li><li>c</li></ol>'),
-    ("1. a\n   ```sh\n   ls\n   ```\n2. b", '<ol start="1"><li>a' + code("sh", "ls") + "</li><li>b</li></ol>"),
+    ("1. a\n   - b\n2. c", '<ol start="1"><li>a<ul><li>b</li></ul></li><li>c</li></ol>'),
+    ("1. a\n  - b\n2. c", '<ol start="1"><li>a</li></ol><ul><li>b</li></ul><ol start="2"><li>c</li></ol>'),
+    ("1. a\n   ```sh\n   run\n   ```\n2. b", '<ol start="1"><li>a' + code("sh", "run") + "</li><li>b</li></ol>"),
     ("1. a\n```\nx\n```\n2. b", '<ol start="1"><li>a</li></ol>' + code("text", "x") + '<ol start="2"><li>b</li></ol>'),
     ("- [ ] a\n- [x] b", "<ul><li>☐ a</li><li>☑ b</li></ul>"),
     ("In\n2024. it was", "<p>In<br>2024. it was</p>"),
@@ -85,6 +86,94 @@ def code(language, text):
 def test_structure(page, text, html):
     assert render(page, text).replace(' class=""', "") == html
     assert render(page, *(text[:end] for end in range(len(text) + 1))).replace(' class=""', "") == html   # as it grows
+
+
+MATH = """(texts) => import('/page/markdown.js').then(({ Markdown }) => texts.map((text) => {
+    const root = document.createElement('div');
+    new Markdown(root).update(text);
+    const found = [...root.querySelectorAll('.math')].map((node) => [node.localName,
+        node.querySelector('math') ? 'drawn' : node.textContent]);
+    for (const node of root.querySelectorAll('.math')) node.replaceWith('·');
+    return [found, root.textContent.trim()];
+}))"""
+
+
+@pytest.mark.parametrize(("text", "found", "rest"), [
+    (r"For $x^2$ and \(y_i * z_i * w\).", [["span", "drawn"]] * 2, "For · and ·."),
+    (r"$$x = \frac{1}{2}$$", [["div", "drawn"]], "·"),
+    ("so\n\\[\na * b * c\n- d\n= e\n\\]\nand", [["div", "drawn"]], "so·and"),
+    ("\\begin{align}\na &= b \\\\\nc &= d\n\\end{align}", [["div", "drawn"]], "·"),
+    ("- item\n  $$\n  x\n  $$\n- \\[ y \\]", [["div", "drawn"]] * 2, "item··"),
+    (r"a $$x$$ b \[y\] c", [["div", "drawn"]] * 2, "a · b · c"),
+    ("```math\nx^2\n```", [["div", "drawn"]], "·"),
+    ("| a |\n|---|\n| $x$ |", [["span", "drawn"]], "a·"),
+    ("It costs $5, or $10; from 5$ to 10$, US$ 3 and $ 4 $.", [], "It costs $5, or $10; from 5$ to 10$, US$ 3 and $ 4 $."),
+    ("`$x$` and\n```\n\\(y\\) $z$\n```", [], "$x$ andtext\\(y\\) $z$"),
+    (r"$\frobnicate{x}$", [["span", r"\frobnicate{x}"]], "·"),                    # unknown: as it was written
+    ("\\[\na_1 * b_1 * c", [["div", "\\[\na_1 * b_1 * c"]], "·"),                 # its end has not come
+    ("$" + "{" * 3000 + "$", [["span", "{" * 3000]], "·"),                        # not valid
+    (r"$\def\a{\a\a}\a$", [["span", r"\def\a{\a\a}\a"]], "·"),                    # endless
+])
+def test_formulas(page, text, found, rest):
+    [[nodes, left]] = page.evaluate(MATH, [text])
+    assert (nodes, left) == (found, rest)
+
+
+@pytest.mark.parametrize("tex", [
+    r"\href{javascript:alert(1)}{x}", r"\url{https://example.com}", r"\includegraphics{https://example.com/a.png}",
+    r"\htmlId{draft}{x}", r"\id{draft}{x}", r"\class{code}{x}", r"\style{position:fixed}{x}", r"\data{a=b}{x}",
+    r"\label{draft} x", r"\begin{equation} x \label{log} \end{equation}", r"\text{<img src=x onerror=alert(1)>}",
+    r"\rule{9999em}{9999em}", r"\ref{draft}", r"\begin{align}\label{draft} x \tag{1}\end{align}",
+])
+def test_no_formula_reaches_out_of_itself(page, tex):
+    found = page.evaluate("""async (tex) => {
+        const { mathNode } = await import('/page/math.js');
+        const node = mathNode(tex, true);
+        document.body.append(node);
+        const nodes = [...node.querySelectorAll('*')];
+        const result = [nodes.filter(({ localName }) => ['img', 'script', 'iframe'].includes(localName)).length,
+            nodes.flatMap((each) => each.getAttributeNames()).filter((name) => /^(id|href|src|on.*)$/.test(name)),
+            Math.max(0, ...nodes.map((each) => each.getBoundingClientRect().height))];
+        node.remove();
+        return result;
+    }""", tex)
+    assert found[:2] == [0, []] and found[2] < 1000
+
+
+@pytest.mark.parametrize(("language", "text", "words"), [
+    ("python", "def f(x):  # a\n    return 'b'", {"h-keyword": "def", "h-comment": "# a", "h-string": "'b'"}),
+    ("js", "const a = 1;", {"h-keyword": "const", "h-number": "1"}),
+    ("html", "<p class='a'>b</p><script>let c = 1;</script>", {"h-tag": "<p class='a'>", "h-keyword": "let"}),
+    ("json", '{"a": null}', {"h-attr": '"a"'}), ("c++", "int a;", {"h-type": "int"}),
+    ("sql", "SELECT 1", {"h-keyword": "SELECT"}),
+    ("nonesuch", "def f", {}), ("", "def f", {}), ("__proto__", "x", {}), ("constructor", "x", {}),
+])
+def test_code_is_coloured_and_stays_the_same_text(page, language, text, words):
+    found, shown = page.evaluate("""async ([language, text]) => {
+        const { coloured } = await import('/page/code.js');
+        const code = coloured(text, language), words = {};
+        for (const node of [...code.querySelectorAll('span')].reverse()) words[node.className] = node.textContent;
+        return [words, code.textContent];
+    }""", [language, text])
+    assert shown == text and {name: found.get(name) for name in words} == words
+    assert words or found == {}
+
+
+def test_a_long_code_that_grows_is_coloured_at_its_end(page):
+    plain, coloured, again = page.evaluate("""async () => {
+        const { Markdown } = await import('/page/markdown.js');
+        const root = document.createElement('div'), markdown = new Markdown(root);
+        const text = '```python\\n' + 'x = 1\\n'.repeat(2000), words = () => root.querySelectorAll('.h-number').length;
+        const found = [];
+        markdown.update(text, true);
+        found.push(words());
+        markdown.update(text + '```\\nmore', true);
+        found.push(words());
+        const kept = root.firstChild;
+        markdown.update(text + '```\\nmore and more', false);
+        return [...found, kept === root.firstChild];
+    }""")
+    assert (plain, coloured, again) == (0, 2000, True)
 
 
 @pytest.mark.parametrize("text", [
@@ -139,7 +228,8 @@ def test_nothing_that_acts_comes_of_any_text(page, text):
     "*", "_", "~~", "**a ", "a* ", "*a _b ", "`", "`` ` ", "[", "[a](", "]", "[[a](x)](y) ", "![", "(", "<", "<http://", "\\",
     "> ", ">", "- ", "-", "- - ", "1. ", "  - a\n", "#", "# ", "|", "|-", "| a |\n|-|\n", "```\n", "~~~ `", "\n", " ", "\t",
     "a ", "https://", "https://a.b/!!!!", "https://a)))", "https://((((", "a\r", "> - ", "- a\n\n", "[ ] ", ":-:|", "é", "🙂",
-    "_a", "a_",
+    "_a", "a_", "$", "$a", "$$", "$$\n", "$a$ ", "$\\frac", "\\(", "\\(a\\) ", "\\[", "\\[\n", "\\[a\\]\n\n",
+    "\\begin{align}\n", "```js\n/*\n```\n", "[a]: b\n", "&amp;", "<br>", "http://a.b ",
 ])
 def test_no_text_keeps_the_page_busy(page, unit):
     milliseconds = page.evaluate("""async (unit) => {
@@ -160,7 +250,8 @@ def test_no_text_keeps_the_page_busy(page, unit):
 
 def test_a_text_that_grows_looks_like_one_that_came_at_once(page):
     parts = ["**b**", "*i ", "`c`", "\n", "\n\n", "- ", "1. ", "> ", "```", "| a |", "|-|", "# ", "  ", "    ", "x", "[a](", "http://a.b",
-             ")", "~~", "_", "<br>", "---", "\t", "é"]
+             ")", "~~", "_", "<br>", "---", "\t", "é", "$$", "$", "\\(", "\\)", "\\[\n", "\\]", "\\frac12",
+             "```py\n", "if x:\n"]
     rng = random.Random(1)
     for _ in range(60):
         pieces = [rng.choice(parts) for _ in range(30)]

@@ -91,7 +91,7 @@ def test_4_bits_beat_q4_0(golden: GoldenModel, blobs: dict[int, Path], output_bi
 def test_rounded_activations_and_cache_cost_little(golden: GoldenModel, blobs: dict[int, Path], bits: int) -> None:
     """The blob's own weights in float32 against the kernels: far tighter than any bar on the weights' rounding."""
     with Blob.open(blobs[bits]) as blob:
-        exact = naive.forward(naive.blob_weights(blob), golden.config, golden.ids)
+        exact = naive.forward_of_blob(blob, golden.ids)
     for kv_bits in (8, 16):
         assert naive.mean_kl(exact, logits(blobs[bits], golden.ids, kv_bits)) < 5e-5
 

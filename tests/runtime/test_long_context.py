@@ -9,22 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edgemistral_quantize import quantize
-from tqdm import tqdm
 
 import edgemistral
-from bench import long_context, long_reference
+from bench import long_context
 from bench.synthetic import write_synthetic
 from edgemistral.errors import ContextOverflow
+from edgemistral.measure import reference
+from tests import naive
 from tests.checkpoints import write_hf
 from tests.golden.models import MODELS, GoldenModel
 
 
 @pytest.mark.parametrize("golden", MODELS, ids=lambda golden: golden.name)
 def test_the_reference_in_blocks_is_the_model(golden: GoldenModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long_reference, "BLOCK_ROWS", 16)
-    monkeypatch.setattr(long_reference, "QUERIES", 5)
+    monkeypatch.setattr(reference, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(reference, "QUERIES", 5)
     at = np.array([0, 1, 17, 18, 100, len(golden.ids) - 1])
-    logits = long_reference.logits_at(golden.weights, golden.config, golden.ids, at, 2, tqdm(disable=True))
+    model = reference.Reference(naive.Unfused(golden.weights, golden.config))
+    logits = model.logits(model.hidden_states([golden.ids], at=[at], threads=2)[0])
     np.testing.assert_allclose(logits, golden.logits[at], atol=1e-4)
 
 

@@ -16,7 +16,7 @@ from edgemistral.errors import BadRequest
 from edgemistral.files.layout import round_up
 from edgemistral.kernels.kv_layout import block_bytes
 from edgemistral.runtime.memory import physical_memory
-from edgemistral.runtime.segments import SegmentPool, Sequence, default_kv_budget, segment_bytes, segments_of
+from edgemistral.runtime.segments import KV_BITS, SegmentPool, Sequence, default_kv_budget, segment_bytes, segments_of
 from tests import blobs
 
 MISTRAL_7B = blobs.config(
@@ -32,15 +32,16 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_sizes_are_those_of_the_design():
-    """32768 tokens of a 7B: 2.1 GiB in 8 bits, 4.0 in 16; a segment of 8 bits has 17 MB."""
+    """32768 tokens of a 7B: 1.1 GiB in 4 bits, 2.1 in 8, 4.0 in 16; a segment of 8 bits has 17 MB."""
     assert segment_bytes(MISTRAL_7B, 8) == round_up(256 * 32 * 8 * 2 * (128 + 4) + 4096, 1 << 16)
+    assert segments_of(32768) * segment_bytes(MISTRAL_7B, 4) < 1.08 * 2**30
     assert segments_of(32768) * segment_bytes(MISTRAL_7B, 8) < 2.08 * 2**30
     assert segments_of(32768) * segment_bytes(MISTRAL_7B, 16) < 4.01 * 2**30
     assert [segments_of(n) for n in (0, 1, 256, 257)] == [0, 1, 1, 2]
-    assert block_bytes(32, 8) == 64 * 2 * (32 + 4) and block_bytes(32, 16) == 64 * 2 * 32 * 2
+    assert [block_bytes(32, bits) for bits in (4, 8, 16)] == [64 * 2 * (16 + 4), 64 * 2 * (32 + 4), 64 * 2 * 64]
 
 
-@pytest.mark.parametrize("kv_bits", [8, 16])
+@pytest.mark.parametrize("kv_bits", KV_BITS)
 def test_segments_never_move(folder, kv_bits):
     pool = SegmentPool(SMALL, kv_bits)
     sequence = Sequence(pool)
@@ -113,7 +114,7 @@ def test_a_cut_into_a_shared_segment_copies_it(folder):
 
 @pytest.mark.parametrize("kv_bits", [0, 5, 32, "8", None])
 def test_other_widths_are_refused(kv_bits):
-    with pytest.raises(BadRequest, match=r"kv_bits is .*, must be one of 8, 16") as caught:
+    with pytest.raises(BadRequest, match=r"kv_bits is .*, must be one of 4, 8, 16") as caught:
         SegmentPool(SMALL, kv_bits)
     assert caught.value.field == "kv_bits"
 

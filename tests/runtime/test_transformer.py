@@ -16,7 +16,7 @@ from edgemistral.errors import BadRequest, ContextOverflow
 from edgemistral.files.blob import Blob
 from edgemistral.files.layout import Recipe
 from edgemistral.runtime import transformer as module
-from edgemistral.runtime.segments import Row, Sequence
+from edgemistral.runtime.segments import KV_BITS, Row, Sequence
 from edgemistral.runtime.transformer import MAX_ROWS, Transformer, workspace_bytes
 from tests import blobs, naive
 from tests.kernels.test_simd import LOWERINGS, settings_for
@@ -30,7 +30,6 @@ MODELS = {
     "mistral heads": (blobs.config(head_dim=128, n_heads=8, n_kv_heads=2, dim=256, hidden_dim=512), Recipe(4, 4)),
     "wide heads": (blobs.config(head_dim=96, n_heads=3, n_kv_heads=3, n_layers=1, vocab_size=33, hidden_dim=320), Recipe(8, 4)),
 }
-KV_BITS = (8, 16)
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +84,10 @@ def at_once(blob_paths):
 def test_logits_are_close_to_float32(blob_paths, at_once, name, kv_bits):
     ids, logits = at_once(name, kv_bits)
     blob = Blob.open(blob_paths[name])
-    expected = naive.forward(naive.blob_weights(blob), blob.config, ids)
+    expected = naive.forward_of_blob(blob, ids)
     assert logits.shape == (len(ids), blob.config.vocab_size) and logits.dtype == F32
-    assert naive.mean_kl(expected, logits) < 1e-4
-    assert naive.top1_agreement(expected, logits) >= 0.98
+    assert naive.mean_kl(expected, logits) < (3e-4 if kv_bits == 4 else 1e-4)
+    assert naive.top1_agreement(expected, logits) >= (0.96 if kv_bits == 4 else 0.98)
     blob.close()
 
 
@@ -370,7 +369,7 @@ def test_the_planned_workspace_is_what_is_taken(load, monkeypatch, threads):
 # ---- every instruction set -------------------------------------------------------------------------------------------------
 
 def digest_of_logits(folder):
-    """SHA-256 over the logits of all models with both KV widths: one prompt, then single tokens."""
+    """SHA-256 over the logits of all models with all KV widths: one prompt, then single tokens."""
     digest = hashlib.sha256()
     for name in MODELS:
         for kv_bits in KV_BITS:

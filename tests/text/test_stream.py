@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgemistral.errors import BadRequest
+from edgemistral.text.sentencepiece import SentencePieceTokenizer
 from edgemistral.text.stream import StopStrings, StreamDecoder
 from edgemistral.text.tokenizer import Tokenizer
 
@@ -29,7 +30,7 @@ few_letters = st.text("ab\u00e9", max_size=30)
 @pytest.fixture(scope="module", params=MODELS)
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     model = MODELS[request.param].read_bytes()
-    return Tokenizer(model, Tokenizer(model).n_words + N_PADDING)
+    return SentencePieceTokenizer(model, SentencePieceTokenizer(model).n_words + N_PADDING)
 
 
 def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:

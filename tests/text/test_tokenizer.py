@@ -17,6 +17,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from edgemistral.demo import checkpoint_dir
 from edgemistral.errors import BadInput, BadRequest
+from edgemistral.text.sentencepiece import SentencePieceTokenizer
 from edgemistral.text.tokenizer import Tokenizer
 
 TEXTS: list[str] = json.loads((Path(__file__).parents[1] / "data" / "texts.json").read_text(encoding="utf-8"))
@@ -39,7 +40,7 @@ class Pair:
 
     def __init__(self, version: str) -> None:
         self.path = Path(mistral_common.__file__).parent / "data" / MODELS[version]
-        self.ours = Tokenizer(self.path.read_bytes())
+        self.ours = SentencePieceTokenizer(self.path.read_bytes())
         self.reference = MistralTokenizer.from_file(str(self.path))
 
     def reference_text_ids(self, text: str) -> list[int]:
@@ -173,8 +174,7 @@ def test_an_assistant_message_at_the_end_is_a_prefix_and_an_empty_one_earlier_ju
     ([*PARIS, {"role": "tool", "content": "x"}], "messages[3].role"),
     ([{"role": ["user"], "content": "x"}], "messages[0].role"),
     ([{"role": "assistant", "content": "x"}], "messages[0].role"),
-    ([*PARIS[:2], {"role": "system", "content": "x"}], "messages[2].role"),
-    ([{"role": "system", "content": "x"}, PARIS[0], {"role": "system", "content": "x"}], "messages[2].role"),
+    ([*PARIS, {"role": "assistant", "content": None, "tool_calls": [{}]}], "messages[3].tool_calls"),
     ([{"role": "user", "content": None}], "messages[0].content"),
     ([{"role": "user", "content": ["x"]}], "messages[0].content"),
     ([*PARIS[:2], {"role": "user", "content": "half \ud83d"}], "messages[2].content"),
@@ -185,6 +185,19 @@ def test_a_bad_conversation_names_its_field_in_one_line(v1: Tokenizer, messages:
     assert caught.value.field == field
     assert str(caught.value).startswith(field)
     assert "\n" not in str(caught.value)
+
+
+def test_a_system_text_that_comes_later_stands_where_it_is(v1: Tokenizer) -> None:
+    brief = {"role": "system", "content": "Be brief."}
+    for messages in ([*PARIS[:2], brief, PARIS[2]], [*PARIS[:2], PARIS[2], brief]):
+        text = v1.decode(v1.encode_chat(messages))
+        assert text.index("Paris, the capital.") < text.index("Be brief.") and text.count("[INST]") == 2
+
+
+def test_developer_is_another_word_for_system_and_null_for_no_text(v1: Tokenizer) -> None:
+    brief, nothing = {"role": "developer", "content": "Be brief."}, {"role": "assistant", "content": None}
+    assert v1.encode_chat([brief, PARIS[0]]) == v1.encode_chat([{**brief, "role": "system"}, PARIS[0]])
+    assert v1.encode_chat([PARIS[0], nothing, PARIS[2]]) == v1.encode_chat([PARIS[0], {**nothing, "content": ""}, PARIS[2]])
 
 
 def test_bad_texts_and_ids_are_refused(v1: Tokenizer) -> None:
@@ -213,7 +226,7 @@ def test_pieces_bytes_and_surfaces(v1: Tokenizer) -> None:
 
 
 def test_padding_ids_of_a_larger_embedding_stand_for_no_text() -> None:
-    tokenizer = Tokenizer(SMALL.read_bytes(), vocab_size=3000)
+    tokenizer = SentencePieceTokenizer(SMALL.read_bytes(), vocab_size=3000)
     ids = tokenizer.encode("one two")
     assert tokenizer.vocab_size == 3000
     assert tokenizer.decode([2999, *ids, tokenizer.n_words]) == "one two"
@@ -227,14 +240,14 @@ def test_broken_models_are_refused_in_one_line() -> None:
     not_utf8 = model.replace("▁the".encode(), "▁th".encode() + b"\xff", 1)
     for broken in (b"", b"\0", b"hello", model[:1000], model[1000:], b"{}" * 500, not_utf8):
         with pytest.raises(BadInput, match=r"^my\.model ") as caught:
-            Tokenizer(broken, name="my.model")
+            SentencePieceTokenizer(broken, name="my.model")
         assert "\n" not in str(caught.value)
     with pytest.raises(BadInput, match=r"my\.model has 2048 pieces, .* only 2047"):
-        Tokenizer(model, vocab_size=2047, name="my.model")
+        SentencePieceTokenizer(model, vocab_size=2047, name="my.model")
 
 
 def test_the_demo_tokenizer_has_the_ids_of_a_mistral_tokenizer() -> None:
-    tokenizer = Tokenizer((checkpoint_dir() / "tokenizer.model").read_bytes())
+    tokenizer = SentencePieceTokenizer((checkpoint_dir() / "tokenizer.model").read_bytes())
     assert tokenizer.n_words == 4096
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.piece(0)) == (1, 2, "<unk>")
     assert [tokenizer.byte(i) for i in range(3, 259)] == list(range(256))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgemistral.demo import checkpoint_dir
-from edgemistral.text.tokenizer import Tokenizer
+from edgemistral.text.sentencepiece import SentencePieceTokenizer
 
 torch = pytest.importorskip("torch")
 
@@ -17,7 +17,7 @@ from training.train_demo import BEGINS, CONFIG, FIRST_FALL, LATER, STAGES, TOTAL
 
 def training() -> Training:
     prose = np.random.default_rng(0).integers(259, CONFIG.vocab_size, 20_000).astype(np.uint16)
-    tokenizer = Tokenizer((checkpoint_dir() / "tokenizer.model").read_bytes())
+    tokenizer = SentencePieceTokenizer((checkpoint_dir() / "tokenizer.model").read_bytes())
     return Training(tokenizer, prose, prose, "cpu", compiled=False)
 
 

@@ -1,7 +1,9 @@
 // Answers under way. Each belongs to a chat and goes on whichever chat is on the page.
 
-import { conversation, saveChat } from "./chats.js";
+import { conversation, hasContent, saveChat } from "./chats.js";
 import { Failure, streamChat } from "./server.js";
+import { toolsOf } from "./tools.js";
+import { dropVersion } from "./versions.js";
 
 const SAVE_EVERY = 1000;   // ms: what a reload in the middle may lose is saved before it, a crash loses this much
 
@@ -19,16 +21,16 @@ export class Answers {
     return this.#jobs.get(chat.id);
   }
 
-  /** Let the model answer, or go on with the last answer. context: tokens there is room for. instead: the answer that
-   * was there before, which comes back if there is no new one. */
-  async start(chat, { context, goOn = false, instead }) {
+  /** Let the model answer, or go on with the last answer. context: tokens there is room for. into: an answer to write
+   * anew, an empty version by now; if nothing comes, its version before comes back. */
+  async start(chat, { context, goOn = false, into }) {
     await this.stop(chat);
-    const message = goOn ? chat.messages.at(-1) : { role: "assistant", content: "" };
-    const asked = conversation(chat);
-    if (!goOn) chat.messages.push(message);
+    const message = into ?? (goOn ? chat.messages.at(-1) : { role: "assistant", content: "" });
+    const asked = conversation(chat, into ? chat.messages.indexOf(into) : undefined);
+    if (!goOn && !into) chat.messages.push(message);
     const job = { message, abort: new AbortController(), waiting: false, progress: null, pieces: 0, since: 0 };
     job.before = message.tokens ?? 0;
-    job.instead = instead ? [instead] : [];
+    message.at = Date.now();
     delete message.end;
     this.#jobs.set(chat.id, job);
     job.over = this.#run(chat, job, asked, context);
@@ -52,7 +54,8 @@ export class Answers {
     let saved = Date.now(), failure = null;
     this.changed(chat);
     try {
-      for await (const event of streamChat({ ...this.settings.parameters(), messages }, job.abort.signal)) {
+      const body = { ...this.settings.parameters(), ...toolsOf(chat), messages };
+      for await (const event of streamChat(body, job.abort.signal)) {
         this.#take(job, event, context);
         if (Date.now() - saved > SAVE_EVERY) {
           saveChat(chat);
@@ -67,8 +70,9 @@ export class Answers {
       message.tokens = job.before + job.pieces;
     }
     this.#jobs.delete(chat.id);
-    if (!message.content && message.end !== "withheld") {   // nothing came: there is no answer
-      chat.messages.splice(chat.messages.indexOf(message), 1, ...job.instead);
+    if (!hasContent(message) && message.end !== "withheld") {   // nothing came: there is no answer
+      if (message.versions) dropVersion(chat, message);
+      else chat.messages.splice(chat.messages.indexOf(message), 1);
       failure ??= new Failure("The model answered nothing.", { code: "empty" });
     }
     chat.updated = Date.now();
@@ -82,6 +86,10 @@ export class Answers {
       job.since ||= performance.now();
       job.pieces++;
       message.content += event.text;
+    } else if (event.calls) {
+      job.since ||= performance.now();
+      job.pieces++;
+      addCalls(message, event.calls);
     } else if (event.finish) {
       message.end = event.finish === "content_filter" ? "withheld" : event.finish;
     } else if (event.usage) {
@@ -92,6 +100,18 @@ export class Answers {
       job.waiting = event.waiting ?? false;
       job.progress = event.progress ?? job.progress;
     }
+  }
+}
+
+/** Take over what a piece of the stream adds to the tool calls. */
+function addCalls(message, parts) {
+  message.tool_calls ??= [];
+  for (const { index, id, function: called } of parts) {
+    const at = Math.min(index ?? 0, message.tool_calls.length);
+    const call = message.tool_calls[at] ??= { id: "", type: "function", function: { name: "", arguments: "" } };
+    call.id ||= id ?? "";
+    call.function.name += called?.name ?? "";
+    call.function.arguments += called?.arguments ?? "";
   }
 }
 

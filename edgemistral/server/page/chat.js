@@ -1,26 +1,35 @@
 // The chat page: what is shown, and what keys and buttons do.
 
 import { Answers, rateOf } from "./answers.js";
-import { chats, conversation, idOf, loadChats, newChat, readChat, removeChat, saveChat, titleOf } from "./chats.js";
-import { announce, element, fitHeight, icon, toast } from "./dom.js";
-import { isSend, MessageView } from "./message.js";
-import { countTokens } from "./server.js";
+import { chats, conversation, idOf, lastUserOf, loadChats, newChat, readChat, removeChat, saveChat, titleOf } from "./chats.js";
+import { watchColours } from "./colours.js";
+import { Composer } from "./composer.js";
+import { announce, element, toast } from "./dom.js";
+import { watchDrops } from "./drop.js";
+import { MessageView } from "./message.js";
+import { countTokens, Failure } from "./server.js";
 import { Settings } from "./settings.js";
 import { Server } from "./state.js";
 import { Sidebar } from "./sidebar.js";
-import { lasting } from "./storage.js";
+import { problemOf } from "./tools.js";
+import { addVersion, showVersion } from "./versions.js";
 
-const THEMES = ["auto", "light", "dark"];
 const NEAR_END = 40;   // pixels above the end at which the page still follows a growing answer
+const COUNT_WITHIN = 3000;   // ms: when counting takes longer, a message is sent uncounted
+const TOOLS_HINT = "A JSON list as in the OpenAI interface. What the model calls is shown as a card, and you write the result.";
+const EXAMPLES = [
+  "Explain in three sentences why the sky is blue.", "Write a short poem about the first snow.",
+  "What should I see on a weekend in Paris?", "Write a Python function that checks whether a word is a palindrome.",
+];
 
 const $ = (id) => document.getElementById(id);
-const [scroll, log, draft, send, system] = ["scroll", "log", "draft", "send", "system"].map($);
+const [scroll, log, system, tools] = ["scroll", "log", "system", "tools"].map($);
 
 let current = newChat();      // the chat on the page; kept once it has a message
 let follow = true;            // the growing answer
 let used = 0;                 // tokens of the conversation and the draft
 let planned = false;          // a drawing of the page
-const drafts = new Map();     // of the other chats
+let submitting = false;       // a message whose tokens are being counted
 const notices = new Map();    // by the id of a chat: a Failure
 const views = new WeakMap();  // by message
 
@@ -28,7 +37,7 @@ const server = new Server({ changed: plan, ready: () => { measureSoon(); retryLo
 const answers = new Answers(new Settings($("settings")), {
   changed: (chat) => { if (chat === current) plan(); },
   failed(chat, failure) {
-    const unanswered = chat.messages.at(-1)?.role === "user";
+    const unanswered = isUnanswered(chat);
     if (failure.code !== "stopped" || unanswered) notices.set(chat.id, failure);   // a part of an answer says it itself
     server.failed(failure);
   },
@@ -39,18 +48,63 @@ const answers = new Answers(new Settings($("settings")), {
     plan();
   },
 });
-const sidebar = new Sidebar({ renamed(chat) { save(chat); plan(); }, remove });
+const composer = new Composer({
+  submit,
+  stop: () => answers.stop(current),
+  changed() {
+    if (notices.get(current.id)?.code === "too_long") notices.delete(current.id);
+    measureSoon();
+    plan();
+  },
+  editLast() {
+    const last = lastUserOf(current);
+    if (last) views.get(last).edit();
+  },
+});
+const sidebar = new Sidebar({
+  renamed(chat) { save(chat); plan(); },
+  remove,
+  imported(found) {
+    found.forEach(save);
+    location.hash = found[0].id;
+    plan();
+  },
+  changed: plan,
+});
 const actions = {
   edit(message, text) {
     const chat = current;
     ask(chat, () => {
-      chat.messages.length = chat.messages.indexOf(message) + 1;
-      message.content = text;
+      addVersion(chat, message);
+      Object.assign(message, { content: text, at: Date.now() });
+    });
+  },
+  correct(message, text) {
+    change(current, () => { message.content = text; });
+  },
+  remove(message) {
+    const chat = current, before = [...chat.messages], count = countOfTurn(chat, message);
+    change(chat, () => chat.messages.splice(chat.messages.indexOf(message), count));
+    const withAnswer = message.role === "user" && count > 1;
+    toast(withAnswer ? "Deleted the message and its answer." : "Deleted the message.", "Undo", () => {
+      change(chat, () => { chat.messages = before; });
     });
   },
   regenerate(message) {
     const chat = current;
-    ask(chat, () => chat.messages.splice(chat.messages.indexOf(message), 1), { instead: message });
+    ask(chat, () => addVersion(chat, message), { into: message });
+  },
+  show(message, version) {
+    const chat = current;
+    change(chat, () => showVersion(chat, message, version));
+  },
+  answerCall(message, call, text) {
+    const chat = current, result = { role: "tool", tool_call_id: call.id, content: text, at: Date.now() };
+    const insert = () => chat.messages.push(result);
+    const results = resultsOf(chat);
+    const isLast = message.tool_calls.every(({ id }) => id === call.id || results.has(id));
+    if (isLast) ask(chat, insert);
+    else change(chat, insert);
   },
   goOn: () => ask(current, () => {}, { goOn: true }),
 };
@@ -58,9 +112,9 @@ const actions = {
 // ---- what happens ---------------------------------------------------------------------------------------------------
 
 /** Change a chat and let the model answer it. */
-async function ask(chat, change, options = {}) {
+async function ask(chat, alter, options = {}) {
   await answers.stop(chat);
-  change();
+  alter();
   notices.delete(chat.id);
   chat.updated = Date.now();
   follow = true;
@@ -69,16 +123,65 @@ async function ask(chat, change, options = {}) {
   answers.start(chat, { context: server.context, ...options });
 }
 
-function submit() {
-  const text = draft.value.trim();
-  if (!text) return;
+/** Change a chat, and ask nothing. */
+async function change(chat, alter) {
+  await answers.stop(chat);
+  alter();
+  notices.delete(chat.id);
+  save(chat);
+  measureSoon();
+  plan();
+}
+
+async function submit() {
+  const chat = current, content = composer.content;
+  if (!content || submitting) return;
   if (!server.ready) {
     toast("The model is not ready yet.");
     return;
   }
-  draft.value = "";
-  fitHeight(draft);
-  ask(current, () => current.messages.push({ role: "user", content: text }));
+  submitting = true;
+  const message = { role: "user", content, at: Date.now() };
+  const tokens = await count([...conversation(chat), message], AbortSignal.timeout(COUNT_WITHIN)).catch(() => 0);
+  submitting = false;
+  if (tokens >= server.context) {
+    notices.set(chat.id, tooLong(tokens));
+    plan();
+    return;
+  }
+  composer.clear(chat, !chats.has(chat.id));
+  ask(chat, () => chat.messages.push(message));
+}
+
+function tooLong(tokens) {
+  const [all, limit, over] = [tokens, server.context, tokens - server.context + 1].map((n) => n.toLocaleString());
+  return new Failure(`This conversation is too long for the model: ${all} tokens, and it reads and writes at most ${limit}. `
+    + `Shorten your message by ${over} tokens or more, or begin a new chat.`, { code: "too_long" });
+}
+
+function count(messages, signal) {
+  return countTokens(messages.map(({ at, ...message }) => message), signal);
+}
+
+/** How many messages belong to one that is deleted: a question takes its answer along, an answer the results of its calls. */
+function countOfTurn({ messages }, message) {
+  const at = messages.indexOf(message);
+  if (message.role === "tool") return 1;
+  const ends = message.role === "user" ? ["user"] : ["user", "assistant"];
+  const next = messages.findIndex(({ role }, i) => i > at && ends.includes(role));
+  return (next < 0 ? messages.length : next) - at;
+}
+
+/** Whether it is the model's turn. */
+function isUnanswered(chat) {
+  const { role } = chat.messages.at(-1) ?? { role: "assistant" }, results = resultsOf(chat);
+  const calls = chat.messages.findLast((message) => message.role === "assistant")?.tool_calls ?? [];
+  return role === "user" || (role === "tool" && calls.every(({ id }) => results.has(id)));
+}
+
+/** The messages that hold what tool calls gave, by the ids of the calls. */
+function resultsOf(chat) {
+  return new Map(chat.messages.filter(({ role }) => role === "tool").map((message) => [message.tool_call_id, message]));
 }
 
 function save(chat) {
@@ -87,6 +190,7 @@ function save(chat) {
 
 async function remove(chat) {
   await answers.stop(chat);
+  composer.clear(chat);
   removeChat(chat);
   notices.delete(chat.id);
   if (chat.id === current.id) location.hash = "";
@@ -101,18 +205,35 @@ async function remove(chat) {
 /** Show the chat that the address names, or a new one. */
 function open() {
   const chat = chats.get(location.hash.slice(1)) ?? newChat();
-  if (chat.id === current.id) return;
-  drafts.set(current.id, draft.value);
+  if (chat.id !== current.id) show(chat);
+}
+
+function show(chat) {
   current = chat;
   follow = true;
-  draft.value = drafts.get(chat.id) ?? "";
   system.value = chat.system;
+  tools.value = chat.tools ?? "";
+  checkTools();
   log.replaceChildren();
   closeSide();
   measureSoon();
   draw();
-  fitHeight(draft);
-  draft.focus();
+  composer.open(chat);
+  draw();
+}
+
+/** A new chat, on the page at once: what is typed next belongs to it. */
+function begin(withDraft = false) {
+  // Not by the event that a change of location.hash brings, which comes later.
+  if (location.hash) history.pushState(null, "", location.pathname + location.search);
+  const before = current;
+  if (chats.has(before.id)) {
+    current = newChat();
+    if (withDraft) composer.move(before, current);
+    show(current);
+  }
+  closeSide();
+  composer.focus();
 }
 
 /** After a key was given: ask again what was refused. */
@@ -129,12 +250,12 @@ function measureSoon() {
 async function measure() {
   measure.abort?.abort();
   measure.abort = new AbortController();
-  const chat = current, text = draft.value.trim();
-  const messages = text ? [...conversation(chat), { role: "user", content: text }] : conversation(chat);
+  const chat = current, text = composer.content;
   if (answers.job(chat) || !server.ready) return;
+  const messages = text ? [...conversation(chat), { role: "user", content: text }] : conversation(chat);
   try {
-    const count = chat.messages.length || text ? await countTokens(messages, measure.abort.signal) : 0;
-    if (chat === current) used = count;
+    const tokens = chat.messages.length || text ? await count(messages, measure.abort.signal) : 0;
+    if (chat === current) used = tokens;
     plan();
   } catch {
     // another one is on its way, or asking will tell what is wrong
@@ -152,13 +273,16 @@ function plan() {
 function draw() {
   planned = false;
   const job = answers.job(current), { messages } = current;
-  const lastUser = messages.findLast(({ role }) => role === "user");
-  for (const message of messages) {
+  const lastUser = lastUserOf(current), results = resultsOf(current);
+  const called = new Set(messages.flatMap(({ tool_calls: calls }) => calls ?? []).map(({ id }) => id));
+  const shown = messages.filter(({ role, tool_call_id: id }) => role !== "tool" || !called.has(id));   // others: on a card
+  for (const message of shown) {
     if (!views.has(message)) views.set(message, new MessageView(message, actions));
-    const lastOfAll = message === messages.at(-1);
-    views.get(message).update({ job: job?.message === message ? job : null, last: lastOfAll || message === lastUser, lastOfAll });
+    const lastOfAll = message === shown.at(-1);
+    const own = job?.message === message ? job : null, last = lastOfAll || message === lastUser;
+    views.get(message).update({ job: own, idle: !job && lastOfAll, last, lastOfAll, results });
   }
-  const roots = messages.map((message) => views.get(message).root);
+  const roots = shown.map((message) => views.get(message).root);
   if (roots.length !== log.children.length || roots.some((root, i) => root !== log.children[i])) log.replaceChildren(...roots);
   $("empty").hidden = messages.length > 0;
   $("title").textContent = titleOf(current);
@@ -166,33 +290,22 @@ function draw() {
   $("system-shown").hidden = !current.system.trim();
   $("system-shown").textContent = `System text: ${current.system.trim()}`;
   drawNotice(job);
-  drawSend(job);
+  composer.update({ job: Boolean(job), ready: server.ready });
   drawContext(job);
   sidebar.update(current, (chat) => Boolean(answers.job(chat)));
   if (follow) scroll.scrollTop = scroll.scrollHeight;
 }
 
 function drawNotice(job) {
-  const failure = notices.get(current.id), unanswered = current.messages.at(-1)?.role === "user";
+  const failure = notices.get(current.id), unanswered = isUnanswered(current), tooMuch = failure?.code === "too_long";
   const text = job ? "" : failure?.message ?? (unanswered ? "This message has no answer yet." : "");
   if ($("notice").dataset.text === text) return;
   $("notice").dataset.text = text;
   $("notice").className = failure && failure.code !== "stopped" ? "error" : "";
   $("notice").replaceChildren(...(text ? [element("span", {}, text)] : []));
-  if (text && unanswered) {
-    const again = element("button", { type: "button", className: "quiet" }, failure ? "Try again" : "Answer it");
-    again.addEventListener("click", () => ask(current, () => {}));
-    $("notice").append(again);
-  }
-}
-
-function drawSend(job) {
-  const label = job ? "Stop (Esc)" : "Send (Enter)";
-  send.disabled = !job && (!server.ready || !draft.value.trim());
-  if (send.title === label) return;
-  send.title = label;
-  send.setAttribute("aria-label", label);
-  send.replaceChildren(icon(job ? "stop" : "send"));
+  const add = (label, onclick) => $("notice").append(element("button", { type: "button", className: "quiet", onclick }, label));
+  if (tooMuch && current.messages.length) add("New chat with this message", () => begin(true));
+  else if (text && unanswered && !tooMuch) add(failure ? "Try again" : "Answer it", () => ask(current, () => {}));
 }
 
 function drawContext(job) {
@@ -210,12 +323,11 @@ function drawContext(job) {
   meter.lastChild.textContent = text;
 }
 
-function drawTheme(theme) {
-  const label = `Colours: ${{ auto: "as the system", light: "light", dark: "dark" }[theme]}`;
-  document.documentElement.dataset.theme = theme;
-  $("theme").title = label;
-  $("theme").setAttribute("aria-label", label);
-  $("theme").replaceChildren(icon(theme));
+function checkTools() {
+  const problem = problemOf(tools.value);
+  tools.setCustomValidity(problem);
+  $("tools-hint").textContent = problem ? `This cannot be used: ${problem}` : TOOLS_HINT;
+  $("tools-hint").classList.toggle("bad", Boolean(problem));
 }
 
 function closeSide() {
@@ -225,31 +337,16 @@ function closeSide() {
 
 // ---- keys, buttons, and the rest of the browser ---------------------------------------------------------------------
 
-$("composer").addEventListener("submit", (event) => {
-  event.preventDefault();
-  if (answers.job(current)) answers.stop(current);
-  else submit();
-});
-draft.addEventListener("keydown", (event) => {
-  if (isSend(event)) {
-    event.preventDefault();
-    if (!answers.job(current)) submit();
-  } else if (event.key === "ArrowUp" && !draft.value && !answers.job(current)) {
-    const last = current.messages.findLast(({ role }) => role === "user");
-    if (last) views.get(last).edit();
-    event.preventDefault();
-  }
-});
-draft.addEventListener("input", () => {
-  fitHeight(draft);
-  measureSoon();
-  plan();
-});
 system.addEventListener("input", () => {
   current.system = system.value;
   if (chats.has(current.id)) save(current);
   measureSoon();
   plan();
+});
+tools.addEventListener("input", () => {
+  current.tools = tools.value;
+  checkTools();
+  if (chats.has(current.id)) save(current);
 });
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.defaultPrevented || document.querySelector(":popover-open, dialog[open]")) return;
@@ -260,13 +357,7 @@ document.addEventListener("keydown", (event) => {
     answers.stop(current);
   }
 });
-$("new").addEventListener("click", () => {
-  // Opened at once, not at the event that a change of location.hash brings: what is typed next belongs to the new chat.
-  if (location.hash) history.pushState(null, "", location.pathname + location.search);
-  open();
-  closeSide();
-  draft.focus();
-});
+$("new").addEventListener("click", () => begin());
 $("menu").addEventListener("click", (event) => {
   event.stopPropagation();
   const isOpen = document.body.classList.toggle("side-open");
@@ -274,11 +365,6 @@ $("menu").addEventListener("click", (event) => {
   if (isOpen) $("new").focus();
 });
 document.querySelector("main").addEventListener("click", closeSide);
-$("theme").addEventListener("click", () => {
-  const theme = THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length];
-  lasting.setItem("edgemistral.theme", theme);
-  drawTheme(theme);
-});
 $("down").addEventListener("click", () => {
   follow = true;
   draw();
@@ -288,6 +374,7 @@ scroll.addEventListener("scroll", () => {
   follow = below < NEAR_END;
   $("down").hidden = follow;
 });
+watchDrops({ addFiles: (files) => composer.addFiles(files), importFiles: (files) => sidebar.import(files) });
 window.addEventListener("hashchange", open);
 window.addEventListener("pagehide", () => answers.saveAll(chats));
 window.addEventListener("storage", ({ key }) => {   // another tab's doing
@@ -301,7 +388,9 @@ window.addEventListener("storage", ({ key }) => {   // another tab's doing
 $("where").textContent = ["127.0.0.1", "localhost", "[::1]"].includes(location.hostname)
   ? "The model runs on this computer, and what you write stays here. Its answers can be wrong."
   : `The model runs on ${location.hostname}. Its answers can be wrong.`;
-drawTheme(document.documentElement.dataset.theme);
+watchColours();
+$("examples").append(...EXAMPLES.map((text) =>
+  element("button", { type: "button", className: "quiet", onclick: () => composer.fill(text) }, text)));
 loadChats();
-open();
+show(chats.get(location.hash.slice(1)) ?? current);
 server.watch();

@@ -1,13 +1,18 @@
 // The chats, kept in this browser: each under a key of its own, so that two tabs do not overwrite each other's.
 //
-//   chat     {id, title, system, updated: milliseconds, messages}      title: "" until one was given
-//   message  {role: "user" | "assistant", content, end?, tokens?, rate?}
-//            end: how an answer ended: "stop", "length", "context", "stopped", "broken", "withheld"; none while it comes
+//   chat     {id, title, system, tools?, updated: milliseconds, messages}   title: "" until one was given
+//            tools: JSON text, what the model may call; the person answers the calls
+//   message  {role: "user" | "assistant" | "tool", content, at?, end?, tokens?, rate?, tool_calls?, tool_call_id?,
+//             versions?, version?}
+//            at: when it was written, in milliseconds; tool_calls, tool_call_id: as in the OpenAI interface
+//            end: how an answer ended: "stop", "tool_calls", "length", "context", "stopped", "broken", "withheld"; none
+//            while it comes. versions: see versions.js
 
 import { lasting } from "./storage.js";
 
 const PREFIX = "edgemistral.chat.";
 const TITLE_LENGTH = 60;
+const ROLES = ["user", "assistant", "tool"];
 
 export const chats = new Map();   // by id
 
@@ -23,7 +28,7 @@ export function readChat(id) {
   try {
     const chat = JSON.parse(lasting.getItem(PREFIX + id));
     if (chat === null) chats.delete(id);
-    else if (isChat(chat)) chats.set(id, { ...chat, id, messages: chat.messages.filter(({ content }) => content) });
+    else if (isChat(chat)) chats.set(id, { ...chat, id, messages: chat.messages.filter(hasContent) });
   } catch {
     console.warn(`the chat ${id} in this browser's storage is damaged`);
   }
@@ -36,7 +41,7 @@ export function idOf(key) {
 
 export function newChat() {
   const id = crypto.getRandomValues(new Uint32Array(2)).join("");
-  return { id, title: "", system: "", updated: Date.now(), messages: [] };
+  return { id, title: "", system: "", tools: "", updated: Date.now(), messages: [] };
 }
 
 /** False if there is no room. */
@@ -55,9 +60,18 @@ export function removeChat(chat) {
   lasting.removeItem(PREFIX + chat.id);
 }
 
-/** The latest first. */
-export function sortedChats() {
-  return [...chats.values()].sort((a, b) => b.updated - a.updated);
+/** The latest first; of those with the words in title or text, if words are given. */
+export function sortedChats(words = "") {
+  const wanted = words.toLowerCase().split(/\s+/).filter(Boolean);
+  const found = [...chats.values()].filter((chat) => {
+    const text = wanted.length ? textOf(chat).toLowerCase() : "";
+    return wanted.every((word) => text.includes(word));
+  });
+  return found.sort((a, b) => b.updated - a.updated);
+}
+
+function textOf(chat) {
+  return [chat.title, chat.system, ...chat.messages.map(({ content }) => content)].join("\n");
 }
 
 export function titleOf(chat) {
@@ -65,20 +79,37 @@ export function titleOf(chat) {
   return line.length > TITLE_LENGTH ? `${line.slice(0, TITLE_LENGTH)}…` : line;
 }
 
+/** Whether there is anything to show. */
+export function hasContent({ role, content, tool_calls: calls }) {
+  return role === "tool" || Boolean(content) || Boolean(calls?.length);
+}
+
 /** What the model reads: the system text and the messages before `end`. */
 export function conversation(chat, end = chat.messages.length) {
-  const messages = chat.messages.slice(0, end).map(({ role, content }) => ({ role, content }));
+  const messages = chat.messages.slice(0, end).map(({ role, content, tool_calls: calls, tool_call_id: id }) =>
+    ({ role, content, ...(calls?.length && { tool_calls: calls }), ...(id && { tool_call_id: id }) }));
   return chat.system.trim() ? [{ role: "system", content: chat.system }, ...messages] : messages;
 }
 
-export function asMarkdown(chat) {
-  const names = { system: "System", user: "You", assistant: "Model" };
-  const parts = conversation(chat).map(({ role, content }) => `## ${names[role]}\n\n${content}\n`);
-  return [`# ${titleOf(chat)}\n`, ...parts].join("\n");
+/** The last of the user's messages, or undefined. */
+export function lastUserOf(chat) {
+  return chat.messages.findLast(({ role }) => role === "user");
 }
 
-function isChat(chat) {
+export function isChat(chat) {
   return typeof chat.title === "string" && typeof chat.system === "string" && typeof chat.updated === "number"
-    && Array.isArray(chat.messages) && chat.messages.every(
-      ({ role, content }) => ["user", "assistant"].includes(role) && typeof content === "string");
+    && ["string", "undefined"].includes(typeof chat.tools) && Array.isArray(chat.messages) && chat.messages.every(isMessage);
+}
+
+function isMessage({ role, content, tool_calls: calls, versions, version }) {
+  return ROLES.includes(role) && typeof content === "string" && (calls === undefined || areCalls(calls))
+    && (versions === undefined || (Array.isArray(versions) && Number.isInteger(version) && version >= 0
+      && version < versions.length && versions.every(
+        (one) => one === null || (typeof one.content === "string" && Array.isArray(one.after) && one.after.every(isMessage)))));
+}
+
+/** Whether these are tool calls in the OpenAI shape. */
+export function areCalls(calls) {
+  return Array.isArray(calls) && calls.every(({ id, function: called }) =>
+    typeof id === "string" && typeof called?.name === "string" && typeof called.arguments === "string");
 }

@@ -77,3 +77,23 @@ export function fitHeight(textarea) {
   textarea.style.height = "auto";
   textarea.style.height = `${textarea.scrollHeight + textarea.offsetHeight - textarea.clientHeight}px`;
 }
+
+/** Enter without Shift, and not the Enter that ends the writing of a Chinese or Japanese word. On a phone, whose keyboard
+ * has no Shift+Enter, Enter begins a line and a button sends. */
+export function isSend(event) {
+  if (event.key !== "Enter" || event.isComposing || event.keyCode === 229) return false;
+  return event.ctrlKey || event.metaKey || !(event.shiftKey || hasTouchKeyboard());
+}
+
+export function hasTouchKeyboard() {
+  return matchMedia("(hover: none) and (pointer: coarse)").matches;
+}
+
+/** A moment as a short text, with the whole date as its tooltip. */
+export function timeNode(milliseconds) {
+  const moment = new Date(milliseconds), now = new Date();
+  const year = moment.getFullYear() === now.getFullYear() ? {} : { year: "numeric" };
+  const date = moment.toDateString() === now.toDateString() ? {} : { day: "numeric", month: "short", ...year };
+  return element("time", { dateTime: moment.toISOString(), title: moment.toLocaleString() },
+    moment.toLocaleString([], { ...date, hour: "numeric", minute: "2-digit" }));
+}

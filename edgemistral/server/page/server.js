@@ -50,15 +50,16 @@ export async function countTokens(messages, signal) {
   return (await (await call("tokenize", { body: { messages }, signal })).json()).count;
 }
 
-/** The events of an answer: {waiting}, {progress: 0 to 1}, {text}, {finish} and at the end {usage, timings}. */
+/** The events of an answer: {waiting}, {progress: 0 to 1}, {text}, {calls: parts of tool calls}, {finish} and at the end
+ * {usage, timings}. */
 export async function* streamChat(body, signal) {
   const request = { ...body, stream: true, stream_options: { include_usage: true } };
   const response = await call("v1/chat/completions", { body: request, signal });
   for await (const line of linesOf(response.body, signal)) {
     if (line === "data: [DONE]") return;
-    if (line.startsWith(": prompt ")) {
-      const [done, total] = line.slice(9).split("/").map(Number);
-      yield { progress: done / total };
+    const progress = /^: ?prompt (\d+)\/(\d+)/.exec(line);
+    if (progress) {
+      yield { progress: Number(progress[1]) / Number(progress[2]) };
     } else if (line.startsWith(":")) {
       yield { waiting: true };
     } else if (line.startsWith("data: ")) {
@@ -67,6 +68,7 @@ export async function* streamChat(body, signal) {
       if (usage) yield { usage, timings };
       for (const { delta, finish_reason: finish } of choices) {
         if (delta.content) yield { text: delta.content };
+        if (delta.tool_calls?.length) yield { calls: delta.tool_calls };
         if (finish) yield { finish };
       }
     }

@@ -1,16 +1,20 @@
-// The list of chats, with the menu of each.
+// The list of chats by date, with the menu of each, the search, and the way in and out for files.
 
-import { asMarkdown, conversation, sortedChats, titleOf } from "./chats.js";
-import { element, iconButton } from "./dom.js";
+import { chats as kept, sortedChats, titleOf } from "./chats.js";
+import { element, iconButton, toast } from "./dom.js";
+import { exportAll, exportJson, exportMarkdown, readChats } from "./transfer.js";
+
+const DAY = 24 * 3600 * 1000;   // ms
 
 export class Sidebar {
   #list = document.getElementById("chats");
   #menu = document.getElementById("chat-menu");
   #dialog = document.getElementById("rename");
+  #find = document.getElementById("find");
   #chat = null;   // whose menu is open
   #shown = "";
 
-  /** actions: renamed(chat), remove(chat). */
+  /** actions: renamed(chat), remove(chat), imported(chats), changed(): there is more to show. */
   constructor(actions) {
     this.actions = actions;
     this.#menu.addEventListener("click", ({ target }) => this.#choose(target.dataset.action));
@@ -20,22 +24,52 @@ export class Sidebar {
       this.#chat.title = document.getElementById("new-title").value.trim();
       actions.renamed(this.#chat);
     });
+    this.#find.addEventListener("input", () => actions.changed());
+    const picker = document.getElementById("pick-chats");
+    document.getElementById("import").addEventListener("click", () => picker.click());
+    document.getElementById("export").addEventListener("click", () => exportAll());
+    picker.addEventListener("change", () => {
+      this.import([...picker.files]);
+      picker.value = "";
+    });
+  }
+
+  /** Take over the chats of files; says what came of it. */
+  async import(files) {
+    const found = [], problems = [];
+    for (const file of files) {
+      try {
+        found.push(...await readChats(file));
+      } catch (error) {
+        problems.push(error.message);
+      }
+    }
+    if (found.length) this.actions.imported(found);
+    const done = found.length === 1 ? "Imported a chat." : `Imported ${found.length} chats.`;
+    toast([...problems, ...(found.length ? [done] : [])].join(" "));
   }
 
   /** current: the chat on the page; busy(chat): whether an answer to it is under way. */
   update(current, busy) {
-    const chats = sortedChats();
-    const shown = JSON.stringify([current.id, chats.map((chat) => [chat.id, titleOf(chat), busy(chat)])]);
+    const chats = sortedChats(this.#find.value);
+    const parts = chats.map((chat) => [chat.id, titleOf(chat), dayOf(chat), busy(chat)]);
+    const shown = JSON.stringify([this.#find.value, current.id, parts]);
     if (shown === this.#shown) return;
     this.#shown = shown;
     const focused = this.#list.contains(document.activeElement) ? document.activeElement.dataset.id : null;
-    this.#list.replaceChildren(...chats.map((chat) => this.#row(chat, chat.id === current.id, busy(chat))));
+    const rows = chats.flatMap((chat, i) => [
+      ...(i && dayOf(chats[i - 1]) === dayOf(chat) ? [] : [element("li", { className: "day" }, dayOf(chat))]),
+      this.#row(chat, chat.id === current.id, busy(chat)),
+    ]);
+    if (!rows.length && this.#find.value.trim()) rows.push(element("li", { className: "day" }, "Nothing found"));
+    this.#list.replaceChildren(...rows);
+    document.getElementById("export").disabled = !kept.size;
     if (focused) this.#list.querySelector(`[data-id="${CSS.escape(focused)}"]`)?.focus();
   }
 
   #row(chat, current, busy) {
     const title = titleOf(chat);
-    const link = element("a", { href: `#${chat.id}`, title }, title);
+    const link = element("a", { href: `#${chat.id}`, title: `${title}\n${new Date(chat.updated).toLocaleString()}` }, title);
     link.dataset.id = chat.id;
     if (current) link.setAttribute("aria-current", "page");
     if (busy) link.append(element("span", { className: "pulse", "aria-label": "is being answered" }));
@@ -64,19 +98,18 @@ export class Sidebar {
     } else if (action === "remove") {
       this.actions.remove(chat);
     } else if (action === "markdown") {
-      download(`${fileName(chat)}.md`, "text/markdown", asMarkdown(chat));
+      exportMarkdown(chat);
     } else {
-      download(`${fileName(chat)}.json`, "application/json", JSON.stringify({ messages: conversation(chat) }, null, 2));
+      exportJson(chat);
     }
   }
 }
 
-function fileName(chat) {
-  return titleOf(chat).replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "") || "chat";
-}
-
-function download(name, type, text) {
-  const url = URL.createObjectURL(new Blob([text], { type }));
-  element("a", { href: url, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+/** Under which date a chat stands in the list. */
+function dayOf({ updated }) {
+  const now = new Date(), midnight = new Date(now.getFullYear(), now.getMonth(), now.getDate()).getTime();
+  if (updated >= midnight) return "Today";
+  if (updated >= midnight - DAY) return "Yesterday";
+  if (updated >= midnight - 7 * DAY) return "The last 7 days";
+  return new Date(updated).toLocaleDateString([], { month: "long", year: "numeric" });
 }

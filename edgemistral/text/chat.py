@@ -1,0 +1,278 @@
+"""Chat templates: a conversation becomes the token ids after which the model answers.
+
+Mistral's own templates are built in, because the ids of mistral-common are the contract. Two exist, and the tokenizer model
+itself says which one its weights were trained on:
+
+    v1      32000 pieces, Mistral-7B-Instruct v0.1 and v0.2: [INST] and [/INST] are ordinary text
+            <s> {[INST] user [/INST]} {assistant} </s> {[INST] user [/INST]} ...     each {} encoded on its own
+            a system text and a blank line stand before the first user text
+    v2, v3  32768 pieces, v0.3: [INST] and [/INST] are control ids
+            <s> [INST] {user} [/INST] {assistant} </s> [INST] {user} [/INST] ...
+            a system text and a blank line stand before the last user text; assistant texts lose their trailing spaces
+
+Any other checkpoint brings its own, a Jinja template. It is rendered as transformers renders it, in jinja2's immutable sandbox.
+What users write never becomes a control token there either: before rendering, the text of every control token in a message is
+replaced by a private-use character that occurs nowhere, and given back when the text has been cut at the template's own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import traceback
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from edgemistral.errors import BadInput, BadRequest
+from edgemistral.text.tokenizer import Messages, Tokenizer, check_text
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+    from edgemistral.text.sentencepiece import SentencePieceTokenizer
+
+Tools = Sequence[Mapping[str, Any]]
+BLANK_LINE = "\n\n"
+ROLES = ("system", "user", "assistant", "developer", "tool", "function")
+PRIVATE_USE = range(0xE000, 0xF900)
+FILENAME = "<chat template>"
+
+
+class ChatTemplate(Protocol):
+    """How a model's conversations are spelled."""
+
+    name: str            # for people
+    takes_tools: bool    # whether `tools` and tool turns have a place in it
+    text: str | None     # the Jinja template, None for one that is built in
+
+    def encode(self, tokenizer: Any, messages: Messages, tools: Tools | None = None) -> list[int]:
+        """See `Tokenizer.encode_chat`."""
+
+
+class MistralTemplate:
+    """Mistral's own, of the version that the tokenizer says."""
+
+    name, takes_tools = "Mistral's own", False
+    text: str | None = None
+
+    def encode(self, tokenizer: SentencePieceTokenizer, messages: Messages, tools: Tools | None = None) -> list[int]:
+        """As in mistral-common: consecutive messages of one role become one, with a blank line between the texts that are not
+        empty, and an empty user turn stands before a conversation that has only a system text or that the assistant opens.
+        A system text that comes later stands where it is, in the user's turn.
+
+        An assistant message at the end gets no </s>: the model goes on writing it (its `prefix`). An empty one earlier
+        gives just </s>, which is what a model that answered nothing has written.
+        """
+        if tools:
+            raise BadRequest("tools are given, but this model's chat template has no place for them", "tools")
+        system, turns = chat_turns(messages)
+        last_user = max(i for i, (role, _) in enumerate(turns) if role == "user")
+        system_at = last_user if tokenizer.inst_ids else 0
+        ids = [tokenizer.bos_id or 0]
+        for i, (role, text) in enumerate(turns):
+            if role == "user":
+                ids += self._user_turn(tokenizer, system + BLANK_LINE + text if system and i == system_at else text)
+            else:
+                ids += tokenizer.encode(text.rstrip(" ") if tokenizer.inst_ids else text)
+                if i + 1 < len(turns):
+                    ids.append(tokenizer.eos_id)
+        return ids
+
+    @staticmethod
+    def _user_turn(tokenizer: SentencePieceTokenizer, text: str) -> list[int]:
+        if tokenizer.inst_ids is None:
+            return tokenizer.encode(f"[INST] {text} [/INST]")
+        begin, end = tokenizer.inst_ids
+        return [begin, *tokenizer.encode(text), end]
+
+
+class JinjaTemplate:
+    """A checkpoint's own template. BadInput, naming the line: it is no template."""
+
+    name = "the checkpoint's own"
+
+    def __init__(self, text: str, special: Mapping[str, str] | None = None, tool_text: str | None = None) -> None:
+        """special: what the template may name, such as bos_token. tool_text: the template for chats with tools, if another."""
+        self.text: str | None = text
+        self._source, self._special = text, dict(special or {})
+        self._with_tools = JinjaTemplate(tool_text, special) if tool_text is not None else None
+        self.takes_tools = self._with_tools is not None or re.search(r"\btools\b", text) is not None
+        self._template  # noqa: B018   # a mistake in it is found now
+
+    @cached_property
+    def _template(self) -> Template:
+        from jinja2 import TemplateSyntaxError
+
+        try:
+            template: Template = _environment().from_string(self._source)
+            return template
+        except TemplateSyntaxError as error:
+            raise BadInput(f"line {error.lineno} of the chat template: {error.message}") from None
+
+    def encode(self, tokenizer: Tokenizer, messages: Messages, tools: Tools | None = None) -> list[int]:
+        """As transformers' apply_chat_template: what the template makes of it, with the prompt for an answer behind."""
+        if tools and self._with_tools is not None:
+            return self._with_tools.encode(tokenizer, messages, tools)
+        if tools and not self.takes_tools:
+            raise BadRequest("tools are given, but this model's chat template has no place for them", "tools")
+        checked = [_checked_message(message, i) for i, message in enumerate(_checked_list(messages))]
+        if len(checked) > 1 and checked[-1]["role"] == "assistant" and not checked[-1].get("content") \
+                and not checked[-1].get("tool_calls"):
+            checked.pop()                              # nothing to go on with: an answer of its own
+        everything = json.dumps([checked, list(tools or [])], ensure_ascii=False, default=str) + self._source
+        free = (chr(code) for code in PRIVATE_USE if chr(code) not in everything)
+        hidden = {text: next(free) for text in tokenizer.control.values() if text and text in everything.replace("\\", "")}
+        continued = checked[-1]["role"] == "assistant" and bool(checked[-1].get("content"))
+        end = next(free)
+        shown = _replaced(checked, hidden)
+        if continued:
+            shown[-1]["content"] += end
+        text = self.render(shown, _replaced(list(tools), hidden) if tools else None, not continued)
+        if continued:
+            text = text.partition(end)[0]
+        return tokenizer.encode_markup(text, {stand_in: meant for meant, stand_in in hidden.items()})
+
+    def render(self, messages: Messages, tools: Tools | None = None, add_generation_prompt: bool = True) -> str:
+        """The text of a conversation. BadRequest: the template refuses it, or fails."""
+        from jinja2 import TemplateError
+
+        try:
+            return self._template.render(
+                messages=list(messages), tools=tools, documents=None, add_generation_prompt=add_generation_prompt,
+                **self._special,
+            )
+        except _Raised as error:
+            raise BadRequest(f"the model's chat template refuses this conversation: {error}", "messages") from None
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError,
+                RecursionError) as error:
+            line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == FILENAME), None)
+            where, why = f" in line {line}" if line else "", " ".join(str(error).split())[:200]
+            raise BadRequest(f"the model's chat template fails{where}: {why}", "messages") from None
+
+
+class _Raised(Exception):
+    """What a template raises."""
+
+
+def _environment() -> Any:
+    """The names and settings that transformers gives a template."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %} marks what the assistant writes, for training: the text as it is."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    class Environment(ImmutableSandboxedEnvironment):
+        def from_string(self, source: Any, *arguments: Any, **more: Any) -> Template:
+            return self.template_class.from_code(self, self.compile(source, filename=FILENAME), self.make_globals(None), None)
+
+    def refuse(message: str) -> None:
+        raise _Raised(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def is_mistrals_own(text: str, special: Mapping[str, str]) -> bool:
+    """Whether a Jinja template is Mistral's in some spelling: the shape of what it renders says so, spaces aside."""
+    turns = [("user", "u1"), ("assistant", "a1"), ("user", "u2")]
+    bos, eos = special.get("bos_token", ""), special.get("eos_token", "")
+    try:
+        rendered = JinjaTemplate(text, special).render([{"role": role, "content": content} for role, content in turns])
+    except BadInput:
+        return False
+    return "".join(rendered.split()) == f"{bos}[INST]u1[/INST]a1{eos}[INST]u2[/INST]"
+
+
+def end_of_turn(text: str, special: Mapping[str, str], control: Mapping[str, int]) -> int | None:
+    """The control id with which a template ends the assistant's turn, if there is one."""
+    marked = "\ue000"
+    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": marked}, {"role": "user", "content": "u"}]
+    try:
+        after = JinjaTemplate(text, special).render(messages).partition(marked)[2].lstrip()
+    except BadInput:
+        return None
+    return max(((len(known), token_id) for known, token_id in control.items() if after.startswith(known)), default=(0, None))[1]
+
+
+def chat_turns(messages: Messages) -> tuple[str, list[tuple[str, str]]]:
+    """Messages -> the system text and turns (role, text) that alternate and begin with the user.
+
+    Raises BadRequest, whose `field` says for example `messages[2].role`.
+    """
+    merged: list[tuple[str, list[str]]] = []
+    for i, message in enumerate(_checked_list(messages)):
+        checked = _checked_message(message, i)
+        role, content = checked["role"], checked["content"]
+        if checked.get("tool_calls") or role in ("tool", "function"):
+            at = f"messages[{i}].{'tool_calls' if checked.get('tool_calls') else 'role'}"
+            raise BadRequest(f"{at} belongs to a tool call, and this model's chat template has no place for tools", at)
+        if role == "system" and merged and merged[-1][0] != "system":
+            role = "user"          # where it stands, not moved to the beginning
+        if not merged or merged[-1][0] != role:
+            merged.append((role, []))
+        if content:
+            merged[-1][1].append(content)
+    turns = [(role, BLANK_LINE.join(texts)) for role, texts in merged]
+    if len(turns) == 1 and turns[0][0] == "assistant":
+        raise BadRequest("messages[0].role is 'assistant': a conversation needs a user message", "messages[0].role")
+    system = turns.pop(0)[1] if turns[0][0] == "system" else ""
+    if not turns or turns[0][0] != "user":
+        turns.insert(0, ("user", ""))
+    if len(turns) > 1 and turns[-1] == ("assistant", ""):
+        turns.pop()                # nothing to go on with: an answer of its own
+    return system, turns
+
+
+def _checked_list(messages: Any) -> Sequence[Any]:
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise BadRequest(f"messages must be a list of messages, not {type(messages).__name__}", "messages")
+    if not messages:
+        raise BadRequest("messages is empty: a conversation needs a message", "messages")
+    return messages
+
+
+def _checked_message(message: Any, i: int) -> dict[str, Any]:
+    """A message with its role in our words, and its content a str."""
+    field = f"messages[{i}]"
+    if not isinstance(message, Mapping):
+        raise BadRequest(f"{field} must be an object with role and content, not {type(message).__name__}", field)
+    if "role" not in message:
+        raise BadRequest(f"{field}.role is missing", f"{field}.role")
+    role, content = message["role"], message.get("content")
+    if role not in ROLES:
+        raise BadRequest(f"{field}.role is {role!r:.40}: must be {', '.join(ROLES[:-1])} or {ROLES[-1]}", f"{field}.role")
+    if content is None and (role == "assistant" or message.get("tool_calls")):
+        content = ""
+    elif "content" not in message:
+        raise BadRequest(f"{field}.content is missing", f"{field}.content")
+    return {**message, "role": "system" if role == "developer" else role, "content": check_text(content, f"{field}.content")}
+
+
+def _replaced(value: Any, replacements: Mapping[str, str]) -> Any:
+    """A copy of JSON-like data with texts replaced everywhere in it."""
+    if isinstance(value, str):
+        for text in sorted(replacements, key=len, reverse=True):
+            value = value.replace(text, replacements[text])
+        return value
+    if isinstance(value, Mapping):
+        return {_replaced(key, replacements): _replaced(item, replacements) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_replaced(item, replacements) for item in value]
+    return value
