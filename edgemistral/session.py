@@ -74,19 +74,20 @@ class Session:
         return self.sequence.length
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         return [dict(message) for message in self._messages]
 
     @messages.setter
     def messages(self, messages: Iterable[Mapping[str, Any]]) -> None:
-        self._messages = [{"role": message["role"], "content": message["content"]} for message in messages]
+        self._messages = [dict(message) for message in messages]
         self.save()
 
     def save(self) -> None:
         """Put everything so far on the disk. `chat` does so at the end of each answer. Raises EdgeMistralError if it cannot."""
         written = {
             str(n): list(ids) for n, message in enumerate(self._messages)
-            if message["role"] == "assistant" and (ids := self._written.get(message["content"])) is not None
+            if message["role"] == "assistant" and isinstance(text := message.get("content"), str)
+            and (ids := self._written.get(text)) is not None
         }
         self._engine.save(self.sequence, json.dumps({"messages": self._messages, "written": written}))
 
@@ -107,13 +108,13 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, notes: str) -> list[dict[str, str]]:
+    def _read(self, notes: str) -> list[dict[str, Any]]:
         """The messages in a file's notes; what spells answers otherwise than the tokenizer is remembered."""
         if not notes:
             return []
         fields = strict_json.parse(notes, f"{self.path}: notes", BadSession)
         try:
-            messages = [{"role": str(one["role"]), "content": str(one["content"])} for one in fields["messages"]]
+            messages = [dict(one) for one in fields["messages"] if isinstance(one["role"], str)]
             for n, ids in fields["written"].items():
                 self._written.remember(messages[int(n)]["content"], [int(token) for token in ids])
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
@@ -123,11 +124,10 @@ class Session:
 
 def binding_of(blob: Blob, kv_bits: int) -> dict[str, Any]:
     """What decides the bits of the KV cache: the session of one model is never taken for that of another."""
-    template = blob.metadata.get("chat_template", "")        # without one, the tokenizer decides
     return {
         "blob": blob.metadata[SEAL],
         "tokenizer": blob.metadata["sha256:tokenizer"],
-        "template": hashlib.sha256(template.encode()).hexdigest(),
+        "template": hashlib.sha256(blob.metadata.get("text", "").encode()).hexdigest(),
         "kv_bits": kv_bits,
         "kv_version": KV_VERSION,
         "n_layers": blob.config.n_layers,
