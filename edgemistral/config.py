@@ -1,4 +1,4 @@
-"""ModelConfig: every hyperparameter of a Mistral-family model, validated, with no hidden defaults.
+"""ModelConfig: every hyperparameter of a Mistral-family or Llama-family model, validated, with no hidden defaults.
 
 Foreign names are translated here, once: `from_hf` reads a Hugging Face config.json, `from_mistral` a params.json,
 `from_dict` our own blob. Everything behind this file uses the names of the fields below.
@@ -12,12 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgemistral.errors import BadConfig
 
 MAX_DIMENSION = 1 << 20   # of any size in a config: keeps every product of two of them far inside int64
 MAX_CONTEXT = 1 << 24
 
-HF_ARCHITECTURE = ["MistralForCausalLM"]
+HF_ARCHITECTURES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}   # by model_type
+LLAMA_ROPE_THETA = 10000.0   # of the first Llamas, whose config.json does not have the field
 HF_NAMES = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads", "hidden_dim": "intermediate_size", "vocab_size": "vocab_size",
@@ -27,6 +31,10 @@ HF_NAMES = {
 MISTRAL_NAMES = {   # params.json and we use the same words
     "dim": "dim", "n_layers": "n_layers", "n_heads": "n_heads", "n_kv_heads": "n_kv_heads", "head_dim": "head_dim",
     "hidden_dim": "hidden_dim", "vocab_size": "vocab_size", "norm_eps": "norm_eps", "rope_theta": "rope_theta",
+}
+ROPE_SCALINGS = {   # by rope_type: the parameters that each needs
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 MISTRAL_CONTEXT = 32768   # tokens, where params.json does not say
 
@@ -48,6 +56,7 @@ class ModelConfig:
     sliding_window: int | None   # attend to the last so many positions, or to all of them
     bos_id: int
     eos_id: int
+    rope_factors: tuple[float, ...] | None = None   # head_dim / 2 divisors of the rotary frequencies; None: all 1
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -58,6 +67,8 @@ class ModelConfig:
                     object.__setattr__(self, name, float(value))
             elif name == "sliding_window" and value is None:
                 ok = True
+            elif name == "rope_factors":
+                ok = value is None or self._take_rope_factors(value)
             else:
                 low = 0 if name in ("bos_id", "eos_id") else 1
                 high = MAX_CONTEXT if name in ("context", "sliding_window") else MAX_DIMENSION
@@ -73,6 +84,15 @@ class ModelConfig:
         for name in ("bos_id", "eos_id"):
             if getattr(self, name) >= self.vocab_size:
                 raise BadConfig(f"{name} ({getattr(self, name)}) is outside the vocabulary of {self.vocab_size}")
+
+    def _take_rope_factors(self, values: Any) -> bool:
+        """Store `values` as a tuple of floats, if they are one positive number for each rotary pair."""
+        if not isinstance(values, list | tuple) or type(self.head_dim) is not int or len(values) != self.head_dim // 2:
+            return False
+        if not all(type(value) in (int, float) and math.isfinite(value) and value > 0 for value in values):
+            return False
+        object.__setattr__(self, "rope_factors", tuple(map(float, values)))
+        return True
 
     @property
     def q_dim(self) -> int:
@@ -95,11 +115,12 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of `to_dict`; a missing or unknown field is a BadConfig."""
+        """The inverse of `to_dict`; an unknown field, or a missing one without a default, is a BadConfig."""
         names = {field.name for field in dataclasses.fields(cls)}
+        required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
         if not isinstance(fields, Mapping):
             raise BadConfig("the config is not a JSON object")
-        if missing := sorted(names - set(fields)):
+        if missing := sorted(required - set(fields)):
             raise BadConfig(f"the config lacks {', '.join(missing)}")
         if unknown := sorted(set(fields) - names):
             raise BadConfig(f"the config has unknown fields: {', '.join(unknown)}")
@@ -109,25 +130,30 @@ class ModelConfig:
     def from_hf(cls, fields: Mapping[str, Any]) -> ModelConfig:
         """From the content of a Hugging Face config.json, of transformers 4 or 5.
 
-        BadConfig: a field is missing, or names what no kernel here computes (another architecture, scaled rotary
-        positions, an already quantized checkpoint).
+        BadConfig: a field is missing, or names what no kernel here computes (another architecture, biases, rotary
+        positions scaled by YaRN, an already quantized checkpoint).
         """
-        if fields.get("model_type") != "mistral" or (fields.get("architectures") or HF_ARCHITECTURE) != HF_ARCHITECTURE:
-            found = f"{fields.get('model_type')!r}, architectures {fields.get('architectures')!r}"
-            raise BadConfig(f"model_type is {found[:160]}; supported is 'mistral', {HF_ARCHITECTURE}")
+        is_llama = _hf_architecture(fields) == "llama"
         _refuse_unless(fields, "hidden_act", "silu")
         _refuse_unless(fields, "quantization_config", None)
+        for name in ("attention_bias", "mlp_bias"):
+            if fields.get(name):
+                raise BadConfig(f"{name} is {str(fields[name])[:80]}; supported are models without biases")
+        if is_llama and fields.get("num_key_value_heads") is None:   # as in the first Llamas: one for each query head
+            fields = {**fields, "num_key_value_heads": fields.get("num_attention_heads")}
         ours = _translate(fields, HF_NAMES)
         head_dim = fields.get("head_dim")
         if head_dim is None:
             if not _divides(ours["n_heads"], ours["dim"]):
                 raise BadConfig("head_dim is missing and hidden_size is no multiple of num_attention_heads")
             head_dim = ours["dim"] // ours["n_heads"]
+        rope_theta, scaling = _hf_rope(fields, LLAMA_ROPE_THETA if is_llama else None)
         return cls(
             **ours,
             head_dim=head_dim,
-            rope_theta=_hf_rope_theta(fields),
-            sliding_window=fields.get("sliding_window"),
+            rope_theta=rope_theta,
+            rope_factors=None if scaling is None else rope_factors(scaling, rope_theta, head_dim),
+            sliding_window=None if is_llama else fields.get("sliding_window"),   # transformers' Llama has none
         )
 
     @classmethod
@@ -137,7 +163,8 @@ class ModelConfig:
         The context is `max_seq_len` or `max_position_embeddings`; most files state neither, and then it is the 32768
         that all Mistral 7B models share. BadConfig: as in `from_hf`.
         """
-        for name in ("moe", "lora", "quantization", "yarn", "llama_4_scaling", "multimodal", "vision_encoder"):
+        # "lora" is how the model was trained: where its tensors are still apart, their names are refused.
+        for name in ("moe", "quantization", "yarn", "llama_4_scaling", "multimodal", "vision_encoder"):
             if fields.get(name):
                 raise BadConfig(f"{name} is set; supported is the plain Mistral architecture")
         _refuse_unless(fields, "model_type", "transformer")
@@ -169,20 +196,73 @@ def _divides(divisor: Any, number: Any) -> bool:
     return isinstance(divisor, int) and isinstance(number, int) and divisor > 0 and number % divisor == 0
 
 
-def _hf_rope_theta(fields: Mapping[str, Any]) -> Any:
-    """transformers 4 has it at the top level, with `rope_scaling` beside; 5 has all of it under `rope_parameters`."""
+def _hf_architecture(fields: Mapping[str, Any]) -> str:
+    """The model_type, if it is one that the kernels compute."""
+    kind, names = fields.get("model_type"), fields.get("architectures")
+    if not isinstance(kind, str) or kind not in HF_ARCHITECTURES or (names and names != [HF_ARCHITECTURES[kind]]):
+        supported = " and ".join(f"{kind!r}, [{name!r}]" for kind, name in HF_ARCHITECTURES.items())
+        raise BadConfig(f"model_type is {f'{kind!r}, architectures {names!r}'[:160]}; supported are {supported}")
+    return kind
+
+
+def _hf_rope(fields: Mapping[str, Any], default_theta: float | None) -> tuple[Any, Mapping[str, Any] | None]:
+    """rope_theta and the description of its scaling, if there is one.
+
+    transformers 4 has theta at the top level, with `rope_scaling` beside it; 5 has all of it under `rope_parameters`.
+    """
+    _refuse_unless(fields, "partial_rotary_factor", 1.0)
     found = [fields["rope_theta"]] if fields.get("rope_theta") is not None else []
+    scalings: list[Mapping[str, Any]] = []
     for name in ("rope_scaling", "rope_parameters"):
         rope = fields.get(name)
         if rope is None:
             continue
-        if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise BadConfig(f"{name} is {str(rope)[:120]}; supported are unscaled rotary positions")
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else None
+        if kind not in ("default", *ROPE_SCALINGS):
+            supported = ", ".join(ROPE_SCALINGS)
+            raise BadConfig(f"{name} is {str(rope)[:120]}; supported are unscaled rotary positions and {supported}")
         _refuse_unless(rope, "partial_rotary_factor", 1.0)
         if rope.get("rope_theta") is not None:
             found.append(rope["rope_theta"])
+        if kind != "default":
+            scalings.append({"type": kind, **{part: rope.get(part) for part in ROPE_SCALINGS[kind]}})
     if not found:
-        raise BadConfig("rope_theta is missing")
+        if default_theta is None:
+            raise BadConfig("rope_theta is missing")
+        found.append(default_theta)
     if any(value != found[0] for value in found):
         raise BadConfig(f"rope_theta is given twice, as {' and '.join(map(str, found))}")
-    return found[0]
+    if any(scaling != scalings[0] for scaling in scalings):
+        raise BadConfig("rope_scaling and rope_parameters contradict each other")
+    return found[0], scalings[0] if scalings else None
+
+
+def rope_factors(scaling: Mapping[str, Any], theta: Any, head_dim: Any) -> tuple[float, ...] | None:
+    """What each rotary frequency is divided by, (head_dim / 2,), for a scaling of one of the ROPE_SCALINGS.
+
+    None where theta or head_dim are no numbers that a model can have: ModelConfig says so. BadConfig: a parameter of
+    the scaling is missing or out of range. Source: transformers' modeling_rope_utils.py.
+    """
+    kind = scaling["type"]
+    for name in ROPE_SCALINGS[kind]:
+        value: Any = scaling.get(name)
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+            raise BadConfig(f"the rotary scaling {kind!r} has {name} {str(value)[:80]!r}; it must be a positive number")
+    if type(theta) not in (int, float) or not theta > 0 or type(head_dim) is not int or not 0 < head_dim <= 512:
+        return None
+    factor = float(scaling["factor"])
+    if kind == "linear":
+        return (factor,) * (head_dim // 2)
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    if low >= high:
+        raise BadConfig(f"the rotary scaling 'llama3' has low_freq_factor {low}, not below high_freq_factor {high}")
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)   # in the original context
+    smooth = np.clip((turns - low) / (high - low), 0, 1)   # 0: slow pairs, divided by factor; 1: fast ones, kept
+    return tuple(map(float, 1 / ((1 - smooth) / factor + smooth)))
+
+
+def rope_frequencies(config: ModelConfig) -> NDArray[np.float64]:
+    """Radians by which each rotary pair (i, i + head_dim / 2) turns from one position to the next: (head_dim / 2,)."""
+    frequencies: NDArray[np.float64] = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    return frequencies if config.rope_factors is None else frequencies / np.array(config.rope_factors)

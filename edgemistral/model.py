@@ -178,13 +178,14 @@ class Model:
         def answered(reply: Reply) -> None:
             if not continued:
                 self._written.remember(reply.text, reply.ids_of_text)
-            if session is not None:
+            if session is not None and session.is_open:
                 text = messages[-1]["content"] + reply.text if continued else reply.text
                 said = messages[:-1] if continued else messages
                 session.messages = [*map(dict, said), {"role": "assistant", "content": text}]
 
         generation = self.generate(ids, max_new_tokens, progress=progress, cancel=cancel, session=session, **sampling)
-        return Reply(generation, self._decoder(ids if continued else []), stops, dropped, answered)
+        generation.usage.dropped_messages = dropped
+        return Reply(generation, self._decoder(ids if continued else []), stops, answered)
 
     def complete(
         self,
@@ -240,15 +241,15 @@ class Reply(Iterator[str]):
     text: all pieces so far. usage: counts and times so far. finish_reason: None until the end, then "stop" (</s> or a
     stop string), "length" (max_new_tokens) or "context" (it is full). token_ids: of the tokens so far, and starts:
     where the text of each begins; a token that begins at or after the end of `text` is still held back, or at the end
-    was cut off by a stop string. dropped: numbers of the messages that were left out because the conversation was too long.
+    was cut off by a stop string.
     """
 
     def __init__(
-        self, generation: Generation, decoder: StreamDecoder, stops: StopStrings, dropped: tuple[int, ...] = (),
+        self, generation: Generation, decoder: StreamDecoder, stops: StopStrings,
         on_end: Callable[[Reply], object] | None = None,
     ) -> None:
         """on_end: called once, when no more text comes."""
-        self.dropped, self._on_end = dropped, on_end
+        self._on_end = on_end
         self.text = ""
         self.token_ids: list[int] = []
         self.starts: list[int] = []
@@ -264,6 +265,11 @@ class Reply(Iterator[str]):
     @property
     def usage(self) -> Usage:
         return self._generation.usage
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Numbers of the messages that were left out because the conversation was too long."""
+        return self.usage.dropped_messages
 
     @property
     def ended(self) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 
-from edgemistral.config import ModelConfig
+from edgemistral.config import ModelConfig, rope_frequencies
 from edgemistral.errors import BadConfig
 
 # The config.json of Mistral-7B-Instruct-v0.2.
@@ -55,6 +57,91 @@ def test_head_dim_is_taken_or_derived() -> None:
     assert ModelConfig.from_hf({**HF_V2, "head_dim": None}).head_dim == 128
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# Llama-3.1-8B-Instruct's config.json in what matters.
+LLAMA = {
+    **HF_V2, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False,
+    "pretraining_tp": 1, "rope_theta": 500000.0, "rope_scaling": LLAMA3,
+}
+
+
+def test_a_llama_without_scaling_is_a_mistral() -> None:
+    fields = {**LLAMA, "rope_theta": 1e6, "rope_scaling": None}
+    assert ModelConfig.from_hf(fields) == V2
+    assert ModelConfig.from_hf({**fields, "sliding_window": 4096}) == V2   # which transformers' Llama does not have either
+
+
+def test_the_first_llamas_leave_out_theta_and_key_value_heads() -> None:
+    missing = {"rope_theta": None, "num_key_value_heads": None, "rope_scaling": None}
+    config = ModelConfig.from_hf({**LLAMA, **missing})
+    assert (config.rope_theta, config.n_kv_heads) == (10000.0, 32)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None, LLAMA3, {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 4096},
+        {"rope_type": "linear", "factor": 2.5}, {"type": "linear", "factor": 4},
+    ],
+)
+@pytest.mark.parametrize("of_transformers_5", [False, True])
+def test_rotary_frequencies_are_those_of_transformers(scaling: dict[str, Any] | None, of_transformers_5: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    fields = {**LLAMA, "rope_scaling": scaling}
+    if of_transformers_5:
+        del fields["rope_theta"], fields["rope_scaling"]
+        fields["rope_parameters"] = {"rope_theta": 500000.0, **(scaling or {"rope_type": "default"})}
+    theirs = transformers.LlamaConfig(**{**LLAMA, "rope_scaling": scaling})
+    ours = ModelConfig.from_hf(fields)
+    if scaling is None:
+        wanted = 500000.0 ** (-np.arange(0, 128, 2) / 128)
+        assert ours.rope_factors is None
+    else:
+        kind = scaling.get("rope_type", scaling.get("type"))
+        wanted = rope_utils.ROPE_INIT_FUNCTIONS[kind](theirs, "cpu")[0].numpy()
+    np.testing.assert_allclose(rope_frequencies(ours), wanted, rtol=1e-6)
+    assert ModelConfig.from_dict(json.loads(json.dumps(ours.to_dict()))) == ours
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias is True; supported are models without biases"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures.*LlamaForSequenceClassification"),
+        ({"architectures": ["MistralForCausalLM"]}, "model_type is 'llama', architectures"),
+        ({"model_type": ["llama"]}, "model_type is"),
+        ({"rope_scaling": {**LLAMA3, "factor": None}}, "'llama3' has factor 'None'"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor 4.0, not below"),
+        ({"rope_scaling": {"type": "linear", "factor": -1}}, "'linear' has factor '-1'"),
+        ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "'linear' has factor 'None'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "supported are unscaled rotary positions and linear"),
+        ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "rope_scaling is"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "contradict"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ],
+)
+def test_llama_configs_that_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadConfig, match=message):
+        ModelConfig.from_hf({**LLAMA, **change})
+
+
+def test_blobs_made_before_rotary_scaling_are_read() -> None:
+    fields = V2.to_dict()
+    del fields["rope_factors"]
+    assert ModelConfig.from_dict(fields) == V2
+
+
+@pytest.mark.parametrize("factors", [[1.0] * 63, [0.0] * 64, ["1"] * 64, 1.0, [float("inf")] * 64])
+def test_rotary_factors_that_are_refused(factors: object) -> None:
+    with pytest.raises(BadConfig, match="rope_factors is"):
+        ModelConfig.from_dict({**V2.to_dict(), "rope_factors": factors})
+
+
 @pytest.mark.parametrize("window", [4096, "4096"])
 def test_sliding_window_of_params_json_may_be_a_string(window: object) -> None:
     assert ModelConfig.from_mistral({**MISTRAL_V2, "sliding_window": window}, 1, 2).sliding_window == 4096
@@ -72,7 +159,7 @@ def test_context_of_params_json() -> None:
         ({"architectures": ["MistralForSequenceClassification"]}, "MistralForSequenceClassification"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters"),
         ({"rope_parameters": {"rope_theta": 1e4}}, "rope_theta is given twice"),
         ({"rope_theta": None}, "rope_theta is missing"),

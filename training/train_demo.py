@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from edgemistral.config import HF_ARCHITECTURE, HF_NAMES, ModelConfig
+from edgemistral.config import HF_ARCHITECTURES, HF_NAMES, ModelConfig
 from edgemistral.text.sentencepiece import SentencePieceTokenizer
 from edgemistral.text.tokenizer import Tokenizer
 from training.balance import balance
@@ -228,9 +228,10 @@ def export(training: Training, tokenizer: bytes) -> None:
     typical = [training.windows((1, 512), rng) for _ in range(8)] + [training.next_chat() for _ in range(8)]
     balance(training.model, [ids.to(training.device) for ids, _ in typical])
     fields = training.model.config.to_dict()
-    config = {"architectures": HF_ARCHITECTURE, "model_type": "mistral", "hidden_act": "silu", "torch_dtype": "bfloat16",
-              "tie_word_embeddings": False, "rope_theta": CONFIG.rope_theta, "head_dim": CONFIG.head_dim,
-              "sliding_window": None, **{foreign: fields[name] for name, foreign in HF_NAMES.items()}}
+    config = {"architectures": [HF_ARCHITECTURES["mistral"]], "model_type": "mistral", "hidden_act": "silu",
+              "torch_dtype": "bfloat16", "tie_word_embeddings": False, "rope_theta": CONFIG.rope_theta,
+              "head_dim": CONFIG.head_dim, "sliding_window": None,
+              **{foreign: fields[name] for name, foreign in HF_NAMES.items()}}
     (DEMO / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (DEMO / "tokenizer.model").write_bytes(tokenizer)
     save_file(training.model.to_hf(), DEMO / "model.safetensors", {"format": "pt"})

@@ -8,12 +8,14 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from edgemistral.errors import BadInput, EdgeMistralError
 from edgemistral.extras import missing
+from edgemistral.paths import cache_dir
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -35,6 +37,7 @@ class Cli(click.Group):
     def main(self, args: Sequence[str] | None = None, *ignored: Any, **options: Any) -> NoReturn:
         """Run the command line and exit with its code."""
         args = sys.argv[1:] if args is None else list(args)
+        _open_closed_streams()
         _use_utf8()
         try:
             code = super().main(args, **{**options, "standalone_mode": False}) or 0
@@ -56,6 +59,8 @@ def describe(error: Exception) -> tuple[str, int]:
     """An error as (one line, exit code)."""
     if isinstance(error, click.ClickException):
         message, code = error.format_message(), error.exit_code
+        if isinstance(error, click.NoSuchOption):
+            message = f"{message.rstrip('.')} (before a text that begins with a dash, write -- )"
         if isinstance(error, click.UsageError) and error.ctx is not None:
             message = f"{message.rstrip('.')} ({error.ctx.command_path} --help shows the usage)"
     elif isinstance(error, EdgeMistralError):
@@ -66,9 +71,19 @@ def describe(error: Exception) -> tuple[str, int]:
         message, code = "out of memory (edgemistral plan shows what a model needs)", FAILED
     elif isinstance(error, OSError):
         message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), FAILED
+        with contextlib.suppress(ValueError, TypeError):
+            if error.filename and Path(error.filename).is_relative_to(cache_dir()):
+                message += " (EDGEMISTRAL_CACHE names another folder for what can be made again)"
     else:
         message, code = f"{type(error).__name__}: {error} (a bug here: --debug shows where)", FAILED
     return " ".join(message.split()), code
+
+
+def _open_closed_streams() -> None:
+    """A program may be started without them: what is read is empty then, and what is written is lost."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _use_utf8() -> None:

@@ -48,6 +48,14 @@ def inspect(model: str, as_json: bool) -> None:
     click.echo(f"bits per weight     {bits['layers']:.3f} in the layers, {bits['file']:.3f} in the whole file")
     recipe = facts["recipe"]
     click.echo(f"recipe              {recipe['bits']} bits in the layers, {recipe['output_bits']} in the output head")
+    if calibration := facts["calibration"]:
+        about = f"{calibration['method']}, {calibration['tokens']:,} tokens of text {calibration['text_sha256'][:16]}"
+    click.echo(f"calibration         {about if calibration else 'none'}")
+    text = facts["text"]
+    click.echo(f"chat template       {text['chat_template']}")
+    click.echo(f"tokenizer           {text['tokenizer']}, {text['added_tokens']} added tokens")
+    click.echo(f"ends of turn        {', '.join(f'{token_id} {spelled}'.strip() for token_id, spelled in text['ends'])}")
+    click.echo(f"sampling defaults   {', '.join(f'{k} {v:g}' for k, v in text['defaults'].items()) or '-'}")
     click.echo(f"format version      {facts['format_version']}")
     click.echo(f"source fingerprint  {facts['source_sha256']}\n")
     for name, value in facts["config"].items():
@@ -111,6 +119,23 @@ def plan(
     planned.check(max_ram)
 
 
+def _describe_text(blob: Blob) -> dict[str, Any]:
+    """What the blob says of the model's text."""
+    from edgemistral.model import tokenizer_of
+
+    tokenizer = tokenizer_of(blob)
+    kinds = {"sentencepiece": "SentencePiece", "tokenizers": "tokenizer.json"}
+    return {
+        "tokenizer": kinds[blob.text.kind],
+        "added_tokens": len(blob.text.added),
+        "chat_template": tokenizer.chat.name,
+        "chat_template_text": tokenizer.chat.text,
+        "bos_id": tokenizer.bos_id,
+        "ends": [[token_id, tokenizer.control.get(token_id, "")] for token_id in sorted(tokenizer.end_ids)],
+        "defaults": dict(tokenizer.defaults),
+    }
+
+
 def describe(blob: Blob) -> dict[str, Any]:
     """Everything about a blob that its header tells, as JSON values; sizes in bytes, counts without padding."""
     config = blob.config
@@ -143,6 +168,8 @@ def describe(blob: Blob) -> dict[str, Any]:
         },
         "format_version": blob.metadata["format_version"],
         "recipe": dataclasses.asdict(blob.recipe),
+        "text": _describe_text(blob),
+        "calibration": _calibration(blob),
         "config": config.to_dict(),
         # Equal for two files that were made of the same weights, whatever the recipes and the checkpoint's layout.
         "source_sha256": sources.hexdigest(),
@@ -157,3 +184,12 @@ def describe(blob: Blob) -> dict[str, Any]:
             for kind in weights
         ],
     }
+
+
+def _calibration(blob: Blob) -> dict[str, Any] | None:
+    """How the weights were prepared: method, text_sha256, tokens. None: not at all, or in words that are not known here."""
+    try:
+        found = json.loads(blob.metadata.get("calibration", "null"))
+        return {"method": str(found["method"]), "text_sha256": str(found["text_sha256"]), "tokens": int(found["tokens"])}
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -121,11 +121,14 @@ def open_blob(name: str) -> Blob:
 
 
 def read_text(source: str) -> str:
-    """The text of a file, or of standard input for "-". Raises BadInput if it cannot be read or is no UTF-8."""
+    """The text of a file, or of standard input for "-", its lines ending in line feeds, without a byte-order mark.
+
+    Raises BadInput if it cannot be read or is no UTF-8.
+    """
     name = "standard input" if source == "-" else source
     try:
         data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise BadInput(f"{name} is no UTF-8 text (byte {error.start})") from None
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -15,14 +16,27 @@ from edgemistral.terminal import compile_notice, human_bytes
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Bits of a weight.")
+@click.option(
+    "--calibrate", type=click.Choice(["none", "fast"]), default="fast", show_default=True,
+    help="Measure on a text which columns matter, and round those best.",
+)
+@click.option(
+    "--calibration-text", type=click.Path(path_type=Path), metavar="FILE", help="The text to measure on, in UTF-8."
+)
+@click.option(
+    "--chat-template", type=click.Path(path_type=Path), metavar="FILE", help="Use this Jinja template, not the checkpoint's."
+)
 @click.option("--max-ram", type=size, metavar="SIZE", default="2GiB", show_default=True, help="Most working memory.")
 @click.option("--resume", is_flag=True, help="Go on with the tensors that an interrupted run has written.")
 @click.option("--force", is_flag=True, help="Replace DST, and start over.")
-def quantize(source: Path, destination: Path, bits: str, max_ram: int, resume: bool, force: bool) -> None:
+def quantize(
+    source: Path, destination: Path, bits: str, calibrate: str, calibration_text: Path | None,
+    chat_template: Path | None, max_ram: int, resume: bool, force: bool,
+) -> None:
     """Make one quantized model file DST of the checkpoint directory SRC.
 
-    SRC has the layout of Hugging Face (config.json, *.safetensors, tokenizer.model) or of Mistral (params.json,
-    consolidated.safetensors, tokenizer.model).
+    SRC has the layout of Hugging Face (config.json, *.safetensors, tokenizer.model or tokenizer.json) or of Mistral
+    (params.json, consolidated.safetensors, tokenizer.model).
 
     \b
     Example:
@@ -32,10 +46,13 @@ def quantize(source: Path, destination: Path, bits: str, max_ram: int, resume: b
 
     try:
         with compile_notice():
-            path = make(source, destination, bits=int(bits), max_ram=max_ram, resume=resume, force=force)
+            path = make(
+                source, destination, bits=int(bits), max_ram=max_ram, resume=resume, force=force, calibrate=calibrate,
+                calibration_text=calibration_text, chat_template=chat_template,
+            )
     except KeyboardInterrupt:
         partial = Path(f"{destination}.partial")
         if partial.exists():
             click.echo(f"interrupted: {partial} holds what is done, --resume goes on with it", err=True)
         raise
-    click.echo(f"{path}: {human_bytes(path.stat().st_size)}. Next: edgemistral run {path}")
+    click.echo(f"{path}: {human_bytes(path.stat().st_size)}. Next: edgemistral run {shlex.quote(str(path))}")

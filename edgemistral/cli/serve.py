@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 @click.option("--max-body", type=size, metavar="SIZE", default="4MiB", show_default=True, help="Largest request.")
 @click.option("--parallel", type=click.IntRange(1, 64), default=4, show_default=True,
               help="Answers that are written at once; each step computes a token of every one.")
+@click.option("--session-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+              help="Keep conversations here whose requests name a session.")
 @context_option
 @kv_bits_option
 @kv_budget_option

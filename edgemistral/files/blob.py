@@ -15,6 +15,8 @@ A blob is a valid safetensors file (container.py shows the bytes). What it adds 
       source_sha256:NAME of the values that NAME was made of: the rows of the checkpoint's tensors in the order in which
                          NAME stores them, without padding, in the checkpoint's own dtype; rotary pairs as
                          (i, i + head_dim / 2), so that it does not depend on the layout of the checkpoint
+      calibration        how the weights were prepared, when they were: the JSON of {"method": "fast", "text_sha256": …,
+                         "tokens": …}; nothing that reads the weights needs it
       header_sha256      of the whole header (padding included) with these 64 digits replaced by zeros
 * Unknown metadata is ignored.
 
@@ -33,7 +35,7 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -204,7 +206,8 @@ class BlobWriter:
 
     A context manager. Killed at any moment it leaves no DST (or the old one) and a DST.partial from which `resume` goes
     on. Raises BadInput when DST exists (unless `force`), when a DST.partial exists (unless `resume` or `force`) or was
-    begun with another config, recipe or size of tokenizer, when the disk is too small and whenever the system refuses.
+    begun with another config, recipe, calibration or size of tokenizer, when the disk is too small and whenever the
+    system refuses.
     """
 
     def __init__(
@@ -217,11 +220,12 @@ class BlobWriter:
         text: TextSpec | None = None,
         resume: bool = False,
         force: bool = False,
+        calibration: Mapping[str, Any] | None = None,
     ) -> None:
         self.dst = Path(dst)
         self.partial = self.dst.with_name(self.dst.name + ".partial")
         self.tensors = {spec.name: spec for spec in layout.tensors(config, recipe, tokenizer_bytes)}
-        self._header = _blank_header(config, recipe, text or TextSpec(), self.tensors.values())
+        self._header = _blank_header(config, recipe, text or TextSpec(), calibration, self.tensors.values())
         self.offsets: dict[str, int] = {}
         self.size = len(self._header)   # bytes of the whole file
         for spec in self.tensors.values():
@@ -347,7 +351,9 @@ class BlobWriter:
             self.partial.unlink(missing_ok=True)   # nothing in it to resume from
 
 
-def _blank_header(config: ModelConfig, recipe: Recipe, text: TextSpec, specs: Iterable[TensorSpec]) -> bytearray:
+def _blank_header(
+    config: ModelConfig, recipe: Recipe, text: TextSpec, calibration: Mapping[str, Any] | None, specs: Iterable[TensorSpec]
+) -> bytearray:
     """The first bytes of a file, up to its data, with zeros for all checksums."""
     metadata = {
         "format": FORMAT,
@@ -355,6 +361,7 @@ def _blank_header(config: ModelConfig, recipe: Recipe, text: TextSpec, specs: It
         "config": json.dumps(config.to_dict()),
         "recipe": json.dumps(asdict(recipe)),
         "text": json.dumps(text.to_dict()),
+        **({} if calibration is None else {"calibration": json.dumps(calibration)}),
         SEAL: NO_DIGEST,
     }
     tensors = [(spec.name, spec.dtype, spec.shape) for spec in specs]
@@ -380,7 +387,8 @@ def _difference(file: io.FileIO, header: bytearray) -> str:
     try:
         theirs, ours = (json.loads(text)[METADATA] for text in (file.read(length), bytes(header[8:])))
         changed = [key for key in ("format_version", "config", "recipe", "text") if theirs[key] != ours[key]]
-    except (ValueError, KeyError, TypeError):
+        changed += ["calibration"] if theirs.get("calibration") != ours.get("calibration") else []
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "something else than a blob"
     return f"another {' and '.join(changed)}" if changed else "a tokenizer of another size"
 

@@ -137,6 +137,11 @@ class Engine:
             self._transformer.wait()
             self._close_pinned(sequence)
 
+    def writes_to(self, sequence: segments.Sequence) -> bool:
+        """Whether a generation writes to a pinned sequence now."""
+        with self._lock:
+            return self._kept.is_written(sequence)
+
     def save(self, sequence: segments.Sequence, notes: str | None = None, length: int | None = None) -> None:
         """Save a pinned sequence, with these notes, and cut to this length, if they are given. SessionFailed: it cannot be."""
         with self._lock:

@@ -128,6 +128,10 @@ class KeptSequences:
         self._part(home, length // SEGMENT, ())
         home.cut(length)
 
+    def is_written(self, sequence: Sequence) -> bool:
+        """Whether somebody writes to a sequence now."""
+        return sequence in self._owners and self._owner(sequence) is not None
+
     def is_pinned(self, sequence: Sequence) -> bool:
         return sequence.pinned and sequence in self._owners
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemistral.config import ModelConfig
+from edgemistral.config import ModelConfig, rope_frequencies
 from edgemistral.files import layout
 from edgemistral.files.bf16 import widen
 from edgemistral.files.blob import Blob
@@ -162,7 +162,7 @@ def times(x: F32, matrix: Strips) -> F32:
 def rotated(config: ModelConfig, qkv: F32, positions: Rows) -> F32:
     """Queries, keys and values (n, q_dim + 2 kv_dim), queries and keys rotated; pairs are (i, i + head_dim / 2)."""
     end, half = config.q_dim + config.kv_dim, config.head_dim // 2
-    angles = positions[:, None, None] * config.rope_theta ** (-np.arange(half) / half)
+    angles = positions[:, None, None] * rope_frequencies(config)
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     heads = qkv[:, :end].reshape(len(qkv), -1, config.head_dim)
     a, b = heads[..., :half], heads[..., half:]

@@ -146,8 +146,11 @@ class SegmentPool:
     def _extend(self) -> mmap.mmap:
         """Make the file longer by one segment, and map it."""
         if self._file is None:
-            _folder().mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=_folder())  # noqa: SIM115
+            try:
+                _folder().mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=_folder())  # noqa: SIM115
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(_folder())) from None
             weakref.finalize(self, self._file.close)
         file, had = self._file.fileno(), self.file_bytes
         os.truncate(file, had + self.segment_bytes)
@@ -157,7 +160,7 @@ class SegmentPool:
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):      # else the file system cannot do it
                     os.truncate(file, had)
-                    raise
+                    raise OSError(error.errno, error.strerror, str(_folder())) from None
         mapping = mmap.mmap(file, self.segment_bytes, offset=had)
         self._made += 1
         return mapping

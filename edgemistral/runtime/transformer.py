@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemistral.config import ModelConfig
+from edgemistral.config import ModelConfig, rope_frequencies
 from edgemistral.errors import BadRequest, ContextOverflow
 from edgemistral.files.blob import Blob
 from edgemistral.files.layout import ALIGNMENT, BLOCK, GROUP, GROUPS, round_up
@@ -47,7 +47,7 @@ class Transformer:
         self._weights = map_weights(blob)
         self._shape = _shape(config)
         self._state, self._own = _workspace(self._shape, threads)
-        self._frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+        self._frequencies = rope_frequencies(config)
         self._ready = self._closed = False
 
     def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:

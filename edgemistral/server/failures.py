@@ -7,7 +7,7 @@
     403   a Host or Origin that is not allowed      413   the body is too large
     404   no such route, model or request           415   not JSON
     405   no such method of a route                 422   a parameter is wrong: `param` names it
-    409   the request id is in use                  429   the queue is full: Retry-After says when to try again
+    409   request id or session in use              429   the queue is full: Retry-After says when to try again
     499   the request was cancelled                 500   a bug here, or a damaged model
     503   the model is loading, or the server shuts down
 """
@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from edgemistral.errors import BadRequest, Cancelled, ContextOverflow, EdgeMistralError
+from edgemistral.errors import BadRequest, BadSession, Cancelled, ContextOverflow, EdgeMistralError
 from edgemistral.server.scheduler import IdInUse, QueueFull, Unavailable
 from edgemistral.server.service import Refused
 
@@ -52,7 +52,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         (403, "Host or Origin not allowed"),
         (404, "Not found"),
         (408, "The body did not come in time"),
-        (409, "The request id is in use"),
+        (409, "The request id or the session is in use, or the session is of another model"),
         (413, "The body is too large"),
         (415, "Not JSON"),
         (422, "A parameter is wrong"),
@@ -79,6 +79,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         return 400, body_of(str(error), param="messages", code="context_length_exceeded"), {}
     if isinstance(error, BadRequest):
         return 422, body_of(str(error), param=error.field, code="invalid_value"), {}
+    if isinstance(error, BadSession):
+        return 409, body_of(str(error), param="session", code="session_unusable"), {}
     if isinstance(error, Refused):
         return 400, body_of(str(error), code="content_filter"), {}
     if isinstance(error, IdInUse):

@@ -48,6 +48,7 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
             return [service.model.chat(
                 with_guardrail(messages) if body.safe_prompt else messages, chosen,
                 progress=job.progress, cancel=job.cancelled, top_logprobs=top_logprobs,
+                session=service.session(body.session), on_overflow=body.on_overflow,
                 grammar=_grammar(service, body, continues=messages[-1]["role"] == "assistant"), **body.sampling(),
             )]
 

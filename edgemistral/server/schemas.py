@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from edgemistral.generate.sampler import MAX_TOP_LOGPROBS
+from edgemistral.session import SESSION_NAME
 
 MAX_TEXT = 2_000_000       # characters of one text: 32768 tokens of English are about 150 thousand
 MAX_MESSAGES = 10_000
@@ -122,6 +123,12 @@ class ChatRequest(Sampling):
     response_format: Annotated[
         TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
     ] | None = None
+    session: Annotated[str, Field(pattern=SESSION_NAME)] | None = Field(
+        None, description="Keep the tokens of this conversation under this name, if the server has a --session-dir."
+    )
+    on_overflow: Literal["error", "drop-oldest"] | None = Field(
+        None, description="A conversation longer than the context: refuse it, or leave out its oldest turns."
+    )
     safe_prompt: bool = Field(False, description="Put the guardrail that Mistral recommends before the conversation.")
 
     model_config = ConfigDict(json_schema_extra={
@@ -173,6 +180,7 @@ class UsageBody(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    dropped_messages: list[int] = Field([], description="Messages that were left out: the conversation was too long.")
 
 
 class Timings(BaseModel):

@@ -116,6 +116,11 @@ class Tokenizer(ABC):
         """
         return self.chat.encode(self, messages, tools)
 
+    @property
+    def chats(self) -> bool:
+        """Whether the model has a chat template."""
+        return self.chat.name != "none"
+
     @cached_property
     def _control_ids(self) -> dict[str, int]:
         return {text: token_id for token_id, text in self.control.items()}

@@ -118,7 +118,9 @@ class Checkpoint:
                 self.config = ModelConfig.from_hf({**fields, "bos_token_id": bos_id, "eos_token_id": texts.eos_id})
             else:
                 self.config = ModelConfig.from_mistral(fields, bos_id, texts.eos_id)
-            self.text.tokenizer(self.tokenizer, self.config.vocab_size, texts.path.name, texts.eos_id)
+            self.tokenizer_of_text = self.text.tokenizer(
+                self.tokenizer, self.config.vocab_size, texts.path.name, texts.eos_id
+            )
         except BadConfig as problem:
             raise BadConfig(f"{config_file}: {problem}") from None
         except BadInput as problem:

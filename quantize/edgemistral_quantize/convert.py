@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -11,19 +13,26 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from edgemistral.errors import BadInput
 from edgemistral.files.bf16 import to_bf16, widen
 from edgemistral.files.blob import BlobWriter
 from edgemistral.files.layout import BLOCK_BYTES, PANEL, Matrix, Recipe, TensorSpec, matrices, matrix_tensors
+from edgemistral_quantize.calibrate import CalibrationPass, work_bytes
+from edgemistral_quantize.calibration_text import Calibration, read_calibration
 from edgemistral_quantize.checkpoint import Checkpoint, Strip
+from edgemistral_quantize.equalise import Change, Changes, layer_changes, output_changes
 from edgemistral_quantize.groups import default_levels, quantize_rows
 
 STRIP_BYTES = 1 << 24   # of rows as float32: large enough to keep all threads busy, small beside the caches of the disk
 STRIPS_IN_WORK = 8      # strips' worth of memory at any time: two being read and widened, one being quantized, copies
+WINDOWS_AT_ONCE = 8     # most windows of calibration that pass a layer together: it is read anew for the next ones
 
 T = TypeVar("T")
+
+_NO_CHANGES = Changes({}, {})
 
 
 def quantize(
@@ -35,6 +44,8 @@ def quantize(
     resume: bool = False,
     force: bool = False,
     progress: bool = True,
+    calibrate: str = "fast",
+    calibration_text: str | os.PathLike[str] | None = None,
     chat_template: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Make a blob of a checkpoint directory in Hugging Face or Mistral layout; returns its path.
@@ -42,9 +53,14 @@ def quantize(
     `bits` (4 or 8) are those of the layers' matrices, `output_bits` those of the output head; embeddings become
     bfloat16. `max_ram` bounds the bytes of working memory, beside what Python and the compiled kernels take.
 
+    `calibrate`: "fast" measures on a text what each column of the matrices carries, weighs its rounding errors by that
+    and evens the columns out; "none" does neither. The text is the package's own or, in UTF-8, `calibration_text`.
+    The method and the text's sha256 are kept in the blob.
+
     The blob grows as DST.partial and gets its name when it is whole and on the disk. After a crash or an error
     `resume=True` goes on behind the tensors that are already in DST.partial, once their checksums and those of their
-    sources are found to match; `force=True` starts again and replaces an existing DST.
+    sources are found to match; the calibration of their layers is computed again. `force=True` starts again and replaces
+    an existing DST.
 
     chat_template: a file with the Jinja template to use instead of the checkpoint's own.
 
@@ -54,34 +70,84 @@ def quantize(
     for name, value in (("bits", bits), ("output_bits", output_bits)):
         if value not in BLOCK_BYTES:
             raise BadInput(f"{name} is {value}; supported are {' and '.join(map(str, BLOCK_BYTES))}")
-    checkpoint, dst = Checkpoint(Path(src), None if chat_template is None else Path(chat_template)), Path(dst)
+    checkpoint = Checkpoint(Path(src), None if chat_template is None else Path(chat_template))
+    config = checkpoint.config
+    calibration = read_calibration(
+        calibrate, None if calibration_text is None else Path(calibration_text), checkpoint.tokenizer_of_text, config.context
+    )
+    return convert(checkpoint, Path(dst), Recipe(bits, output_bits), calibration, max_ram, resume, force, progress)
+
+
+def convert(
+    checkpoint: Checkpoint, dst: Path, recipe: Recipe, calibration: Calibration | None, max_ram: int, resume: bool = False,
+    force: bool = False, progress: bool = True,
+) -> Path:
+    """`quantize` behind the reading of its arguments: for tokens that come from elsewhere."""
     if dst.exists() and any(dst.samefile(file) for file in checkpoint.files):
         raise BadInput(f"{dst}: a part of the checkpoint itself")
-    if max_ram < (needed := STRIPS_IN_WORK * checkpoint.min_strip_bytes):
-        raise BadInput(f"max_ram is {max_ram} bytes; this checkpoint needs {needed}")
-    strip_bytes = min(STRIP_BYTES, max_ram // STRIPS_IN_WORK)
+    strip_bytes, calibration, at_once = _share_memory(checkpoint, calibration, max_ram)
 
-    recipe = Recipe(bits, output_bits)
-    by_name = {matrix.name: matrix for matrix in matrices(checkpoint.config, recipe)}
+    config = checkpoint.config
+    by_name = {matrix.name: matrix for matrix in matrices(config, recipe)}
     in_matrices = {tensor.name for matrix in by_name.values() for tensor in matrix_tensors(matrix)}
+    rounds = 0 if calibration is None else -(-len(calibration.windows) // at_once)
     with (
         BlobWriter(
-            dst, checkpoint.config, recipe, len(checkpoint.tokenizer), text=checkpoint.text, resume=resume, force=force
+            dst, config, recipe, len(checkpoint.tokenizer), text=checkpoint.text, resume=resume, force=force,
+            calibration=None if calibration is None else calibration.describe(),
         ) as writer,
         tqdm(
-            total=checkpoint.n_bytes, desc=dst.name, unit="B", unit_scale=True, unit_divisor=1024,
+            total=checkpoint.n_bytes * (1 + rounds), desc=dst.name, unit="B", unit_scale=True, unit_divisor=1024,
             disable=None if progress else True,   # None: only where a terminal shows it
         ) as bar,
+        # Threads are ours, each with its own products: so sums have one order, and no idle worker of BLAS spins.
+        threadpool_limits(1, user_api="blas"),
+        contextlib.ExitStack() as stack,
     ):
         conversion = _Conversion(checkpoint, writer, strip_bytes, bar.update)
+        states = None
+        if calibration is not None:
+            states = CalibrationPass(checkpoint, calibration.windows, at_once, strip_bytes, bar.update)
+            stack.callback(states.close)
+        changes = _NO_CHANGES
         for spec in writer.tensors.values():
+            at, _, part = spec.name.rpartition(".")
+            if part == "attention_norm" and states is not None:
+                inputs = states.pass_layer(int(at.removeprefix("layers.")))
+                changes = layer_changes(config, inputs.mean_squares, recipe.bits)
+            elif part == "norm" and states is not None:
+                changes = output_changes(states.pass_norm().mean_squares["output"], recipe.output_bits)
             if spec.name in by_name:
-                conversion.write_matrix(by_name[spec.name])
+                conversion.write_matrix(by_name[spec.name], changes.matrices.get(part, Change()))
             elif spec.name == "tokenizer":
                 conversion.write_tokenizer()
             elif spec.name not in in_matrices:
-                conversion.write_plain(spec)
+                conversion.write_plain(spec, changes.norms.get(part))
         return writer.finish()
+
+
+def _share_memory(
+    checkpoint: Checkpoint, calibration: Calibration | None, max_ram: int
+) -> tuple[int, Calibration | None, int]:
+    """Bytes of a strip, the calibration with as many windows as there is room for, and how many pass a layer at once."""
+    needed = STRIPS_IN_WORK * checkpoint.min_strip_bytes
+    if max_ram < needed:
+        raise BadInput(f"max_ram is {max_ram} bytes; this checkpoint needs {needed}")
+    if calibration is None:
+        return min(STRIP_BYTES, max_ram // STRIPS_IN_WORK), None, 0
+    window, n = max(map(len, calibration.windows)), len(calibration.windows)
+    free = max_ram - needed
+
+    def taken(n: int, at_once: int) -> int:
+        return work_bytes(checkpoint.config, window, n, at_once)
+
+    while n > 1 and taken(n, 1) > free:
+        n -= 1
+    if taken(n, 1) > free:
+        raise BadInput(f"max_ram is {max_ram} bytes; to calibrate this checkpoint needs {needed + taken(1, 1)}")
+    at_once = max(k for k in range(1, WINDOWS_AT_ONCE + 1) if taken(n, k) <= free)
+    strip_bytes = min(STRIP_BYTES, (max_ram - taken(n, at_once)) // STRIPS_IN_WORK)
+    return strip_bytes, dataclasses.replace(calibration, windows=calibration.windows[:n]), at_once
 
 
 class _Conversion:
@@ -92,8 +158,8 @@ class _Conversion:
     ) -> None:
         self.checkpoint, self.writer, self.strip_bytes, self.progress = checkpoint, writer, strip_bytes, progress
 
-    def write_matrix(self, matrix: Matrix) -> None:
-        """Codes, row scales and levels of one matrix."""
+    def write_matrix(self, matrix: Matrix, change: Change) -> None:
+        """Codes, row scales and levels of one matrix, which `change` prepares."""
         if self._is_done(matrix.name, *(spec.name for spec in matrix_tensors(matrix))):
             return
         levels = default_levels() if matrix.bits == 4 else None
@@ -102,8 +168,9 @@ class _Conversion:
 
         def panels() -> Iterator[NDArray[np.uint8]]:
             n_panels = 0
-            for rows in _one_ahead(widen(strip) for strip in self._read(matrix.name, digest)):
-                packed, scales = quantize_rows(rows, matrix.bits, levels)
+            for strip in _one_ahead(widen(strip) for strip in self._read(matrix.name, digest)):
+                rows = change.apply(strip, n_panels * PANEL)
+                packed, scales = quantize_rows(rows, matrix.bits, levels, change.importance)
                 n_panels += len(packed)
                 row_scales.append(scales)
                 yield packed
@@ -118,12 +185,14 @@ class _Conversion:
         if levels is not None:
             self.writer.write(matrix.name + ".levels", [levels], digest.hexdigest)
 
-    def write_plain(self, spec: TensorSpec) -> None:
-        """A tensor that is not quantized: float32 or bfloat16."""
+    def write_plain(self, spec: TensorSpec, factors: NDArray[np.float32] | None = None) -> None:
+        """A tensor that is not quantized: the embeddings in bfloat16, or a norm in float32, times `factors` (dim,)."""
         if not self._is_done(spec.name):
             digest = hashlib.sha256()
-            convert = to_bf16 if spec.dtype == "BF16" else widen
-            self.writer.write(spec.name, map(convert, self._read(spec.name, digest)), digest.hexdigest)
+            rows: Iterator[NDArray[Any]] = map(to_bf16 if spec.dtype == "BF16" else widen, self._read(spec.name, digest))
+            if factors is not None:
+                rows = (row * factors for row in rows)
+            self.writer.write(spec.name, rows, digest.hexdigest)
 
     def write_tokenizer(self) -> None:
         """The SentencePiece model as it is."""

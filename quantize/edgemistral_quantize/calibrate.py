@@ -1,0 +1,186 @@
+"""What the columns of each matrix carry, measured: the calibration text goes through the float32 model, layer by layer.
+
+A column of a matrix matters as much as the input that it multiplies. So before a layer is quantized, the hidden states of
+the calibration text pass through it in float32, and the mean square of every input is kept. The layer behind takes the
+states from there: nothing but the states (tokens x dim) outlives a layer.
+
+Every product has the same shape whatever the memory, the threads and the strips of the reader: one window of tokens by
+`TILE` rows of a matrix, on one thread of BLAS. So the statistics, and the blob, do not depend on them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemistral.config import ModelConfig
+from edgemistral.files.bf16 import widen
+from edgemistral.measure.reference import attend, rms_norm, rotated, swiglu
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+TILE = 256        # rows of a matrix in one product
+TOKENS = 64       # at once, in what goes number by number
+MATRICES = ("wqkv", "wo", "w13", "w2")
+
+
+class Source(Protocol):
+    """What is needed of a checkpoint."""
+
+    config: ModelConfig
+
+    def strips(self, name: str, strip_bytes: int) -> Iterator[NDArray[Any]]:
+        """Rows of a blob's tensor in the blob's order."""
+
+
+@dataclass
+class Inputs:
+    """What one layer's matrices were given, by the name of the matrix: float64 (cols,), mean squares of the inputs."""
+
+    mean_squares: dict[str, F64] = field(default_factory=dict)
+
+
+Collect = Callable[[str, Sequence[F32]], None]
+"""(matrix, inputs of some windows, each (tokens, cols)): called for all windows in their order, a few at a time."""
+
+
+class CalibrationPass:
+    """The hidden states of the calibration text on their way through the layers.
+
+    Works in about `work_bytes(...)` of memory. `progress(n)` counts the checkpoint's bytes that were read.
+    """
+
+    def __init__(
+        self, source: Source, windows: Sequence[NDArray[np.int32]], at_once: int, strip_bytes: int,
+        progress: Callable[[int], object], threads: int | None = None,
+    ) -> None:
+        """windows: token ids (n,) each. at_once: windows that pass a matrix together, while it is in memory."""
+        self._source, self._config = source, source.config
+        self._at_once, self._strip_bytes, self._progress = at_once, strip_bytes, progress
+        self._pool = ThreadPoolExecutor(threads or os.cpu_count() or 1)
+        self.states = self._embed(windows)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._pool.shutdown()
+
+    def pass_layer(self, layer: int, collect: Collect | None = None) -> Inputs:
+        """Move the states behind `layer`; what its matrices met on the way. Call it for 0, 1, ... in turn."""
+        c, at = self._config, f"layers.{layer}."
+        norms = {name: list(self._strips(at + name)) for name in ("attention_norm", "ffn_norm")}
+        rows = {"wqkv": c.q_dim + 2 * c.kv_dim, "wo": c.dim, "w13": 2 * c.hidden_dim, "w2": c.dim}
+        sums: dict[str, F64] = {}
+
+        def meet(matrix: str, inputs: list[F32]) -> list[F32]:
+            for squares in self._pool.map(_sum_of_squares, inputs):   # in the windows' order, whatever the threads
+                sums[matrix] = sums[matrix] + squares if matrix in sums else squares
+            if collect is not None:
+                collect(matrix, inputs)
+            return self._times(inputs, at + matrix, rows[matrix])
+
+        def add(states: Iterable[F32], more: Iterable[F32]) -> None:
+            for x, y in zip(states, more, strict=True):
+                x += y
+
+        for first in range(0, len(self.states), self._at_once):
+            states = self.states[first : first + self._at_once]
+            h = meet("wqkv", self._each(lambda x: rms_norm(x, norms["attention_norm"], c.norm_eps), states))
+            h = self._each(lambda qkv: attend(c, rotated(c, qkv, np.arange(len(qkv))), np.arange(len(qkv))), h)
+            add(states, meet("wo", h))
+            h = meet("w13", self._each(lambda x: rms_norm(x, norms["ffn_norm"], c.norm_eps), states))
+            h = self._each(_swiglu, h)
+            add(states, meet("w2", h))
+        return Inputs({name: total / self.tokens for name, total in sums.items()})
+
+    def pass_norm(self) -> Inputs:
+        """What the output head meets, behind the last layer."""
+        norm = list(self._strips("norm"))
+        heads = self._pool.map(lambda x: _sum_of_squares(rms_norm(x, norm, self._config.norm_eps)), self.states)
+        return Inputs({"output": sum(heads, np.zeros(self._config.dim)) / self.tokens})
+
+    @property
+    def tokens(self) -> int:
+        """Of all windows."""
+        return sum(map(len, self.states))
+
+    def _each(self, function: Callable[[F32], F32], arrays: Iterable[F32]) -> list[F32]:
+        return list(self._pool.map(function, arrays))
+
+    def _times(self, inputs: list[F32], name: str, rows: int) -> list[F32]:
+        """x W^T of each input x (tokens, cols) by the matrix W (rows, cols) -> (tokens, rows)."""
+        outputs = [np.empty((len(x), rows), np.float32) for x in inputs]
+        first = 0
+        for tile in tiled(self._strips(name)):
+            columns = slice(first, first + len(tile))
+            list(self._pool.map(partial(_multiply, tile, columns), inputs, outputs))
+            first += len(tile)
+        return outputs
+
+    def _embed(self, windows: Sequence[NDArray[np.int32]]) -> list[F32]:
+        states = [np.empty((len(ids), self._config.dim), np.float32) for ids in windows]
+        first = 0
+        for strip in self._strips("tok_embeddings"):
+            for x, ids in zip(states, windows, strict=True):
+                here = (ids >= first) & (ids < first + len(strip))
+                x[here] = widen(strip[ids[here] - first])
+            first += len(strip)
+        return states
+
+    def _strips(self, name: str) -> Iterator[NDArray[Any]]:
+        for strip in self._source.strips(name, self._strip_bytes):
+            self._progress(strip.nbytes)
+            yield strip
+
+
+def work_bytes(config: ModelConfig, window: int, n_windows: int, at_once: int) -> int:
+    """Memory of a `CalibrationPass` beside its strips: the states, and the widest activations of `at_once` windows."""
+    c = config
+    attention = 4 * window * (c.q_dim + 2 * c.kv_dim) + 4 * 256 * window
+    feed_forward = window * (3 * c.hidden_dim + 2 * c.dim) + 8 * TOKENS * c.hidden_dim
+    return 4 * (window * c.dim * n_windows + at_once * max(attention, feed_forward))
+
+
+def tiled(strips: Iterable[NDArray[Any]]) -> Iterator[F32]:
+    """The same rows as float32, `TILE` at a time (at the end fewer), however they come."""
+    waiting: list[F32] = []
+    n = 0
+    for strip in strips:
+        first = 0
+        while first < len(strip):
+            part = widen(strip[first : first + TILE - n])
+            waiting.append(part)
+            n += len(part)
+            first += len(part)
+            if n == TILE:
+                yield waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
+                waiting, n = [], 0
+    if waiting:
+        yield np.concatenate(waiting)
+
+
+def _multiply(w: F32, columns: slice, x: F32, y: F32) -> None:
+    y[:, columns] = x @ w.T
+
+
+def _swiglu(gate_up: F32) -> F32:
+    """`swiglu`, a few tokens at a time: its intermediate values take several times as much as its result."""
+    hidden = np.empty((len(gate_up), gate_up.shape[1] // 2), np.float32)
+    for first in range(0, len(hidden), TOKENS):
+        hidden[first : first + TOKENS] = swiglu(gate_up[first : first + TOKENS])
+    return hidden
+
+
+def _sum_of_squares(x: F32) -> F64:
+    """Of each column of x (tokens, cols)."""
+    total: F64 = np.zeros(x.shape[1])
+    for first in range(0, len(x), TOKENS):
+        total += np.square(x[first : first + TOKENS]).sum(axis=0, dtype=np.float64)
+    return total

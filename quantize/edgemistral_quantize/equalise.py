@@ -1,0 +1,93 @@
+"""Even out the columns that a matrix meets, offline, and weigh their errors: what the statistics of a layer are used for.
+
+A few inputs of a trained model are much larger than the others, and the kernels give 128 inputs one 8-bit scale. So input
+j is divided by  s[j] = rms(x[j]) ** alpha  (over its geometric mean), and column j of the matrix multiplied by it. This is
+the idea of SmoothQuant (arXiv 2211.10438). The division costs nothing when the model runs, because it goes into what makes
+the input:
+
+    wqkv, w13, output   the norm's weight
+    wo                  the rows of wv: one s for all the query heads that share a value head
+    w2                  the rows of w3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemistral.config import ModelConfig
+from edgemistral.files.layout import PANEL
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+ALPHA = {4: 0.25, 8: 0.5}   # by bits; measured by `python bench/real_model.py`
+FLOOR = 1e-3                # of the mean square: what hardly moved in the calibration text may move in another
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happens to one matrix before it is quantized, and what its columns' errors weigh; None: nothing, all alike."""
+
+    columns: F32 | None = None      # (cols,), factors
+    rows: F32 | None = None         # (rows,), factors, in the order of the blob
+    importance: F32 | None = None   # (cols,), of the changed matrix
+
+    def apply(self, strip: F32, first: int) -> F32:
+        """Rows `first`... of the matrix, changed."""
+        if self.columns is not None:
+            strip = strip * self.columns
+        if self.rows is not None:
+            strip = strip * self.rows[first : first + len(strip), None]
+        return strip
+
+
+@dataclass(frozen=True)
+class Changes:
+    """By the names of the parts: the matrices, and the factors (dim,) of the norms."""
+
+    matrices: Mapping[str, Change]
+    norms: Mapping[str, F32]
+
+
+def layer_changes(config: ModelConfig, mean_squares: Mapping[str, F64], bits: int) -> Changes:
+    """For one layer, from the mean squares (cols,) of what wqkv, wo, w13 and w2 meet."""
+    c, alpha = config, ALPHA[bits]
+    s = {name: factors(values, alpha) for name, values in mean_squares.items()}
+    by_head = mean_squares["wo"].reshape(c.n_kv_heads, c.group, c.head_dim)
+    value = factors(by_head.mean(axis=1).reshape(-1), alpha)
+    s["wo"] = np.repeat(value.reshape(c.n_kv_heads, 1, c.head_dim), c.group, axis=1).reshape(-1)
+    rows = {
+        "wqkv": np.concatenate([np.ones(c.q_dim + c.kv_dim), 1 / value]),
+        "w13": np.stack([np.ones((c.hidden_dim // PANEL, PANEL)), 1 / s["w2"].reshape(-1, PANEL)], axis=1).reshape(-1),
+    }
+    matrices = {
+        name: Change(
+            s[name].astype(np.float32),
+            rows[name].astype(np.float32) if name in rows else None,
+            (values / s[name] ** 2).astype(np.float32),
+        )
+        for name, values in mean_squares.items()
+    }
+    norms = {"attention_norm": 1 / s["wqkv"], "ffn_norm": 1 / s["w13"]}
+    return Changes(matrices, {name: values.astype(np.float32) for name, values in norms.items()})
+
+
+def output_changes(mean_squares: F64, bits: int) -> Changes:
+    """The same for the output head and the norm before it."""
+    s = factors(mean_squares, ALPHA[bits])
+    head = Change(s.astype(np.float32), None, (mean_squares / s**2).astype(np.float32))
+    return Changes({"output": head}, {"norm": (1 / s).astype(np.float32)})
+
+
+def factors(mean_squares: F64, alpha: float) -> F64:
+    """s (cols,): positive, 1 in the geometric mean; all 1 where nothing was measured."""
+    mean = mean_squares.mean()
+    if not mean > 0 or alpha == 0:
+        return np.ones_like(mean_squares)
+    logs = np.log(np.maximum(mean_squares, FLOOR * mean)) * (alpha / 2)
+    s: F64 = np.exp(logs - logs.mean())
+    return s
