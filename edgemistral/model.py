@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,17 +162,19 @@ class Model:
         cancel: Cancel | None = None,
         session: Session | None = None,
         on_overflow: OnOverflow | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **sampling: Any,
     ) -> Reply:
         """The answer to a conversation, in pieces of text. A last message of the assistant's is continued.
 
+        tools: in OpenAI's shape, for a chat template that takes them.
         session: keeps tokens and messages in its file. on_overflow: "error" raises ContextOverflow for a conversation that is
         longer than the context; "drop-oldest" leaves out whole oldest turns, never the system text, and `Reply.dropped` says
         which; None is what `load` was given.
         """
         on_overflow = self.on_overflow if on_overflow is None else on_overflow
         check_on_overflow(on_overflow)
-        ids, dropped = self._encode(messages, on_overflow, max_new_tokens)
+        ids, dropped = self._encode(messages, on_overflow, max_new_tokens, tools)
         stops, continued = StopStrings(stop), messages[-1]["role"] == "assistant" and bool(messages[-1].get("content"))
 
         def answered(reply: Reply) -> None:
@@ -199,7 +201,7 @@ class Model:
         **sampling: Any,
     ) -> Reply:
         """The continuation of a raw text (<s> is put before it) or of ids, without the chat template."""
-        ids = [*self._bos(), *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+        ids = [*self.begin(), *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
         stops = StopStrings(stop)
         generation = self.generate(ids, max_new_tokens, progress=progress, cancel=cancel, session=session, **sampling)
         return Reply(generation, self._decoder(ids), stops)
@@ -214,14 +216,17 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _bos(self) -> list[int]:
+    def begin(self) -> list[int]:
         """What a text without a template begins with."""
         return [self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []
 
-    def _encode(self, messages: Messages, on_overflow: OnOverflow, max_new_tokens: int | None) -> tuple[Ids, tuple[int, ...]]:
+    def _encode(
+        self, messages: Messages, on_overflow: OnOverflow, max_new_tokens: int | None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> tuple[Ids, tuple[int, ...]]:
         """The ids of a conversation, its answers as they were written here; and the messages that are left out."""
         def encode(messages: Messages) -> list[int]:
-            return self._written.restore(self.tokenizer.encode_chat(messages), messages, self.engine.end_ids)
+            return self._written.restore(self.tokenizer.encode_chat(messages, tools), messages, self.engine.end_ids)
 
         if on_overflow == "error":
             return encode(messages), ()

@@ -21,9 +21,9 @@ from edgemistral.config import ModelConfig
 from edgemistral.errors import BadRequest, ContextOverflow, EdgeMistralError
 from edgemistral.files.kv_store import KVStore
 from edgemistral.generate.pace import Pace
-from edgemistral.generate.sampler import Sampler, SamplingParams
+from edgemistral.generate.sampler import Logprobs, Sampler, SamplingParams
 from edgemistral.generate.sequences import KeptSequences, common_prefix
-from edgemistral.generate.tasks import AllLogits, Cancel, Generation, LastLogits, Progress, Task
+from edgemistral.generate.tasks import AllLogits, Cancel, Generation, LastLogits, Progress, PromptLogprobs, Task
 from edgemistral.runtime import segments
 from edgemistral.runtime.kv_store import StoredPrefixes
 from edgemistral.runtime.segments import Row, SegmentPool, segments_of
@@ -99,6 +99,13 @@ class Engine:
         while not task.done:
             self.advance(task)
         return task.logits
+
+    def prompt_logprobs(self, ids: Ids, top: int) -> list[Logprobs | None]:
+        """What the model gave each of `ids` before it saw it, with the `top` likeliest ids there; None for the first."""
+        task = PromptLogprobs(self, self._checked(ids), top)
+        while not task.done:
+            self.advance(task)
+        return task.logprobs
 
     def generate(
         self,

@@ -60,6 +60,7 @@ class SamplingParams:
         each was (-2 to 2, as in the OpenAI interface).
     logit_bias: token id -> what is added to its logit (-100 to 100, as in the OpenAI interface).
     grammar: only texts that it describes, as far as they get.
+    min_tokens: the answer ends no sooner. stop_token_ids: these end it too, as the model's own ends of turn do.
     top_logprobs: record for every token `Logprobs` with so many of the likeliest ones; None records nothing.
     """
 
@@ -74,6 +75,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     grammar: Grammar | None = None
     top_logprobs: int | None = None
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         self._check_number("temperature", 0.0, 1e6)
@@ -83,6 +86,7 @@ class SamplingParams:
         self._check_number("presence_penalty", -2.0, 2.0)
         self._check_number("frequency_penalty", -2.0, 2.0)
         self._check_integer("top_k")
+        self._check_integer("min_tokens")
         if self.seed is not None:
             self._check_integer("seed")
         if self.top_logprobs is not None:
@@ -94,7 +98,11 @@ class SamplingParams:
                 )
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises BadRequest if `logit_bias` names a token that a model with this vocabulary does not have."""
+        """Raises BadRequest if `logit_bias` or `stop_token_ids` names a token that a model with this vocabulary lacks."""
+        for token in self.stop_token_ids:
+            if not 0 <= token < vocab_size:
+                message = f"stop_token_ids: token id {token} is outside the vocabulary of {vocab_size}"
+                raise BadRequest(message, "stop_token_ids")
         for token in self.logit_bias or {}:
             if not 0 <= token < vocab_size:
                 raise BadRequest(f"logit_bias: token id {token} is outside the vocabulary of {vocab_size}", "logit_bias")

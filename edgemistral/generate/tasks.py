@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgemistral.errors import Cancelled
 from edgemistral.generate.lookup import Lookup
 from edgemistral.generate.pace import Pace
-from edgemistral.generate.sampler import Logprobs, Sampler
+from edgemistral.generate.sampler import Logprobs, Sampler, log_probabilities
 from edgemistral.runtime.segments import Row, Sequence
 
 if TYPE_CHECKING:
@@ -146,6 +146,27 @@ class AllLogits(Task):
         self.done = end == self.length
 
 
+class PromptLogprobs(Task):
+    """For `Engine.prompt_logprobs`: of each position only what is asked for is kept."""
+
+    keeps_nothing = True
+
+    def __init__(self, engine: Engine, ids: NDArray[np.int32], top: int) -> None:
+        super().__init__(engine, ids, None, None)
+        self.logprobs: list[Logprobs | None] = [None]
+        self._top = top
+
+    def row(self, n: int) -> Row:
+        return super().row(n)._replace(n_logits=n)
+
+    def _receive(self, logits: NDArray[np.float32], seconds: float) -> None:
+        for row in logits:
+            if len(self.logprobs) < self.length:
+                self.logprobs.append(log_probabilities(row, int(self.history[len(self.logprobs)]), self._top))
+        assert self.sequence is not None
+        self.done = self.sequence.length == self.length
+
+
 class Generation(Task, Iterator[int]):
     """The new tokens of one `Engine.generate`, one at each `next`.
 
@@ -236,8 +257,13 @@ class Generation(Task, Iterator[int]):
 
     def _draw(self, logits: NDArray[np.float32]) -> int:
         """The next token, which may end the generation."""
+        params = self._sampler.params
+        ends = self.engine.end_ids | params.stop_token_ids
+        if self.length - self.usage.prompt_tokens < params.min_tokens:
+            logits = logits.copy()
+            logits[list(ends)] = -np.inf
         token = self._sampler(logits, self.history[: self.length])
-        if token in self.engine.end_ids:
+        if token in ends:
             self._end, self.done = "stop", True
             return token
         if self._sampler.logprobs is not None:

@@ -42,7 +42,7 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, An
                 **_entry(tokenizer, token.token_id, token.logprobs.drawn),
                 "top_logprobs": [_entry(tokenizer, token_id, value) for token_id, value in token.logprobs.top],
             }
-            for token in tokens
+            for token in tokens if token.logprobs is not None
         ]
     }
 
@@ -51,8 +51,9 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], offset: i
     """The `logprobs` of a raw completion's choice, whose text begins at `offset`."""
     return {
         "tokens": [_text(tokenizer, token.token_id) for token in tokens],
-        "token_logprobs": [max(token.logprobs.drawn, LOWEST) for token in tokens],
+        "token_logprobs": [None if token.logprobs is None else max(token.logprobs.drawn, LOWEST) for token in tokens],
         "top_logprobs": [
+            None if token.logprobs is None else
             {_text(tokenizer, token_id): max(value, LOWEST) for token_id, value in token.logprobs.top} for token in tokens
         ],
         "text_offset": [offset + token.start for token in tokens],
@@ -60,8 +61,7 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], offset: i
 
 
 def _entry(tokenizer: Tokenizer, token_id: int, value: float) -> dict[str, Any]:
-    byte, surface = tokenizer.byte(token_id), tokenizer.surface(token_id)
-    spelled = [byte] if byte is not None else list(surface.encode()) or None
+    spelled = list(tokenizer.token_bytes(token_id)) or None
     return {"token": _text(tokenizer, token_id), "logprob": max(value, LOWEST), "bytes": spelled}
 
 

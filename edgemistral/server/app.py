@@ -22,6 +22,7 @@ from edgemistral.server.docs import docs_page
 from edgemistral.server.metrics import Metrics
 from edgemistral.server.safety import Guard, Safety
 from edgemistral.server.service import Review, Service, service_of
+from edgemistral.server.tools import spelled_out, with_arguments
 
 PAGE = Path(__file__).with_name("page")
 # Nothing from elsewhere, no inline code, and no way from a string to HTML (Trusted Types).
@@ -80,6 +81,7 @@ def create_app(
     )
     app.state.service = service
     failures.install(app)
+    app.add_middleware(_Addresses)
     app.add_middleware(Guard, safety=Safety.checked(api_key, allow_hosts, allow_origins, max_body))
     app.add_middleware(_Count, metrics=service.metrics)   # the outermost
     app.include_router(score.router)
@@ -100,7 +102,9 @@ def _add_tools(app: FastAPI) -> None:
         if text is not None:
             ids = await service.aside(tokenizer.encode, text)
         else:
-            ids = await service.aside(tokenizer.encode_chat, [message.plain() for message in messages])
+            plain = [message.plain() for message in messages]
+            shown = with_arguments(plain) if tokenizer.chat.takes_tools else spelled_out(plain, None)
+            ids = await service.aside(tokenizer.encode_chat, shown)
         return schemas.Tokens(tokens=ids, count=len(ids))
 
     @app.post("/detokenize", responses=failures.RESPONSES)
@@ -138,6 +142,35 @@ def _add_pages(app: FastAPI) -> None:
 
     mimetypes.add_type("text/javascript", ".js")   # a Windows registry may say text/plain, which no browser would run
     app.mount("/page", StaticFiles(directory=PAGE))
+
+
+class _Addresses:
+    """ASGI middleware for the addresses that people and clients write: without /v1, with a slash at the end; and HEAD, which is
+    GET without a body."""
+
+    SHORT = ("/chat/completions", "/completions", "/models", "/responses", "/messages", "/embeddings")
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        root = scope.get("root_path", "")
+        path = scope["path"].removeprefix(root)
+        meant = path.rstrip("/") or "/"
+        if any(meant == short or meant.startswith(f"{short}/") for short in self.SHORT):
+            meant = f"/v1{meant}"
+        if meant != path and not path.startswith("/page"):
+            scope = {**scope, "path": root + meant, "raw_path": (root + meant).encode()}
+        if scope["method"] == "HEAD":
+            async def without_body(message: Message) -> None:
+                await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+            await self._app({**scope, "method": "GET"}, receive, without_body)
+            return
+        await self._app(scope, receive, send)
 
 
 class _Count:

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,7 +77,11 @@ def response(status: int, body: Mapping[str, Any], headers: Mapping[str, str] | 
 def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """An error of ours as (status, body, headers)."""
     if isinstance(error, ContextOverflow):
-        return 400, body_of(str(error), param="messages", code="context_length_exceeded"), {}
+        message = (                       # in words that clients look for
+            f"This model's maximum context length is {error.context} tokens. However, your messages resulted in "
+            f"{error.n_tokens} tokens: {error}."
+        )
+        return 400, body_of(message, param="messages", code="context_length_exceeded"), {}
     if isinstance(error, BadRequest):
         return 422, body_of(str(error), param=error.field, code="invalid_value"), {}
     if isinstance(error, BadSession):
@@ -101,18 +106,41 @@ def install(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return response(422, body_of(f"the body is no JSON: {_where(first, error.body)}", code="invalid_json"))
         field, message = _explain(error.errors(), error.body)
         return response(422, body_of(f"{field}: {message}", param=field, code="invalid_value"))
 
-    async def http(_: Request, error: Exception) -> Response:
+    async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         status = 422 if error.status_code == 400 else error.status_code   # of FastAPI: a body that is no JSON
-        return response(status, body_of(str(error.detail)), error.headers)
+        message = str(error.detail)
+        if status == 404 and message == "Not Found":
+            message = _nowhere(request)
+        return response(status, body_of(message), error.headers)
 
     app.add_exception_handler(EdgeMistralError, own)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, own)
+
+
+def _where(error: Mapping[str, Any], body: object) -> str:
+    """What is wrong with a JSON text, with line and column."""
+    at, reason = error["loc"][-1], str(error.get("ctx", {}).get("error", "it cannot be read"))
+    text = body.decode("utf-8", "replace") if isinstance(body, bytes) else str(getattr(body, "doc", body))
+    before = text[: at if isinstance(at, int) else 0]
+    return f"{reason} in line {before.count(chr(10)) + 1} column {len(before) - before.rfind(chr(10))} (character {at})"
+
+
+def _nowhere(request: Request) -> str:
+    """What is not there, and the address that was probably meant."""
+    path = request.url.path
+    paths = sorted({route.path for route in request.app.routes if getattr(route, "methods", None) and "{" not in route.path})
+    near = difflib.get_close_matches(path, [one for one in paths if one != path], 1, 0.4)
+    hint = f"; did you mean {near[0]}?" if near else "; this server speaks OpenAI's interface: /v1/chat/completions"
+    return f"there is no {request.method} {path[:200]!r} here{hint}"
 
 
 def _explain(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str]:

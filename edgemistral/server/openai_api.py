@@ -16,9 +16,11 @@ from edgemistral.generate.tasks import Usage
 from edgemistral.model import Reply
 from edgemistral.server import schemas, streaming
 from edgemistral.server.answers import chat_logprobs, completion_logprobs, timings_body, usage_body
+from edgemistral.server.constraints import Constraint, constraint_of
 from edgemistral.server.failures import RESPONSES
 from edgemistral.server.scheduler import Job
 from edgemistral.server.service import Event, Finished, Piece, Service, Token, service_of, warnings_header
+from edgemistral.server.tools import Tools, spelled_out, tools_of, with_arguments
 from edgemistral.text.chat import chat_turns
 from edgemistral.text.guardrail import with_guardrail
 
@@ -27,7 +29,6 @@ Shared = Annotated[Service, Depends(service_of)]
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}, "description": "The answer, or with `stream` its pieces"}
 }
-ANY_OBJECT = {"type": "object"}
 
 
 @router.post("/chat/completions", response_model=schemas.ChatCompletion, responses=STREAMED)
@@ -38,21 +39,38 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
     if body.top_logprobs is not None and top_logprobs is None:
         raise BadRequest("top_logprobs needs logprobs", "top_logprobs")
     _check_logprobs(service, top_logprobs)
+    tools = tools_of(body.model_dump(include={"tools", "tool_choice", "functions", "function_call"}))
+    constraint = _constraint(body)
+    if tools is not None and tools.forced:
+        if constraint is not None:
+            raise BadRequest(f"{constraint.field} and a forced tool exclude each other", constraint.field)
+        constraint = tools.constraint()
     messages = await service.review("prompt", [message.plain() for message in body.messages])
     chosen = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
 
     def make() -> list[Reply]:
         with _renamed({"max_new_tokens": field}):
-            chat_turns(messages)   # before the guardrail, which would shift the numbers of messages
-            return [service.model.chat(
-                with_guardrail(messages) if body.safe_prompt else messages, chosen,
+            model = service.model
+            native = model.tokenizer.chat.takes_tools
+            shown = with_arguments(messages) if native else spelled_out(messages, tools)
+            if not native:
+                chat_turns(spelled_out(messages, None))   # before the guardrail, which would shift the numbers of messages
+            continues = messages[-1]["role"] == "assistant" and bool(messages[-1]["content"])
+            sent = with_guardrail(shown) if body.safe_prompt else shown
+            replies = [model.chat(
+                sent, chosen,
                 progress=job.progress, cancel=job.cancelled, top_logprobs=top_logprobs,
-                session=service.session(body.session), on_overflow=body.on_overflow,
-                grammar=_grammar(service, body, continues=messages[-1]["role"] == "assistant"), **body.sampling(),
-            )]
+                session=service.session(body.session if number == 0 else None), on_overflow=body.on_overflow,
+                tools=tools.tools if tools is not None and native else None,
+                grammar=_grammar(service, constraint, continues), **sampling,
+            ) for number, sampling in enumerate(_each(body))]
+            for reply in replies:                                # in the client's own numbers: texts of ours stand before
+                before = len(sent) - len(messages)
+                reply.usage.dropped_messages = tuple(number - before for number in reply.dropped)
+            return replies
 
-    return await _respond(_Chat(service, body, job), await streaming.begun(service.events(request, job, make)))
+    return await _respond(_Chat(service, body, job, tools), await streaming.begun(service.events(request, job, make)))
 
 
 @router.post("/completions", response_model=schemas.Completion, responses=STREAMED)
@@ -68,16 +86,23 @@ async def completions(body: schemas.CompletionRequest, request: Request, service
         reviewed = await service.review("prompt", text)
         prompts.append((prompt if reviewed == text else reviewed, reviewed))
 
+    constraint = _constraint(body)
+
     def make() -> list[Reply]:
         with _renamed({"max_new_tokens": "max_tokens", "ids": "prompt", "text": "prompt"}):
-            grammar = _grammar(service, body, continues=True)
+            grammar = _grammar(service, constraint, continues=True)
             return [model.complete(
                 prompt, body.max_tokens, progress=job.progress, cancel=job.cancelled,
-                top_logprobs=body.logprobs, grammar=grammar, **body.sampling(),
-            ) for prompt, _ in prompts]
+                top_logprobs=body.logprobs, grammar=grammar, **sampling,
+            ) for prompt, _ in prompts for sampling in _each(body)]
 
-    echoes = [text if body.echo else "" for _, text in prompts]
-    return await _respond(_Completion(service, body, job, echoes), await streaming.begun(service.events(request, job, make)))
+    echoes = [text if body.echo else "" for _, text in prompts for _ in range(body.n or 1)]
+    shape = _Completion(service, body, job, echoes)
+    if body.echo and body.logprobs is not None:
+        with _renamed({"ids": "prompt", "text": "prompt"}):
+            scored = [await service.aside(_prompt_logprobs, service, prompt, body.logprobs) for prompt, _ in prompts]
+        shape.prompts = [one for one in scored for _ in range(body.n or 1)]
+    return await _respond(shape, await streaming.begun(service.events(request, job, make)))
 
 
 @router.get("/models")
@@ -106,24 +131,57 @@ async def cancel(request_id: str, service: Shared) -> schemas.Cancellation:
 class _Chat:
     """How an answer looks to a client of /v1/chat/completions."""
 
-    kind, chunk_kind, choices = "chat.completion", "chat.completion.chunk", 1
+    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, service: Service, body: schemas.ChatRequest, job: Job) -> None:
+    def __init__(self, service: Service, body: schemas.ChatRequest, job: Job, tools: Tools | None) -> None:
         self.service, self.body, self.job, self.logprobs = service, body, job, bool(body.logprobs)
+        self.choices, self.tools = body.n or 1, tools
+        self._filters = [tools.filter() for _ in range(self.choices)] if tools is not None else []
 
     def opening(self) -> list[dict[str, Any]]:
-        return [{"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}]
+        return [{"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+                for index in range(self.choices)]
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
-        return {"index": 0, "delta": {"content": piece.text}, "logprobs": self._logprobs(piece.tokens),
-                "finish_reason": None}
+    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
+        text = self._filters[piece.index].push(piece.text) if self._filters else piece.text
+        if not text and not (self.logprobs and piece.tokens):
+            return []
+        return [self._delta(piece.index, {"content": text}, self._logprobs(piece.tokens))]
 
-    def end(self, index: int, finish_reason: str) -> dict[str, Any]:
-        return {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason}
+    def ends(self, index: int, finish_reason: str) -> list[dict[str, Any]]:
+        rest, calls = self._filters[index].end() if self._filters else ("", [])
+        parts = []
+        if calls and self.tools is not None and self.tools.legacy:
+            parts.append(self._delta(index, {"function_call": calls[0]["function"]}))
+        elif calls:
+            parts.append(self._delta(index, {"tool_calls": [{"index": n, **call} for n, call in enumerate(calls)]}))
+        elif rest:
+            parts.append(self._delta(index, {"content": rest}))
+        last = self._delta(index, {})
+        return [*parts, {**last, "finish_reason": self._reason(calls, finish_reason)}]
 
     def whole(self, index: int, text: str, tokens: tuple[Token, ...], finish_reason: str) -> dict[str, Any]:
-        return {"index": index, "message": {"role": "assistant", "content": text},
-                "logprobs": self._logprobs(tokens), "finish_reason": finish_reason}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        calls: list[dict[str, Any]] = []
+        if self._filters:
+            shown = self._filters[index].push(text)
+            rest, calls = self._filters[index].end()
+            message["content"] = (shown + rest).strip() or None if calls else shown + rest
+        if calls and self.tools is not None and self.tools.legacy:
+            message["function_call"] = calls[0]["function"]
+        elif calls:
+            message["tool_calls"] = calls
+        return {"index": index, "message": message, "logprobs": self._logprobs(tokens),
+                "finish_reason": self._reason(calls, finish_reason)}
+
+    def _reason(self, calls: list[dict[str, Any]], finish_reason: str) -> str:
+        if not calls or self.tools is None:
+            return finish_reason
+        return "function_call" if self.tools.legacy else "tool_calls"
+
+    @staticmethod
+    def _delta(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
     def _logprobs(self, tokens: tuple[Token, ...]) -> dict[str, Any] | None:
         return chat_logprobs(self.service.model.tokenizer, tokens) if self.logprobs else None
@@ -137,18 +195,23 @@ class _Completion:
     def __init__(self, service: Service, body: schemas.CompletionRequest, job: Job, echoes: list[str]) -> None:
         self.service, self.body, self.job, self.echoes = service, body, job, echoes
         self.choices, self.logprobs = len(echoes), body.logprobs is not None
+        self.prompts: list[dict[str, Any]] = []      # the log probabilities of the prompts, where they are echoed
 
     def opening(self) -> list[dict[str, Any]]:
-        return [self._choice(index, text, (), None) for index, text in enumerate(self.echoes) if text]
+        return [{**self._choice(index, text, (), None), **({"logprobs": self.prompts[index]} if self.prompts else {})}
+                for index, text in enumerate(self.echoes) if text]
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
-        return self._choice(piece.index, piece.text, piece.tokens, None)
+    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
+        return [self._choice(piece.index, piece.text, piece.tokens, None)]
 
-    def end(self, index: int, finish_reason: str) -> dict[str, Any]:
-        return self._choice(index, "", (), finish_reason)
+    def ends(self, index: int, finish_reason: str) -> list[dict[str, Any]]:
+        return [self._choice(index, "", (), finish_reason)]
 
     def whole(self, index: int, text: str, tokens: tuple[Token, ...], finish_reason: str) -> dict[str, Any]:
-        return self._choice(index, self.echoes[index] + text, tokens, finish_reason)
+        choice = self._choice(index, self.echoes[index] + text, tokens, finish_reason)
+        if self.prompts:
+            choice["logprobs"] = {name: [*values, *choice["logprobs"][name]] for name, values in self.prompts[index].items()}
+        return choice
 
     def _choice(self, index: int, text: str, tokens: tuple[Token, ...], finish_reason: str | None) -> dict[str, Any]:
         logprobs = None
@@ -159,7 +222,7 @@ class _Completion:
 
 async def _respond(shape: _Chat | _Completion, events: AsyncGenerator[Event | None, None]) -> Response:
     """Stream the answers or wait for them, as the request asks."""
-    headers = {"x-request-id": shape.job.id, **warnings_header(shape.body.warnings())}
+    headers = {"x-request-id": shape.job.echoed, **warnings_header(shape.body.warnings())}
     common = {"id": shape.job.id, "created": int(time.time()), "model": shape.service.name}
     if shape.body.stream:
         return streaming.EventStream(_chunks(shape, events, {**common, "object": shape.chunk_kind}), headers)
@@ -189,10 +252,12 @@ async def _chunks(
             yield chunk(choice)
         async for event in events:
             if isinstance(event, Piece):
-                yield chunk(shape.delta(event))
+                for choice in shape.deltas(event):
+                    yield chunk(choice)
             elif isinstance(event, Finished):
                 ends.append(event)
-                yield chunk(shape.end(event.index, event.finish_reason))
+                for choice in shape.ends(event.index, event.finish_reason):
+                    yield chunk(choice)
             else:
                 yield streaming.comment(event)
     if shape.body.include_usage:
@@ -214,16 +279,43 @@ def _decoded(service: Service, ids: list[int]) -> str:
         return service.model.tokenizer.decode(ids)
 
 
-def _grammar(service: Service, body: schemas.Sampling, continues: bool) -> Grammar | None:
-    """The grammar that a request asks for in one of three ways."""
-    wanted = body.response_format if isinstance(body, schemas.ChatRequest) else None
-    if isinstance(wanted, (schemas.JsonObjectFormat, schemas.JsonSchemaFormat)):
-        if body.grammar is not None:
-            raise BadRequest("grammar and response_format exclude each other", "grammar")
-        schema = ANY_OBJECT if isinstance(wanted, schemas.JsonObjectFormat) else wanted.json_schema.json_schema
-        with _renamed({"grammar": "response_format.json_schema.schema"}):
-            return service.compiler().json_schema(schema, continues)
-    return None if body.grammar is None else service.compiler().text(body.grammar, continues)
+def _constraint(body: schemas.Sampling) -> Constraint | None:
+    """What the request asks the answer to look like."""
+    return constraint_of({
+        name: getattr(body, name) for name in (
+            "response_format", "structured_outputs", "format", "json_schema", "guided_json", "guided_regex", "guided_choice",
+            "guided_grammar", "grammar",
+        )
+    })
+
+
+def _grammar(service: Service, constraint: Constraint | None, continues: bool) -> Grammar | None:
+    """The compiled grammar of a constraint."""
+    if constraint is None:
+        return None
+    with _renamed({"grammar": constraint.field}):
+        compiler = service.compiler()
+        return (compiler.json_schema if constraint.kind == "json" else compiler.text)(constraint.value, continues)
+
+
+def _each(body: schemas.Sampling) -> list[dict[str, Any]]:
+    """The sampling arguments of each of the request's answers: with a seed, one of its own for each."""
+    options = body.sampling()
+    seed = options.get("seed")
+    return [{**options, **({} if seed is None else {"seed": (seed + n) % (1 << 63)})} for n in range(body.n or 1)]
+
+
+def _prompt_logprobs(service: Service, prompt: str | list[int], top: int) -> dict[str, Any]:
+    """The tokens of a prompt with their log probabilities; its first token has none."""
+    model = service.model
+    ids = prompt if not isinstance(prompt, str) else model.tokenizer.encode(prompt)
+    begun = [*model.begin(), *ids] if isinstance(prompt, str) else list(ids)
+    scored = model.engine.prompt_logprobs(begun, top)
+    tokens, start = [], 0
+    for token_id, logprobs in zip(ids, scored[len(begun) - len(ids) :], strict=True):
+        tokens.append(Token(token_id, start, logprobs))
+        start += len(model.tokenizer.surface(token_id))
+    return completion_logprobs(model.tokenizer, tokens, 0)
 
 
 def _check_logprobs(service: Service, top_logprobs: int | None) -> None:

@@ -63,7 +63,7 @@ class Safety:
         origins = list(origins)
         for origin in origins:
             parts = urlsplit(origin)
-            if parts.scheme not in ("http", "https") or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":
+            if origin != "null" and (not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}"):
                 raise ValueError(f"{origin!r} is no origin such as https://app.example.com: scheme, name and port only")
         return cls(api_key, frozenset(map(_name_of, hosts)), frozenset(origin.lower() for origin in origins), max_body)
 
@@ -176,12 +176,19 @@ def _refuse(status: int, message: str, code: str, headers: dict[str, str] | None
 def _preflight(headers: Headers) -> Response:
     allowed = {
         "access-control-allow-methods": CORS_METHODS,
-        "access-control-allow-headers": CORS_HEADERS,
+        "access-control-allow-headers": _asked_headers(headers),
         "access-control-max-age": "600",
     }
     if headers.get("access-control-request-private-network") == "true":
         allowed["access-control-allow-private-network"] = "true"
     return Response(status_code=204, headers=allowed)
+
+
+def _asked_headers(headers: Headers) -> str:
+    """Those that a page of an allowed origin asks for: clients send names of their own, which harm nothing here."""
+    asked = [name.strip().lower() for name in headers.get("access-control-request-headers", "").split(",")]
+    known = CORS_HEADERS.split(", ")
+    return ", ".join(dict.fromkeys([*known, *(name for name in asked[:64] if re.fullmatch("[a-z0-9-]{1,64}", name))]))
 
 
 async def _read_body(receive: Receive, headers: Headers, limit: int) -> bytes | Response | None:

@@ -62,8 +62,9 @@ class Job:
     id: names it for `Scheduler.cancel`. client: whose turn it takes.
     """
 
-    def __init__(self, job_id: str, client: str) -> None:
-        self.id, self.client = job_id, client
+    def __init__(self, job_id: str, client: str, echoed: str | None = None) -> None:
+        """echoed: what the client calls the request, which is only sent back."""
+        self.id, self.client, self.echoed = job_id, client, echoed or job_id
         self.ended = False                       # no event follows
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edgemistral.generate.sampler import MAX_TOP_LOGPROBS
+from edgemistral.server.spellings import normalised
 from edgemistral.session import SESSION_NAME
 
 MAX_TEXT = 2_000_000       # characters of one text: 32768 tokens of English are about 150 thousand
@@ -16,6 +17,8 @@ MAX_PROMPTS = 256
 MAX_STOPS = 16
 MAX_STOP = 1000            # characters
 MAX_GRAMMAR = 65_536       # characters
+MAX_TOOLS = 256
+MAX_ANSWERS = 16           # of one request
 MAX_SEED = (1 << 63) - 1
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
@@ -40,33 +43,37 @@ class TextPart(Request):
     text: Text
 
 
+class FunctionCall(Request):
+    name: Annotated[str, Field(max_length=500)]
+    arguments: Text | dict[str, Any] = "{}"
+
+
+class ToolCall(Request):
+    id: Annotated[str, Field(max_length=500)] | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class Message(Request):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)] | None = None
+    name: Annotated[str, Field(max_length=500)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=500)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    function_call: FunctionCall | None = None
 
-    def plain(self) -> dict[str, str]:
-        """As the tokenizer takes it: one text."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.content is None and self.role not in ("assistant", "tool", "function"):
+            raise ValueError(f"content must be a text: a message of the role {self.role} has one")
+        return self
 
-
-class JsonSchema(Request):
-    name: Annotated[str, Field(max_length=200)] = ""
-    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
-    strict: bool | None = None
-
-
-class TextFormat(Request):
-    type: Literal["text"]
-
-
-class JsonObjectFormat(Request):
-    type: Literal["json_object"]
-
-
-class JsonSchemaFormat(Request):
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
+    def plain(self) -> dict[str, Any]:
+        """As the tokenizer takes it: one text, and what belongs to tools."""
+        parts = self.content or ""
+        content = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        more = self.model_dump(include={"name", "tool_call_id", "tool_calls", "function_call"}, exclude_none=True)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content, **more}
 
 
 class StreamOptions(Request):
@@ -75,6 +82,11 @@ class StreamOptions(Request):
 
 class Sampling(Request):
     """What chat and raw completions share. null means the default, as if it were not there."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_our_words(cls, body: Any) -> Any:
+        return normalised(body)
 
     model: Annotated[str, Field(max_length=500)] | None = Field(
         None, description="Ignored: there is one model, and the response names it."
@@ -91,20 +103,35 @@ class Sampling(Request):
     logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias], Field(max_length=1024)] | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
-    n: Literal[1] | None = Field(None, description="One answer only.")
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = Field(None, description="Answers to write.")
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="The answer ends no sooner.")
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
     grammar: Annotated[str, Field(max_length=MAX_GRAMMAR)] | None = Field(
         None, description="Only texts of this grammar: Lark as llguidance writes it, or GBNF."
     )
+    response_format: dict[str, Any] | None = Field(
+        None, description='type is "text", "json_object" (a schema may stand beside it) or "json_schema"'
+    )
+    json_schema: dict[str, Any] | Annotated[str, Field(max_length=MAX_GRAMMAR)] | None = None
+    guided_json: dict[str, Any] | Annotated[str, Field(max_length=MAX_GRAMMAR)] | None = None
+    guided_regex: Annotated[str, Field(max_length=MAX_GRAMMAR)] | None = None
+    guided_choice: Annotated[list[Annotated[str, Field(max_length=MAX_STOP)]], Field(max_length=1000)] | None = None
+    guided_grammar: Annotated[str, Field(max_length=MAX_GRAMMAR)] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    format: dict[str, Any] | Annotated[str, Field(max_length=MAX_GRAMMAR)] | None = None
     user: Annotated[str, Field(max_length=500)] | None = Field(None, description="Users of one program take turns.")
 
     def sampling(self) -> dict[str, Any]:
         """The arguments of Model.chat and Model.complete but for the length."""
         names = (
-            "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop"
+            "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop",
+            "min_tokens",
         )
         options = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.seed is not None:
             options["seed"] = self.seed % (1 << 64)
+        if self.stop_token_ids:
+            options["stop_token_ids"] = frozenset(self.stop_token_ids)
         if self.logit_bias:
             options["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         return options
@@ -120,9 +147,11 @@ class ChatRequest(Sampling):
     max_completion_tokens: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    response_format: Annotated[
-        TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
-    ] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Annotated[str, Field(max_length=500)] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)] | None = None
+    function_call: Annotated[str, Field(max_length=500)] | dict[str, Any] | None = None
     session: Annotated[str, Field(pattern=SESSION_NAME)] | None = Field(
         None, description="Keep the tokens of this conversation under this name, if the server has a --session-dir."
     )
@@ -207,14 +236,17 @@ class ChatLogprobs(BaseModel):
 
 class Answer(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    refusal: None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    function_call: dict[str, Any] | None = None
 
 
 class ChatChoice(BaseModel):
     index: int
     message: Answer
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "content_filter"]
+    finish_reason: Literal["stop", "length", "content_filter", "tool_calls", "function_call"]
 
 
 class ChatCompletion(BaseModel):
@@ -229,8 +261,8 @@ class ChatCompletion(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -254,8 +286,12 @@ class Completion(BaseModel):
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"] = "model"
+    type: Literal["base"] = "base"
     created: int
     owned_by: str = "edgemistral"
+    capabilities: dict[str, bool] = Field(default_factory=lambda: {
+        "completion_chat": True, "function_calling": True, "completion_fim": False, "fine_tuning": False, "vision": False,
+    })
     max_model_len: int = Field(description="Positions there is room for.")
 
 

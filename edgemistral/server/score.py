@@ -81,7 +81,7 @@ async def score(
                 texts[event.index] += event.text
             elif isinstance(event, Finished) and event.finish_reason == "content_filter":
                 raise Refused(f"answer {event.index} was refused")
-    headers = {"x-request-id": job.id, **warnings_header(sample.warnings)}
+    headers = {"x-request-id": job.echoed, **warnings_header(sample.warnings)}
     return JSONResponse(await service.aside(sample_json.output, service.model, sample, texts), headers=headers)
 
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 KEEP_ALIVE = 5.0     # seconds without news after which a stream gets a comment
 MAX_WARNINGS = 50    # of one request
 MAX_HEADER = 1000    # characters
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+REQUEST_ID = re.compile(r"[!-~]{1,200}")
 
 Review = Callable[[str, Any], Any | Awaitable[Any]]
 Result = TypeVar("Result")
@@ -51,7 +51,7 @@ class Token:
 
     token_id: int
     start: int
-    logprobs: Logprobs
+    logprobs: Logprobs | None
 
 
 @dataclass(frozen=True)
@@ -143,17 +143,15 @@ class Service:
             return self._compiler
 
     def job(self, request: Request, kind: str, user: str | None = None) -> Job:
-        """A job for a request. Its id is the client's X-Request-Id, or a new one that nobody can guess.
+        """A job for a request. Its id is a new one that nobody can guess; a client's X-Request-Id is only sent back.
 
         Clients are told apart by address, User-Agent and the `user` of the request: on loopback all have one address.
         """
-        job_id = request.headers.get("x-request-id")
-        if job_id is None:
-            job_id = f"{kind}-{secrets.token_hex(16)}"
-        elif not REQUEST_ID.fullmatch(job_id):
-            raise BadRequest("X-Request-Id must be up to 128 letters, digits, dots, - and _", "X-Request-Id")
+        job_id = f"{kind}-{secrets.token_hex(16)}"
         address = request.client.host if request.client else ""
-        return Job(job_id, f"{address} {request.headers.get('user-agent', '')} {user or ''}")
+        named = request.headers.get("x-request-id", "")
+        echoed = named if REQUEST_ID.fullmatch(named) else None
+        return Job(job_id, f"{address} {request.headers.get('user-agent', '')} {user or ''}", echoed)
 
     async def aside(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Call a function that takes a while, such as tokenizing a long text, on a thread of ours."""

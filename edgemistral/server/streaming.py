@@ -21,8 +21,8 @@ def data(value: Any) -> bytes:
 
 
 def comment(event: Progress | None) -> bytes:
-    """What clients skip: a sign of life, or how much of the prompt is read."""
-    return b": waiting\n\n" if event is None else f": prompt {event.done}/{event.total}\n\n".encode()
+    """What clients skip: a sign of life, or how much of the prompt is read. No empty line: some would take it for an event."""
+    return b": waiting\n" if event is None else f": prompt {event.done}/{event.total}\n".encode()
 
 
 DONE = b"data: [DONE]\n\n"
@@ -34,7 +34,7 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, chunks: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
-        super().__init__(headers=headers)
+        super().__init__(headers={**headers, "x-accel-buffering": "no"})     # a proxy in between passes each event on
         del self.headers["content-length"]
         self._chunks = chunks
 

@@ -178,6 +178,22 @@ def test_a_message_over_the_limit_is_not_sent(page, actor):
     expect(draft).to_have_value("")
 
 
+def test_a_change_over_the_limit_stays_in_its_field(page, actor):
+    converse(page, "One")
+    page.locator("article.user").hover()
+    button(page, "Edit and send again").click()
+    field, words = page.get_by_label("Your message"), "many words " * 1200
+    field.fill(words)
+    page.keyboard.press("Enter")
+    expect(page.locator("#notice")).to_contain_text("too long for the model")
+    expect(field).to_have_value(words)
+    field.fill("Two")
+    page.keyboard.press("Enter")
+    says(page, "Answer to Two. Take 0.")
+    expect(page.locator("#notice")).to_be_hidden()
+    assert len(actor.asked) == 2
+
+
 def test_drafts_are_kept_for_each_chat(page):
     draft = page.get_by_label("Message", exact=True)
     draft.fill("of a new chat")
@@ -275,7 +291,7 @@ def test_on_a_phone_enter_begins_a_line(browser, url):
 def put(page, **changes):
     messages = [{"role": "user", "content": "Hello"}]
     chat = {"title": "", "system": "", "updated": time.time() * 1000, "messages": messages, **changes}
-    page.evaluate("([id, text]) => localStorage.setItem(`edgemistral.chat.${id}`, text)", [str(id(chat)), json.dumps(chat)])
+    page.evaluate("(text) => localStorage.setItem(`edgemistral.chat.${localStorage.length}`, text)", json.dumps(chat))
 
 
 def test_search_and_dates(page):
@@ -296,6 +312,20 @@ def test_search_and_dates(page):
     expect(page.locator("#chats a")).to_have_count(4)
     converse(page, "One")
     assert answer(page).locator("time").get_attribute("datetime").startswith(time.strftime("%Y-", time.gmtime()))
+
+
+def test_damaged_messages_do_no_harm(page):
+    for change in (
+        {"at": "x"}, {"at": 1e300}, {"rate": "fast"}, {"tokens": None}, {"tool_calls": 1}, {"tool_calls": [{"id": 1}]},
+        {"versions": 1}, {"versions": []}, {"versions": [{}], "version": 0}, {"versions": [None], "version": 5},
+        {"versions": [None, {"content": "x"}], "version": 0},
+        {"versions": [None, {"content": "x", "after": [1]}], "version": 0}, {"role": "robot"}, {"content": None},
+    ):
+        put(page, messages=[{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi", **change}])
+    assert page.evaluate("localStorage.length") == 14
+    page.reload()
+    expect(page.locator("#server")).to_have_text("actor-q4")
+    expect(page.locator("#chats li")).to_have_count(0)
 
 
 def test_all_chats_go_out_and_come_in(browser, url, page):
@@ -333,18 +363,20 @@ def test_conversations_of_other_programs_come_in(page, content):
     expect(page.get_by_text("This message has no answer yet.")).to_be_visible()
 
 
-@pytest.mark.parametrize(("content", "problem"), [
-    (b"no", "is no JSON file"), (b"{}", "has no list of messages"), (b"7", "has no list of messages"), (b"null", "has no list"),
-    (b'{"chats": []}', "has no chats in it"), (b'{"chats": [7]}', "has no list of messages"), (b"[]", "has no messages in it"),
-    (b'{"messages": [7]}', "message 1 has no role that is known"), (b'[{"role": "robot"}]', "message 1 has no role"),
-    (b'[{"role": "user", "content": 7}]', "message 1 has no text"),
-    (b'[{"role": "user", "content": [{"image": 1}]}]', "more than text"),
-    (b'[{"role": "assistant", "tool_calls": [{}]}]', "tool calls that cannot be read"),
-    (b'{"chats": [{"title": "", "system": "", "updated": 1, "messages": [null]}]}', "no role that is known"),
-])
-def test_files_without_chats_say_what_is_wrong(page, content, problem):
-    page.locator("#pick-chats").set_input_files([{"name": "a.json", "mimeType": "", "buffer": content}])
-    expect(page.locator("#toast")).to_contain_text(problem)
+def test_files_without_chats_say_what_is_wrong(page):
+    for content, problem in (
+        (b"no", "is no JSON file"), (b"{}", "has no list of messages"), (b"7", "has no list of messages"),
+        (b"null", "has no list"), (b'{"chats": []}', "has no chats in it"), (b'{"chats": [7]}', "has no list of messages"),
+        (b"[]", "has no messages in it"),
+        (b'{"messages": [7]}', "message 1 has no role that is known"), (b'[{"role": "robot"}]', "message 1 has no role"),
+        (b'[{"role": "user", "content": 7}]', "message 1 has no text"),
+        (b'[{"role": "user", "content": [{"image": 1}]}]', "more than text"),
+        (b'[{"role": "assistant", "tool_calls": [{}]}]', "tool calls that cannot be read"),
+        (b'{"chats": [{"title": "", "system": "", "updated": 1, "messages": [null]}]}', "no role that is known"),
+    ):
+        page.locator("#pick-chats").set_input_files([{"name": "a.json", "mimeType": "", "buffer": content}])
+        expect(page.locator("#toast")).to_contain_text(problem)
+        page.evaluate("document.getElementById('toast').replaceChildren()")
     expect(page.locator("#chats li")).to_have_count(0)
 
 

@@ -27,9 +27,9 @@ const [scroll, log, system, tools] = ["scroll", "log", "system", "tools"].map($)
 
 let current = newChat();      // the chat on the page; kept once it has a message
 let follow = true;            // the growing answer
-let used = 0;                 // tokens of the conversation and the draft
 let planned = false;          // a drawing of the page
 let submitting = false;       // a message whose tokens are being counted
+const used = new Map();       // by the id of a chat: tokens of the conversation and the draft, once they were counted
 const notices = new Map();    // by the id of a chat: a Failure
 const views = new WeakMap();  // by message
 
@@ -43,7 +43,8 @@ const answers = new Answers(new Settings($("settings")), {
   },
   ended(chat, message) {
     save(chat);
-    if (chat === current) announce(`Answer: ${message.content.slice(0, 5000)}`);
+    const calls = (message.tool_calls ?? []).map(({ function: { name } }) => `Calls ${name}`);
+    if (chat === current) announce(`Answer: ${[message.content.slice(0, 5000), ...calls].join(" ")}`);
     measureSoon();
     plan();
   },
@@ -72,12 +73,14 @@ const sidebar = new Sidebar({
   changed: plan,
 });
 const actions = {
-  edit(message, text) {
-    const chat = current;
+  async edit(message, text) {
+    const chat = current, before = conversation(chat, chat.messages.indexOf(message));
+    if (!await fits(chat, [...before, { role: "user", content: text }], "too_long_edit")) return false;
     ask(chat, () => {
       addVersion(chat, message);
       Object.assign(message, { content: text, at: Date.now() });
     });
+    return true;
   },
   correct(message, text) {
     change(current, () => { message.content = text; });
@@ -141,26 +144,23 @@ async function submit() {
     return;
   }
   submitting = true;
-  const message = { role: "user", content, at: Date.now() };
-  const tokens = await count([...conversation(chat), message], AbortSignal.timeout(COUNT_WITHIN)).catch(() => 0);
+  const message = { role: "user", content };
+  const isRoom = await fits(chat, [...conversation(chat), message], "too_long");
   submitting = false;
-  if (tokens >= server.context) {
-    notices.set(chat.id, tooLong(tokens));
-    plan();
-    return;
-  }
+  if (!isRoom) return;
   composer.clear(chat, !chats.has(chat.id));
-  ask(chat, () => chat.messages.push(message));
+  ask(chat, () => chat.messages.push({ ...message, at: Date.now() }));
 }
 
-function tooLong(tokens) {
+/** Whether the model has room for these messages and an answer; if not, the page says so, and nothing is sent. */
+async function fits(chat, messages, code) {
+  const tokens = await countTokens(messages, AbortSignal.timeout(COUNT_WITHIN)).catch(() => 0);   // the answer will tell
+  if (tokens < server.context) return true;
   const [all, limit, over] = [tokens, server.context, tokens - server.context + 1].map((n) => n.toLocaleString());
-  return new Failure(`This conversation is too long for the model: ${all} tokens, and it reads and writes at most ${limit}. `
-    + `Shorten your message by ${over} tokens or more, or begin a new chat.`, { code: "too_long" });
-}
-
-function count(messages, signal) {
-  return countTokens(messages.map(({ at, ...message }) => message), signal);
+  notices.set(chat.id, new Failure(`This conversation is too long for the model: ${all} tokens, and it reads and writes at `
+    + `most ${limit}. Shorten your message by ${over} tokens or more, or begin a new chat.`, { code }));
+  plan();
+  return false;
 }
 
 /** How many messages belong to one that is deleted: a question takes its answer along, an answer the results of its calls. */
@@ -254,8 +254,8 @@ async function measure() {
   if (answers.job(chat) || !server.ready) return;
   const messages = text ? [...conversation(chat), { role: "user", content: text }] : conversation(chat);
   try {
-    const tokens = chat.messages.length || text ? await count(messages, measure.abort.signal) : 0;
-    if (chat === current) used = tokens;
+    const tokens = chat.messages.length || text ? await countTokens(messages, measure.abort.signal) : 0;
+    used.set(chat.id, tokens);
     plan();
   } catch {
     // another one is on its way, or asking will tell what is wrong
@@ -311,9 +311,9 @@ function drawNotice(job) {
 function drawContext(job) {
   const rate = job ? rateOf(job) : 0;
   $("rate").textContent = rate ? `${rate.toFixed(1)} tokens/s` : "";
-  const tokens = used + (job?.pieces ?? 0), share = tokens / server.context;
+  const tokens = (used.get(current.id) ?? 0) + (job?.pieces ?? 0), share = tokens / server.context;
   const meter = $("context"), text = `${tokens.toLocaleString()} of ${server.context.toLocaleString()} tokens`;
-  meter.hidden = !server.context;
+  meter.hidden = !server.context || !used.has(current.id);
   meter.title = share > 1 ? "Too long for the model: shorten it or begin a new chat" : "Of the model's context";
   meter.classList.toggle("full", share > 0.9);
   meter.setAttribute("aria-valuenow", tokens);

@@ -101,11 +101,18 @@ export function isChat(chat) {
     && ["string", "undefined"].includes(typeof chat.tools) && Array.isArray(chat.messages) && chat.messages.every(isMessage);
 }
 
-function isMessage({ role, content, tool_calls: calls, versions, version }) {
+function isMessage(message) {
+  const { role, content, tool_calls: calls, versions, version } = message;
+  const isVersion = (one) => one === null
+    || (isMessage({ ...one, role }) && Array.isArray(one.after) && one.after.every(isMessage));
   return ROLES.includes(role) && typeof content === "string" && (calls === undefined || areCalls(calls))
-    && (versions === undefined || (Array.isArray(versions) && Number.isInteger(version) && version >= 0
-      && version < versions.length && versions.every(
-        (one) => one === null || (typeof one.content === "string" && Array.isArray(one.after) && one.after.every(isMessage)))));
+    && ["at", "tokens", "rate"].every((name) => isNumber(message[name]))
+    && (versions === undefined || (Array.isArray(versions) && version in versions && versions.every(isVersion)));
+}
+
+/** Missing, or one that a date can be. */
+function isNumber(value) {
+  return value === undefined || (typeof value === "number" && Math.abs(value) <= 8.64e15);
 }
 
 /** Whether these are tool calls in the OpenAI shape. */

@@ -25,8 +25,8 @@ export class MessageView {
   #shownCalls = "";
   #shownState = "";   // what the footer was made of
 
-  /** actions: edit(message, text): and ask again, correct(message, text), remove(message), regenerate(message),
-   * goOn(message), show(message, version), answerCall(message, call, text). */
+  /** actions: edit(message, text): and ask again, false if that cannot be; correct(message, text), remove(message),
+   * regenerate(message), goOn(message), show(message, version), answerCall(message, call, text). */
   constructor(message, actions) {
     const { role } = message;
     this.#message = message;
@@ -69,10 +69,8 @@ export class MessageView {
       this.#footer.hidden = false;
       this.#footer.querySelector("button")?.focus();
     };
-    const done = (act) => {
-      if (!field.value.trim()) return;
-      close();
-      act(this.#message, field.value);
+    const done = async (act) => {
+      if (field.value.trim() && await act(this.#message, field.value) !== false) close();
     };
     const { edit, correct } = this.actions;
     const form = element("form", { className: "edit" }, field,
@@ -124,7 +122,7 @@ export class MessageView {
     const message = this.#message, { regenerate, goOn, remove } = this.actions;
     if (job) return;
     if (message.versions) yield this.#switch();
-    yield copyButton("Copy the message", () => message.content);
+    yield copyButton("Copy the message", () => message.content || JSON.stringify(message.tool_calls));
     if (message.role === "user") {
       yield iconButton("edit", last ? "Edit and send again" : "Edit", () => this.edit());
     } else if (message.role === "assistant") {

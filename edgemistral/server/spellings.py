@@ -1,0 +1,87 @@
+"""Requests as clients spell them, put into our words before anything is checked.
+
+One table for the names of other servers, one for their ways to say "none", one for what this server does not do: a field that
+limits or shapes an answer is obeyed or refused, never passed over. Only what is known to be harmless is ignored, and named in
+the `warnings` header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgemistral.errors import BadRequest
+
+# Names of llama.cpp, vLLM, Ollama, Mistral, text-generation-inference: ours.
+ALIASES = {
+    "repeat_penalty": "repetition_penalty", "repetition_penality": "repetition_penalty", "random_seed": "seed",
+    "n_predict": "max_tokens", "num_predict": "max_tokens", "max_new_tokens": "max_tokens", "max_output_tokens": "max_tokens",
+    "stop_sequences": "stop", "stop_strings": "stop", "min_new_tokens": "min_tokens", "typ_p": "typical_p",
+    "temp": "temperature", "topP": "top_p", "topK": "top_k",
+}
+# What would change the answer and is not done here, with the values that ask for nothing.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "typical_p": (1, 0), "tfs_z": (1, 0), "mirostat": (0, False), "xtc_probability": (0,), "dry_multiplier": (0,),
+    "top_a": (0,), "eta_cutoff": (0,), "epsilon_cutoff": (0,), "dynatemp_range": (0,), "suffix": ("",),
+    "smoothing_factor": (0,), "guidance_scale": (1, 0), "negative_prompt": ("",), "bad_words": ([], ()),
+    "use_beam_search": (False,), "length_penalty": (1,), "num_beams": (1,), "logits_processors": ([],), "prompt_logprobs": (),
+    "include_stop_str_in_output": (False,), "ignore_eos": (False,), "skip_special_tokens": (True,), "image_data": ([],),
+    "images": ([],), "audio": (), "lora": ([],), "web_search_options": (), "truncate_prompt_tokens": (),
+    "add_special_tokens": (True, False), "chat_template": (), "chat_template_kwargs": ({},), "continue_final_message": (False,),
+    "add_generation_prompt": (True,), "allowed_token_ids": ([],), "context_shift": (False,), "best_of": (),
+}
+INTEGERS = ("max_tokens", "max_completion_tokens", "min_tokens", "n", "top_k", "seed", "top_logprobs", "logprobs", "best_of")
+NO_LIMIT = ("max_tokens", "max_completion_tokens")      # -1 is none
+
+
+def normalised(body: Any) -> Any:
+    """A request's object in our words. Raises BadRequest, whose `field` is the name as it came, for what is not done here."""
+    if not isinstance(body, Mapping):
+        return body
+    made: dict[str, Any] = dict(body)
+    for theirs, ours in ALIASES.items():
+        if theirs in made:
+            value = made.pop(theirs)
+            if ours in made and made[ours] is not None and made[ours] != value and value is not None:
+                raise BadRequest(f"{theirs} and {ours} are given, which mean the same here", theirs)
+            made.setdefault(ours, value)
+    for name, neutral in REFUSED.items():
+        if name not in made:
+            continue
+        value = made[name]
+        if value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral):
+            del made[name]
+        elif name != "best_of":
+            raise BadRequest(f"{name} is {str(value)[:60]!r}, which this server does not do", name)
+    if "modalities" in made and made.pop("modalities") not in (None, ["text"]):
+        raise BadRequest("modalities: this server answers in text only", "modalities")
+    for name in INTEGERS:
+        value = made.get(name)
+        if isinstance(value, float) and value.is_integer():
+            made[name] = int(value)
+    for name in NO_LIMIT:
+        if _is_number(made.get(name)) and made[name] < 0:
+            made[name] = None
+    if _is_number(made.get("top_k")) and made["top_k"] < 0:
+        made["top_k"] = 0
+    if _is_number(made.get("seed")) and made["seed"] < 0:
+        made["seed"] = None             # a new one each time
+    if "stop" in made:
+        made["stop"] = _stops(made["stop"])
+    best_of = made.pop("best_of", None)
+    if best_of is not None and best_of not in (1, made.get("n") or 1):
+        raise BadRequest(f"best_of is {str(best_of)[:20]}: only as many answers as n are written", "best_of")
+    return made
+
+
+def _stops(value: Any) -> Any:
+    """Empty strings stop nothing, and null is no string."""
+    if value == "":
+        return None
+    if isinstance(value, list):
+        return [stop for stop in value if stop not in ("", None)]
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

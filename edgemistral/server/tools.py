@@ -1,0 +1,196 @@
+"""Tool calling in OpenAI's shape: what the model is told of tools, and how its calls are found in what it writes.
+
+A chat template that takes tools gets them as they are. For any other model a system text says what there is and how to call it.
+Calls that are forced are compiled into a grammar, so their arguments always fit; others are parsed from the text as it streams,
+and nothing that may be a call is shown before it is known not to be one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgemistral.errors import BadRequest
+from edgemistral.server.constraints import Constraint, closed
+
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+MARK, END_MARK = "<tool_call>", "</tool_call>"
+HOW = (
+    "You may call functions. To call one, answer with nothing but a JSON object of its name and arguments: "
+    '{"name": "function", "arguments": {...}}. Results come back in the next message. The functions, with JSON schemas of '
+    "their arguments:"
+)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """tools: in OpenAI's shape, those that may be called. forced: one of them must be. legacy: asked for as `functions`."""
+
+    tools: list[dict[str, Any]]
+    forced: bool
+    legacy: bool
+
+    def constraint(self) -> Constraint | None:
+        """The JSON that a forced call is."""
+        if not self.forced:
+            return None
+        calls = [{
+            "type": "object", "additionalProperties": False, "required": ["name", "arguments"],
+            "properties": {"name": {"const": tool["function"]["name"]}, "arguments": _parameters(tool)},
+        } for tool in self.tools]
+        return Constraint("json", calls[0] if len(calls) == 1 else {"anyOf": calls}, "tools")
+
+    def calls_in(self, text: str) -> list[dict[str, Any]]:
+        """The calls that a text is, in OpenAI's shape; none if it is a text."""
+        names = {tool["function"]["name"] for tool in self.tools}
+        found = []
+        for value in _values(text):
+            arguments = value.get("arguments", value.get("parameters", {})) if isinstance(value, dict) else None
+            if not isinstance(value, dict) or value.get("name") not in names or not isinstance(arguments, (dict, str)):
+                return []
+            spelled = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            call_id = f"call_{secrets.token_hex(12)}"
+            found.append({"id": call_id, "type": "function", "function": {"name": value["name"], "arguments": spelled}})
+        return found
+
+    def filter(self) -> CallFilter:
+        return CallFilter(self)
+
+
+class CallFilter:
+    """A streamed answer: text that is none of a call's comes out at once."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools, self._text, self._sent = tools, "", 0
+
+    def push(self, piece: str) -> str:
+        """The text that is safe to show after one more piece."""
+        self._text += piece
+        safe = self._safe()
+        shown, self._sent = self._text[self._sent : safe], max(self._sent, safe)
+        return shown
+
+    def end(self) -> tuple[str, list[dict[str, Any]]]:
+        """The rest of the text, or the calls that it is."""
+        calls = self._tools.calls_in(self._text[self._sent :])
+        return ("" if calls else self._text[self._sent :]), calls
+
+    def _safe(self) -> int:
+        """Up to where the text cannot be part of a call."""
+        start = len(self._text) - len(self._text.lstrip())
+        if self._tools.forced or start == len(self._text) or self._text[start] in "{[":
+            return 0
+        at = self._text.find(MARK)
+        if at >= 0:
+            return at
+        held = next((n for n in range(len(MARK) - 1, 0, -1) if self._text.endswith(MARK[:n])), 0)
+        return len(self._text) - held
+
+
+def tools_of(fields: Mapping[str, Any]) -> Tools | None:
+    """The tools that a request may or must call. BadRequest names what is wrong with them."""
+    legacy = fields.get("tools") is None and fields.get("functions") is not None
+    field = "functions" if legacy else "tools"
+    given, choice = fields.get(field), fields.get("function_call" if legacy else "tool_choice")
+    if not given:
+        if choice not in (None, "none", "auto"):
+            raise BadRequest("tool_choice asks for a call, but there are no tools", "tool_choice")
+        return None
+    tools = [_tool(one, f"{field}[{i}]", legacy) for i, one in enumerate(given)]
+    names = [tool["function"]["name"] for tool in tools]
+    if len(set(names)) < len(names):
+        raise BadRequest(f"{field} has two of one name", field)
+    if choice in (None, "auto"):
+        return Tools(tools, False, legacy)
+    if choice == "none":
+        return None
+    if choice in ("required", "any"):
+        return Tools(tools, True, legacy)
+    where = "function_call" if legacy else "tool_choice"
+    inner = choice if legacy else choice.get("function", choice) if isinstance(choice, Mapping) else None
+    name = inner.get("name") if isinstance(inner, Mapping) else None
+    if name not in names:
+        shown = json.dumps(choice, default=str)[:80]
+        raise BadRequest(f"{where} is {shown}: it must be auto, none, required, or name a tool", where)
+    return Tools([tool for tool in tools if tool["function"]["name"] == name], True, legacy)
+
+
+def spelled_out(messages: Sequence[Mapping[str, Any]], tools: Tools | None) -> list[dict[str, Any]]:
+    """A conversation for a template that knows no tools: they are told in a system text, calls and results are texts."""
+    made: list[dict[str, Any]] = []
+    names: dict[str, str] = {}
+    for message in messages:
+        role, content = message["role"], message.get("content") or ""
+        calls = list(message.get("tool_calls") or [])
+        if message.get("function_call"):
+            calls.append({"function": message["function_call"]})
+        if calls:
+            for call in calls:
+                names[str(call.get("id"))] = str(call["function"].get("name"))
+            texts = [json.dumps({"name": call["function"].get("name"), "arguments": _object(call["function"].get("arguments"))},
+                                ensure_ascii=False) for call in calls]
+            made.append({"role": "assistant", "content": "\n".join([*([content] if content else []), *texts])})
+        elif role in ("tool", "function"):
+            name = message.get("name") or names.get(str(message.get("tool_call_id")), "the function")
+            made.append({"role": "user", "content": f"Result of {name}: {content}"})
+        else:
+            made.append({"role": role, "content": content})
+    if tools is not None:
+        listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools.tools)
+        made.insert(0, {"role": "system", "content": f"{HOW}\n{listed}"})
+    return made
+
+
+def with_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation for a template that knows tools: it expects the arguments of calls as objects."""
+    return [
+        {**message, "tool_calls": [
+            {**call, "function": {**call["function"], "arguments": _object(call["function"].get("arguments"))}}
+            for call in message["tool_calls"]
+        ]} if message.get("tool_calls") else dict(message) for message in messages
+    ]
+
+
+def _tool(value: Any, field: str, legacy: bool) -> dict[str, Any]:
+    function = value if legacy else value.get("function") if isinstance(value, Mapping) else None
+    if not isinstance(function, Mapping) or (not legacy and value.get("type", "function") != "function"):
+        raise BadRequest(f"{field} must be a function: {{'type': 'function', 'function': {{'name': ...}}}}", field)
+    inner = field if legacy else f"{field}.function"
+    if not isinstance(function.get("name"), str) or not NAME.fullmatch(function["name"]):
+        raise BadRequest(f"{inner}.name must be up to 128 letters, digits, dots, - and _", f"{inner}.name")
+    if not isinstance(function.get("parameters") or {}, Mapping):
+        raise BadRequest(f"{inner}.parameters must be a JSON schema", f"{inner}.parameters")
+    return {"type": "function", "function": dict(function)}
+
+
+def _parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
+    schema = closed(tool["function"].get("parameters") or {"type": "object", "properties": {}})
+    return {"type": "object", **schema}
+
+
+def _object(arguments: Any) -> Any:
+    if not isinstance(arguments, str):
+        return arguments or {}
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments
+
+
+def _values(text: str) -> list[Any]:
+    """The JSON values of calls: marked ones, a list, or one after another; none if anything else is there."""
+    if MARK in text:
+        text = "".join(part.partition(END_MARK)[0] for part in text.split(MARK)[1:])
+    text, decoder, found = text.strip().removeprefix("[TOOL_CALLS]").strip(), json.JSONDecoder(), []
+    while text:
+        try:
+            value, end = decoder.raw_decode(text)
+        except (ValueError, RecursionError):
+            return []
+        found += value if isinstance(value, list) else [value]
+        text = text[end:].lstrip().removeprefix(";").lstrip()
+    return found
