@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
+from edgemistral.errors import BadRequest
 from edgemistral.files.blob import Blob
 from edgemistral.generate.engine import Engine, Ids
 from edgemistral.generate.sampler import Logprobs, SamplingParams
@@ -24,6 +25,8 @@ from edgemistral.text.written import WrittenTexts
 if TYPE_CHECKING:
     from edgemistral.session import Session
 
+KV_STORE_QUOTA = 8 << 30    # bytes
+
 
 def load(
     path: str | os.PathLike[str],
@@ -34,6 +37,8 @@ def load(
     kv_budget: int | None = None,
     lookup: bool = True,
     on_overflow: OnOverflow = "error",
+    kv_store: str | os.PathLike[str] | None = None,
+    kv_store_quota: int = KV_STORE_QUOTA,
 ) -> Model:
     """Map a blob and make ready to run it; a context manager.
 
@@ -42,12 +47,19 @@ def load(
     process may use, "auto" the best number measured with this model (once, then remembered). max_ram: bytes.
     lookup: guess tokens that were said before and verify several at once: the same answers, sooner where they quote.
     kv_budget: bytes for conversations that are kept; None means a quarter of the memory (see `runtime.plan.plan`).
+    kv_store: a folder where prompts and answers of all runs are kept, up to `kv_store_quota` bytes; whatever begins like one
+    of them is not read again.
     on_overflow: what `Model.chat` does with a conversation that is longer than the context, unless a call says otherwise.
     Raises BadBlob, BadRequest (its `field` names the argument) or OutOfMemoryBudget before anything is allocated.
     """
+    from edgemistral.files.kv_store import KVStore
+    from edgemistral.files.records import root_of
+    from edgemistral.runtime.session import geometry_of
     from edgemistral.runtime.transformer import Transformer  # imports numba
     from edgemistral.session import binding_of
 
+    if type(kv_store_quota) is not int or kv_store_quota < 1:
+        raise BadRequest(f"kv_store_quota is {kv_store_quota!r}: it must be a number of bytes", "kv_store_quota")
     check_on_overflow(on_overflow)
     blob = Blob.open(path)
     try:
@@ -61,6 +73,13 @@ def load(
         blob.close()
         raise
     engine = Engine(transformer, lookup)      # the transformer closes the blob
+    try:
+        if kv_store is not None:
+            root, geometry = root_of(binding_of(blob, kv_bits)), geometry_of(transformer.pool)
+            engine.use_store(KVStore(Path(kv_store), root, geometry, kv_store_quota))
+    except BaseException:
+        engine.close()
+        raise
     return Model(engine, tokenizer, blob.path, binding_of(blob, kv_bits), on_overflow)
 
 
@@ -161,13 +180,14 @@ class Model:
         def answered(reply: Reply) -> None:
             if not continued:
                 self._written.remember(reply.text, reply.ids_of_text)
-            if session is not None:
+            if session is not None and session.is_open:
                 text = messages[-1]["content"] + reply.text if continued else reply.text
                 said = messages[:-1] if continued else messages
                 session.messages = [*map(dict, said), {"role": "assistant", "content": text}]
 
         generation = self.generate(ids, max_new_tokens, progress=progress, cancel=cancel, session=session, **sampling)
-        return Reply(generation, self._decoder(ids if continued else []), stops, dropped, answered)
+        generation.usage.dropped_messages = dropped
+        return Reply(generation, self._decoder(ids if continued else []), stops, answered)
 
     def complete(
         self,
@@ -226,15 +246,15 @@ class Reply(Iterator[str]):
     text: all pieces so far. usage: counts and times so far. finish_reason: None until the end, then "stop" (</s> or a
     stop string), "length" (max_new_tokens) or "context" (it is full). token_ids: of the tokens so far, and starts:
     where the text of each begins; a token that begins at or after the end of `text` is still held back, or at the end
-    was cut off by a stop string. dropped: numbers of the messages that were left out because the conversation was too long.
+    was cut off by a stop string.
     """
 
     def __init__(
-        self, generation: Generation, decoder: StreamDecoder, stops: StopStrings, dropped: tuple[int, ...] = (),
+        self, generation: Generation, decoder: StreamDecoder, stops: StopStrings,
         on_end: Callable[[Reply], object] | None = None,
     ) -> None:
         """on_end: called once, when no more text comes."""
-        self.dropped, self._on_end = dropped, on_end
+        self._on_end = on_end
         self.text = ""
         self.token_ids: list[int] = []
         self.starts: list[int] = []
@@ -250,6 +270,11 @@ class Reply(Iterator[str]):
     @property
     def usage(self) -> Usage:
         return self._generation.usage
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Numbers of the messages that were left out because the conversation was too long."""
+        return self.usage.dropped_messages
 
     @property
     def ended(self) -> bool:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
+import os
+import re
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemistral.errors import BadSession, EdgeMistralError
+from edgemistral.errors import BadInput, BadRequest, BadSession, EdgeMistralError
 from edgemistral.files import strict_json
 from edgemistral.files.blob import SEAL, Blob
 from edgemistral.files.records import KV_VERSION
@@ -19,8 +25,15 @@ from edgemistral.files.session import SessionFile
 from edgemistral.runtime.segments import SegmentPool, Sequence
 from edgemistral.runtime.session import FileSequence, geometry_of
 
+logger = logging.getLogger(__name__)
+
+SESSION_NAME = r"^[A-Za-z0-9_-]{1,100}$"
+RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}      # on Windows
+MOST_OPEN = 8
+
 if TYPE_CHECKING:
     from edgemistral.generate.engine import Engine
+    from edgemistral.model import Model
     from edgemistral.text.written import WrittenTexts
 
 
@@ -63,6 +76,10 @@ class Session:
         return self._sequence
 
     @property
+    def is_open(self) -> bool:
+        return self._open
+
+    @property
     def ids(self) -> NDArray[np.int32]:
         """The ids of the positions it holds, as a copy."""
         ids: NDArray[np.int32] = self.sequence.ids.copy()
@@ -74,19 +91,20 @@ class Session:
         return self.sequence.length
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         return [dict(message) for message in self._messages]
 
     @messages.setter
     def messages(self, messages: Iterable[Mapping[str, Any]]) -> None:
-        self._messages = [{"role": message["role"], "content": message["content"]} for message in messages]
+        self._messages = [dict(message) for message in messages]
         self.save()
 
     def save(self) -> None:
         """Put everything so far on the disk. `chat` does so at the end of each answer. Raises EdgeMistralError if it cannot."""
         written = {
             str(n): list(ids) for n, message in enumerate(self._messages)
-            if message["role"] == "assistant" and (ids := self._written.get(message["content"])) is not None
+            if message["role"] == "assistant" and isinstance(text := message.get("content"), str)
+            and (ids := self._written.get(text)) is not None
         }
         self._engine.save(self.sequence, json.dumps({"messages": self._messages, "written": written}))
 
@@ -107,13 +125,13 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, notes: str) -> list[dict[str, str]]:
+    def _read(self, notes: str) -> list[dict[str, Any]]:
         """The messages in a file's notes; what spells answers otherwise than the tokenizer is remembered."""
         if not notes:
             return []
         fields = strict_json.parse(notes, f"{self.path}: notes", BadSession)
         try:
-            messages = [{"role": str(one["role"]), "content": str(one["content"])} for one in fields["messages"]]
+            messages = [dict(one) for one in fields["messages"] if isinstance(one["role"], str)]
             for n, ids in fields["written"].items():
                 self._written.remember(messages[int(n)]["content"], [int(token) for token in ids])
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
@@ -121,13 +139,46 @@ class Session:
         return messages
 
 
+class SessionFolder:
+    """Sessions by name, for a server. Threads may share it."""
+
+    def __init__(self, folder: Path, most: int = MOST_OPEN) -> None:
+        """most: sessions that stay open while nobody uses them. BadInput: the folder cannot be had."""
+        self.folder, self._most = folder, most
+        self._open: OrderedDict[str, Session] = OrderedDict()     # the least recently used first
+        self._lock = threading.Lock()
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise BadInput(f"{folder}: cannot be the folder of sessions: {error.strerror}") from None
+
+    def get(self, model: Model, name: str) -> Session:
+        """The session of a name, which is made if there is none. BadRequest: it is no name; BadSession: see `Model.session`."""
+        if not re.fullmatch(SESSION_NAME, name) or name.lower() in RESERVED:
+            raise BadRequest("session must be up to 100 letters, digits, - and _, and no name of a device", "session")
+        with self._lock:
+            session = self._open.pop(name, None)
+            if session is None:
+                idle = [one for one, held in self._open.items() if not model.engine.writes_to(held.sequence)]
+                for other in idle[: max(0, len(self._open) - self._most + 1)]:
+                    with contextlib.suppress(EdgeMistralError):      # what was saved last stays
+                        self._open.pop(other).close()
+                try:
+                    session = model.session(self.folder / f"{name}.session")
+                except BadSession as problem:                        # a client need not know where it lies
+                    raise BadSession(str(problem).replace(f"{self.folder}{os.sep}", "")) from None
+                if session.notice:
+                    logger.warning("%s", session.notice)
+            self._open[name] = session
+            return session
+
+
 def binding_of(blob: Blob, kv_bits: int) -> dict[str, Any]:
     """What decides the bits of the KV cache: the session of one model is never taken for that of another."""
-    template = blob.metadata.get("chat_template", "")        # without one, the tokenizer decides
     return {
         "blob": blob.metadata[SEAL],
         "tokenizer": blob.metadata["sha256:tokenizer"],
-        "template": hashlib.sha256(template.encode()).hexdigest(),
+        "template": hashlib.sha256(blob.metadata.get("text", "").encode()).hexdigest(),
         "kv_bits": kv_bits,
         "kv_version": KV_VERSION,
         "n_layers": blob.config.n_layers,

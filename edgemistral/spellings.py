@@ -30,7 +30,10 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True, False), "chat_template": (), "chat_template_kwargs": ({},), "continue_final_message": (False,),
     "add_generation_prompt": (True,), "allowed_token_ids": ([],), "context_shift": (False,), "best_of": (),
 }
-INTEGERS = ("max_new_tokens", "max_tokens", "max_completion_tokens", "min_tokens", "n", "top_k", "seed", "top_logprobs", "logprobs", "best_of")
+INTEGERS = (
+    "max_new_tokens", "max_tokens", "max_completion_tokens", "min_tokens", "n", "top_k",
+    "seed", "top_logprobs", "logprobs", "best_of",
+)
 NO_LIMIT = ("max_new_tokens", "max_tokens", "max_completion_tokens")      # -1 is none
 
 

@@ -39,6 +39,17 @@ def threads(text: str) -> int | Literal["auto"]:
         raise click.BadParameter(f"{text!r} is no whole number, nor auto") from None
 
 
+def kv_store(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
+    """The folder of the KV store: DIR, or one in the cache."""
+    if value == "":
+        from edgemistral.paths import cache_dir
+
+        return cache_dir() / "kv-store"
+    if value is not None and (Path(value).is_file() or value == DEMO):
+        raise click.BadParameter(f"{value} is no folder; write --kv-store=DIR, or --kv-store behind MODEL", context, parameter)
+    return None if value is None else Path(value)
+
+
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     """Several options as one decorator, in the order of the help page."""
     def decorate(function: F) -> F:
@@ -64,6 +75,12 @@ max_ram_option = click.option(
 )
 no_lookup_option = click.option(
     "--no-lookup", is_flag=True, help="Guess no tokens from what was said before (the answers are the same)."
+)
+kv_store_options = options(
+    click.option("--kv-store", is_flag=False, flag_value="", metavar="[=DIR]", callback=kv_store,
+                 help="Keep prompts and answers on the disk, for every later run that begins like them."),
+    click.option("--kv-store-quota", type=size, default="8GiB", show_default=True, metavar="SIZE",
+                 help="Most bytes of that folder; what was not used for longest goes first."),
 )
 on_overflow_option = click.option(
     "--on-overflow", type=click.Choice(["error", "drop-oldest"]), default="error", show_default=True,

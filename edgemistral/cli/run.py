@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +15,7 @@ from edgemistral.cli.options import (
     context_option,
     kv_bits_option,
     kv_budget_option,
+    kv_store_options,
     max_ram_option,
     model_path,
     no_lookup_option,
@@ -55,6 +57,7 @@ answer_options = options(
 @context_option
 @kv_bits_option
 @kv_budget_option
+@kv_store_options
 @no_lookup_option
 @on_overflow_option
 @threads_option
@@ -75,6 +78,8 @@ def run(
     kv_budget: int | None,
     no_lookup: bool,
     on_overflow: OnOverflow,
+    kv_store: Path | None,
+    kv_store_quota: int,
     **sampling: Any,
 ) -> None:
     """Chat with MODEL, or answer PROMPT and exit.
@@ -104,7 +109,8 @@ def run(
     from edgemistral.model import load
 
     with compile_notice(), load(
-        path, context, int(kv_bits), threads, max_ram, kv_budget=kv_budget, lookup=not no_lookup, on_overflow=on_overflow
+        path, context, int(kv_bits), threads, max_ram, kv_budget=kv_budget, lookup=not no_lookup, on_overflow=on_overflow,
+        kv_store=kv_store, kv_store_quota=kv_store_quota,
     ) as loaded, nullcontext() if session is None else loaded.session(session) as kept:
         about_demo(model)
         if kept is not None and kept.notice:

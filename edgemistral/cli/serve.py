@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,7 @@ from edgemistral.cli.options import (
     context_option,
     kv_bits_option,
     kv_budget_option,
+    kv_store_options,
     max_ram_option,
     model_path,
     no_lookup_option,
@@ -41,16 +43,20 @@ if TYPE_CHECKING:
 @click.option("--max-body", type=size, metavar="SIZE", default="4MiB", show_default=True, help="Largest request.")
 @click.option("--parallel", type=click.IntRange(1, 64), default=4, show_default=True,
               help="Answers that are written at once; each step computes a token of every one.")
+@click.option("--session-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+              help="Keep conversations here whose requests name a session.")
 @context_option
 @kv_bits_option
 @kv_budget_option
+@kv_store_options
 @no_lookup_option
 @on_overflow_option
 @threads_option
 @max_ram_option
 def serve(
     model: str | None, host: str, port: int, context: int | None, kv_bits: str, threads: Threads,
-    max_ram: int | None, kv_budget: int | None, no_lookup: bool, on_overflow: OnOverflow, **settings: Any,
+    max_ram: int | None, kv_budget: int | None, no_lookup: bool, on_overflow: OnOverflow, kv_store: Path | None,
+    kv_store_quota: int, **settings: Any,
 ) -> None:
     """Serve MODEL over HTTP on this computer: a chat page, the OpenAI interface, and the model card's sample JSON.
 
@@ -79,7 +85,7 @@ def serve(
         run(
             lambda: load(
                 path, planned.context, planned.kv_bits, planned.threads, kv_budget=planned.kv_budget, lookup=not no_lookup,
-                on_overflow=on_overflow,
+                on_overflow=on_overflow, kv_store=kv_store, kv_store_quota=kv_store_quota,
             ),
             host, port,
             listening=listening, **settings,

@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
 from edgemistral.errors import BadRequest, ContextOverflow, EdgeMistralError
+from edgemistral.files.kv_store import KVStore
 from edgemistral.generate.pace import Pace
 from edgemistral.generate.sampler import Logprobs, Sampler, SamplingParams
 from edgemistral.generate.sequences import KeptSequences, common_prefix
 from edgemistral.generate.tasks import AllLogits, Cancel, Generation, LastLogits, Progress, PromptLogprobs, Task
 from edgemistral.runtime import segments
+from edgemistral.runtime.kv_store import StoredPrefixes
 from edgemistral.runtime.segments import Row, SegmentPool, segments_of
 
 Pinned = TypeVar("Pinned", bound=segments.Sequence)
@@ -60,6 +62,7 @@ class Engine:
         self.end_ids = frozenset({self.config.eos_id})
         self._kept = KeptSequences(transformer.pool)
         self._pace, self._lookup = Pace(), lookup
+        self._store: StoredPrefixes | None = None
         self._turns = 0
         self._lock = threading.Lock()                # held for a step, and for whatever touches a sequence
         self._demanded = threading.Condition()
@@ -141,6 +144,11 @@ class Engine:
             self._transformer.wait()
             self._close_pinned(sequence)
 
+    def writes_to(self, sequence: segments.Sequence) -> bool:
+        """Whether a generation writes to a pinned sequence now."""
+        with self._lock:
+            return self._kept.is_written(sequence)
+
     def save(self, sequence: segments.Sequence, notes: str | None = None, length: int | None = None) -> None:
         """Save a pinned sequence, with these notes, and cut to this length, if they are given. SessionFailed: it cannot be."""
         with self._lock:
@@ -181,6 +189,8 @@ class Engine:
 
     def close(self) -> None:
         """Wait for the call in progress, then free the transformer. Any later call raises EdgeMistralError."""
+        if self._store is not None:
+            self._store.close()
         with self._lock:
             if self._transformer is not None:
                 self._transformer.wait()
@@ -190,6 +200,15 @@ class Engine:
                 self._kept.evict_all()
                 self._transformer.close()
                 self._transformer = None
+
+    def use_store(self, store: KVStore) -> None:
+        """Look for prefixes in a store, and put what is computed there."""
+        self._store = StoredPrefixes(store, self._release)
+
+    def _release(self, segment: segments.Segment) -> None:
+        with self._lock:
+            if self._transformer is not None:
+                self._transformer.pool.release(segment)
 
     def _close_pinned(self, sequence: segments.Sequence) -> None:
         try:
@@ -240,6 +259,8 @@ class Engine:
         for task, row in rows:
             task.take(logits[first : first + row.n_logits], seconds)
             first += row.n_logits
+            if self._store is not None and task.sequence is not None:
+                self._store.offer(task.sequence)
             if task.done and task.sequence is not None:
                 self._kept.leave(task.sequence)
                 self._save(task)
@@ -293,6 +314,7 @@ class Engine:
             task.sequence = self._kept.new(task)
         else:
             known = task.history[: task.length - 1]       # the last id is always computed, for its logits
+            self._restore(known, in_use)
             _, common = self._kept.longest_prefix(known)
             for other in tasks:    # one that is about to compute more of the same prompt
                 if other is task or other.sequence is None or other.pending <= 1:
@@ -312,6 +334,16 @@ class Engine:
         in_use.add(task.sequence)
         task.attached()
         return True
+
+    def _restore(self, ids: NDArray[np.int32], in_use: set[segments.Sequence]) -> None:
+        """Keep what the store has of a prompt, if it is more than any sequence has and there is room."""
+        if self._store is None:
+            return
+        _, common = self._kept.longest_prefix(ids)
+        stored = self._store.known(ids)
+        if stored < common + WORTH_WAITING or not self._kept.make_room(segments_of(stored), in_use):
+            return
+        self._kept.add(self._store.restore(self._open().pool, ids[:stored]))
 
     def _reserve(self, task: Task, length: int) -> bool:
         """Make room in the file of a session; False: it cannot grow, which stops its own task only."""

@@ -100,6 +100,10 @@ class KeptSequences:
         self.touch(home)
         return True
 
+    def add(self, sequence: Sequence) -> None:
+        """Keep a sequence that was made elsewhere."""
+        self._owners[sequence] = None
+
     def pin(self, sequence: Sequence) -> None:
         """Keep a sequence that was made elsewhere, until `unpin`."""
         self._owners[sequence] = None
@@ -123,6 +127,10 @@ class KeptSequences:
             owner.sequence, self._owners[home] = None, None
         self._part(home, length // SEGMENT, ())
         home.cut(length)
+
+    def is_written(self, sequence: Sequence) -> bool:
+        """Whether somebody writes to a sequence now."""
+        return sequence in self._owners and self._owner(sequence) is not None
 
     def is_pinned(self, sequence: Sequence) -> bool:
         return sequence.pinned and sequence in self._owners

@@ -32,6 +32,7 @@ class Usage:
     new_tokens: int = 0            # given to the caller; </s> is not
     guessed_tokens: int = 0        # by prompt lookup, verified in the same step as another token
     accepted_tokens: int = 0       # guesses that were right
+    dropped_messages: tuple[int, ...] = ()   # numbers of those left out, because the conversation was too long
     prefill_seconds: float = 0.0   # from the start to the first token
     decode_seconds: float = 0.0    # all tokens after the first
 

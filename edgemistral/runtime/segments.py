@@ -61,10 +61,11 @@ def _folder() -> Path:
 
 
 class Segment:
-    """One mapping. `users`: sequences that it is part of. `pooled`: it lies in the pool's own file and is used again."""
+    """One mapping. `users`: sequences that it is part of. `pooled`: it lies in the pool's own file and is used again.
+    `frozen`: it is never written to."""
 
-    def __init__(self, mapping: mmap.mmap, pooled: bool = True) -> None:
-        self.mapping, self.pooled = mapping, pooled
+    def __init__(self, mapping: mmap.mmap, pooled: bool = True, frozen: bool = False) -> None:
+        self.mapping, self.pooled, self.frozen = mapping, pooled, frozen
         self.data: NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
         self.address = address_of(self.data)
         self.users = 1
@@ -109,10 +110,10 @@ class SegmentPool:
         self.used += 1
         return segment
 
-    def adopt(self, mapping: mmap.mmap) -> Segment:
+    def adopt(self, mapping: mmap.mmap, frozen: bool = False) -> Segment:
         """A segment with one user in a mapping of another file's. It counts as used, and is never allocated again."""
         self.used += 1
-        return Segment(mapping, pooled=False)
+        return Segment(mapping, pooled=False, frozen=frozen)
 
     def release(self, segment: Segment) -> None:
         """One user less; without any the segment may be allocated again. Its mapping stays until then."""
@@ -183,6 +184,7 @@ class Sequence:
 
     def __init__(self, pool: SegmentPool) -> None:
         self.pool, self.length = pool, 0
+        self.offered = 0                      # of its full segments, to the store
         self.addresses: NDArray[np.int64] = np.zeros(0, np.int64)   # of the segments
         self._segments: list[Segment] = []
         self._ids = np.zeros(SEGMENT, np.int32)
@@ -228,11 +230,12 @@ class Sequence:
         for segment in self._segments[kept:]:
             self.pool.release(segment)
         self._own(self._segments[:kept])
-        if length % SEGMENT and self._segments[-1].users > 1:     # it was full when it was shared: others go on using it
+        if length % SEGMENT and (self._segments[-1].users > 1 or self._segments[-1].frozen):
             shared = self._segments[-1]
             self._own([*self._segments[:-1], self.pool.copy(shared, length % SEGMENT)])
-            self.pool.release(shared)
+            self.pool.release(shared)         # it was full when it was shared: others go on using it
         self.length = length
+        self.offered = min(self.offered, length // SEGMENT)
 
     def fork(self, length: int) -> Sequence:
         """A new sequence of the first `length` positions: full segments are shared, the last, partial one is copied."""
@@ -243,7 +246,15 @@ class Sequence:
         made._own([*self._segments[:full], *tail])
         made.reserve(length)
         made.append(self.ids[:length])
+        made.offered = min(self.offered, full)
         return made
+
+    def begin_with(self, mappings: list[mmap.mmap], ids: NDArray[np.int32]) -> None:
+        """Make an empty sequence one of these ids, whose full segments are mapped read-only elsewhere."""
+        self._own([self.pool.adopt(mapping, frozen=True) for mapping in mappings])
+        self.reserve(len(ids))
+        self.append(ids)
+        self.offered = len(mappings)
 
     def adopt(self, other: Sequence, length: int) -> None:
         """Become the first `length` positions of another sequence, which begins with all of this one, by copying."""

@@ -17,10 +17,12 @@ def usage_body(usages: Iterable[Usage]) -> dict[str, Any]:
     usages = list(usages)
     prompt, new = sum(usage.prompt_tokens for usage in usages), sum(usage.new_tokens for usage in usages)
     cached = sum(usage.cached_tokens for usage in usages)
-    return {
+    body = {
         "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
+    dropped = [number for usage in usages for number in usage.dropped_messages]
+    return {**body, "dropped_messages": dropped} if dropped else body
 
 
 def timings_body(usages: Sequence[Usage]) -> dict[str, float]:

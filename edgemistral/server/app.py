@@ -43,6 +43,7 @@ def create_app(
     queue: int = 128,
     parallel: int = 4,
     max_body: int = 4 << 20,
+    session_dir: Path | None = None,
     review: Review | None = None,
     on_failed_load: Callable[[BaseException], None] = lambda error: None,
 ) -> FastAPI:
@@ -53,6 +54,7 @@ def create_app(
     api_key: must come with every request but those for the page, /docs and /health. allow_hosts: Host names besides
     those of this computer. allow_origins: origins whose pages may call this, such as "https://app.example.com".
     queue: requests that may wait. parallel: answers that are written at once. max_body: bytes of a request.
+    session_dir: where conversations are kept whose requests name a session.
     review: called (on a thread, or awaited if it is a coroutine function) as review("prompt", messages or text) and
     review("answer", text); it returns what to use in its place, or raises `Refused`. Answers are then streamed as one
     piece.
@@ -63,7 +65,7 @@ def create_app(
     """
     if queue < 1 or max_body < 1 or parallel < 1:
         raise ValueError(f"a queue of {queue}, {parallel} answers at once, bodies of {max_body} bytes: all must be at least 1")
-    service = Service(None if callable(model) else model, queue, review, parallel)
+    service = Service(None if callable(model) else model, queue, review, parallel, session_dir)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

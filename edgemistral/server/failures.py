@@ -7,7 +7,7 @@
     403   a Host or Origin that is not allowed      413   the body is too large
     404   no such route, model or request           415   not JSON
     405   no such method of a route                 422   a parameter is wrong: `param` names it
-    409   the request id is in use                  429   the queue is full: Retry-After says when to try again
+    409   request id or session in use              429   the queue is full: Retry-After says when to try again
     499   the request was cancelled                 500   a bug here, or a damaged model
     503   the model is loading, or the server shuts down
 """
@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from edgemistral.errors import BadRequest, Cancelled, ContextOverflow, EdgeMistralError
+from edgemistral.errors import BadRequest, BadSession, Cancelled, ContextOverflow, EdgeMistralError
 from edgemistral.server.scheduler import IdInUse, QueueFull, Unavailable
 from edgemistral.server.service import Refused
 
@@ -53,7 +53,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         (403, "Host or Origin not allowed"),
         (404, "Not found"),
         (408, "The body did not come in time"),
-        (409, "The request id is in use"),
+        (409, "The request id or the session is in use, or the session is of another model"),
         (413, "The body is too large"),
         (415, "Not JSON"),
         (422, "A parameter is wrong"),
@@ -84,6 +84,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         return 400, body_of(message, param="messages", code="context_length_exceeded"), {}
     if isinstance(error, BadRequest):
         return 422, body_of(str(error), param=error.field, code="invalid_value"), {}
+    if isinstance(error, BadSession):
+        return 409, body_of(str(error), param="session", code="session_unusable"), {}
     if isinstance(error, Refused):
         return 400, body_of(str(error), code="content_filter"), {}
     if isinstance(error, IdInUse):
@@ -138,7 +140,7 @@ def _nowhere(request: Request) -> str:
     paths = sorted({route.path for route in request.app.routes if getattr(route, "methods", None) and "{" not in route.path})
     near = difflib.get_close_matches(path, [one for one in paths if one != path], 1, 0.4)
     hint = f" Did you mean {near[0]}?" if near else ""
-    return f"there is no {request.method} {path[:200]!r} here.{hint} This is OpenAI's interface: /v1/chat/completions and others"
+    return f"there is no {request.method} {path[:200]!r} here.{hint} This is OpenAI's interface: /v1/chat/completions ..."
 
 
 def _explain(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str]:

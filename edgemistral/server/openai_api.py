@@ -57,12 +57,18 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
             if not native:
                 chat_turns(spelled_out(messages, None))   # before the guardrail, which would shift the numbers of messages
             continues = messages[-1]["role"] == "assistant" and bool(messages[-1]["content"])
-            return [model.chat(
-                with_guardrail(shown) if body.safe_prompt else shown, chosen,
+            sent = with_guardrail(shown) if body.safe_prompt else shown
+            replies = [model.chat(
+                sent, chosen,
                 progress=job.progress, cancel=job.cancelled, top_logprobs=top_logprobs,
+                session=service.session(body.session if number == 0 else None), on_overflow=body.on_overflow,
                 tools=tools.tools if tools is not None and native else None,
                 grammar=_grammar(service, constraint, continues), **sampling,
-            ) for sampling in _each(body)]
+            ) for number, sampling in enumerate(_each(body))]
+            for reply in replies:                                # in the client's own numbers: texts of ours stand before
+                before = len(sent) - len(messages)
+                reply.usage.dropped_messages = tuple(number - before for number in reply.dropped)
+            return replies
 
     return await _respond(_Chat(service, body, job, tools), await streaming.begun(service.events(request, job, make)))
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edgemistral.generate.sampler import MAX_TOP_LOGPROBS
+from edgemistral.session import SESSION_NAME
 from edgemistral.spellings import normalised
 
 MAX_TEXT = 2_000_000       # characters of one text: 32768 tokens of English are about 150 thousand
@@ -151,6 +152,12 @@ class ChatRequest(Sampling):
     parallel_tool_calls: bool | None = None
     functions: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)] | None = None
     function_call: Annotated[str, Field(max_length=500)] | dict[str, Any] | None = None
+    session: Annotated[str, Field(pattern=SESSION_NAME)] | None = Field(
+        None, description="Keep the tokens of this conversation under this name, if the server has a --session-dir."
+    )
+    on_overflow: Literal["error", "drop-oldest"] | None = Field(
+        None, description="A conversation longer than the context: refuse it, or leave out its oldest turns."
+    )
     safe_prompt: bool = Field(False, description="Put the guardrail that Mistral recommends before the conversation.")
 
     model_config = ConfigDict(json_schema_extra={
@@ -202,6 +209,7 @@ class UsageBody(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    dropped_messages: list[int] = Field([], description="Messages that were left out: the conversation was too long.")
 
 
 class Timings(BaseModel):

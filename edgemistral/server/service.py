@@ -15,17 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import Request
 
-from edgemistral.errors import Cancelled, EdgeMistralError
+from edgemistral.errors import BadRequest, Cancelled, EdgeMistralError
 from edgemistral.generate.grammar import GrammarCompiler
 from edgemistral.generate.sampler import Logprobs
 from edgemistral.generate.tasks import Generation, Usage
 from edgemistral.model import Model, Reply
 from edgemistral.server.metrics import Metrics
 from edgemistral.server.scheduler import Job, Progress, Scheduler, Unavailable
+from edgemistral.session import Session, SessionFolder
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +78,16 @@ Event = Progress | Piece | Finished
 class Service:
     """The model behind the endpoints. `load` gives it; `ready` is false until it has."""
 
-    def __init__(self, model: Model | None, queue: int, review: Review | None, parallel: int = 4) -> None:
+    def __init__(
+        self, model: Model | None, queue: int, review: Review | None, parallel: int = 4,
+        session_dir: Path | None = None,
+    ) -> None:
         self.name = "" if model is None else model_name(model)
         self.scheduler = Scheduler(queue, parallel)
         self.metrics = Metrics(lambda: self.scheduler.waiting, lambda: self.scheduler.running, self._kv_bytes)
         self.started = int(time.time())
         self._model, self._review = model, review
+        self._sessions = None if session_dir is None else SessionFolder(session_dir)
         # Few threads, for each of them keeps memory of its own for good: the default executor adds them one by one.
         self._helpers = ThreadPoolExecutor(HELPERS, "edgemistral-text")
         self._compiler: GrammarCompiler | None = None
@@ -120,6 +126,14 @@ class Service:
 
         self._loader = threading.Thread(target=work, name="edgemistral-load", daemon=True)
         self._loader.start()
+
+    def session(self, name: str | None) -> Session | None:
+        """The session that a request names. BadRequest: the server keeps none. May take a while."""
+        if name is None:
+            return None
+        if self._sessions is None:
+            raise BadRequest("this server keeps no sessions: start it with --session-dir", "session")
+        return self._sessions.get(self.model, name)
 
     def compiler(self) -> GrammarCompiler:
         """For grammars; made when the first one comes."""

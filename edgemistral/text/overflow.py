@@ -41,7 +41,7 @@ def fit(
         lengths = _lengths(messages, system, turns, encode)
         first = _first(lengths, limit)
         while True:
-            kept = [*system, *(n for turn in turns[first:] for n in turn)]
+            kept = sorted([*system, *(n for turn in turns[first:] for n in turn)])
             ids = encode([messages[n] for n in kept])
             if len(ids) <= limit or first == len(turns) - 1:
                 break
@@ -60,7 +60,7 @@ def _turns(messages: Messages) -> tuple[list[int], list[list[int]]]:
     before = "assistant"
     for n, message in enumerate(messages):
         role = message["role"]
-        if role == "system" and not turns:
+        if role == "system":
             system.append(n)
             continue
         if not turns or (role == "user" and before != "user"):

@@ -53,9 +53,8 @@ class WrittenTexts:
             return ids
         at, made = 0, list(ids)
         for message in messages:
-            text = (message.get("content") or "") if message["role"] == "assistant" else ""
-            written = self._ids.get(text) if text else None
-            if written is None:
+            text = message.get("content")
+            if message["role"] != "assistant" or not isinstance(text, str) or (written := self._ids.get(text)) is None:
                 continue
             for plain in {text: 0, text.rstrip(" "): 0}:                 # some templates drop spaces at the end
                 own = self._tokenizer.encode(plain)
