@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -125,7 +126,9 @@ def _regex(value: Any, field: str) -> Constraint | None:
         return None
     if not isinstance(value, str) or not value:
         raise BadRequest(f"{field} must be a regular expression", field)
-    return Constraint("text", f"start: /{value.replace('/', chr(92) + '/')}/", field)
+    # Some clients escape a slash already: an escaped character stays as it is.
+    inside = re.sub(r"\\.|/", lambda found: "\\/" if found[0] == "/" else found[0], value, flags=re.DOTALL)
+    return Constraint("text", f"start: /{inside}/", field)
 
 
 def _choice(value: Any, field: str) -> Constraint | None:
