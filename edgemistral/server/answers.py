@@ -12,11 +12,12 @@ from edgemistral.text.tokenizer import Tokenizer
 LOWEST = -9999.0   # what the OpenAI interface says for a probability of 0: JSON has no infinity
 
 
-def usage_body(usages: Iterable[Usage]) -> dict[str, Any]:
-    """The tokens of all answers of a response."""
+def usage_body(usages: Iterable[Usage], answers: int = 1) -> dict[str, Any]:
+    """The tokens of all answers of a response, in order, so many `answers` to each prompt."""
     usages = list(usages)
-    prompt, new = sum(usage.prompt_tokens for usage in usages), sum(usage.new_tokens for usage in usages)
-    cached = sum(usage.cached_tokens for usage in usages)
+    first = usages[::answers]          # several answers to one prompt read it once
+    prompt, new = sum(usage.prompt_tokens for usage in first), sum(usage.new_tokens for usage in usages)
+    cached = sum(usage.cached_tokens for usage in first)
     body = {
         "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
         "prompt_tokens_details": {"cached_tokens": cached},

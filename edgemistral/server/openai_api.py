@@ -39,12 +39,14 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
     if body.top_logprobs is not None and top_logprobs is None:
         raise BadRequest("top_logprobs needs logprobs", "top_logprobs")
     _check_logprobs(service, top_logprobs)
-    tools = tools_of(body.model_dump(include={"tools", "tool_choice", "functions", "function_call"}))
+    tools = tools_of(body.model_dump(include={"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"}))
     constraint = _constraint(body)
     if tools is not None and tools.forced:
         if constraint is not None:
             raise BadRequest(f"{constraint.field} and a forced tool exclude each other", constraint.field)
         constraint = tools.constraint()
+    elif constraint is not None:
+        tools = None                 # an answer of this shape is no call
     messages = await service.review("prompt", [message.plain() for message in body.messages])
     chosen = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -122,7 +124,7 @@ async def model(model: str, service: Shared) -> schemas.ModelCard:
 
 @router.delete("/requests/{request_id}")
 async def cancel(request_id: str, service: Shared) -> schemas.Cancellation:
-    """Abort a request: the id of its response, or the X-Request-Id that it was sent with."""
+    """Abort a request by the id of its response."""
     if not service.scheduler.cancel(request_id):
         raise HTTPException(404, f"no request {request_id[:100]!r} is under way")
     return schemas.Cancellation(id=request_id)
@@ -166,7 +168,7 @@ class _Chat:
         if self._filters:
             shown = self._filters[index].push(text)
             rest, calls = self._filters[index].end()
-            message["content"] = (shown + rest).strip() or None if calls else shown + rest
+            message["content"] = (shown or None) if calls else shown + rest
         if calls and self.tools is not None and self.tools.legacy:
             message["function_call"] = calls[0]["function"]
         elif calls:
@@ -235,8 +237,9 @@ async def _respond(shape: _Chat | _Completion, events: AsyncGenerator[Event | No
                 tokens[event.index] += event.tokens
             elif isinstance(event, Finished):
                 ends.append(event)
+    ends.sort(key=lambda end: end.index)
     choices = [shape.whole(end.index, texts[end.index], tokens[end.index], end.finish_reason) for end in ends]
-    return JSONResponse({**common, "object": shape.kind, "choices": choices, **_counts(ends)}, headers=headers)
+    return JSONResponse({**common, "object": shape.kind, "choices": choices, **_counts(ends, shape.body.n or 1)}, headers=headers)
 
 
 async def _chunks(
@@ -261,13 +264,13 @@ async def _chunks(
             else:
                 yield streaming.comment(event)
     if shape.body.include_usage:
-        yield chunk(**_counts(ends))
+        yield chunk(**_counts(ends, shape.body.n or 1))
     yield streaming.DONE
 
 
-def _counts(ends: list[Finished]) -> dict[str, Any]:
-    usages: list[Usage] = [end.usage for end in ends]
-    return {"usage": usage_body(usages), "timings": timings_body(usages)}
+def _counts(ends: list[Finished], answers: int) -> dict[str, Any]:
+    usages: list[Usage] = [end.usage for end in sorted(ends, key=lambda end: end.index)]
+    return {"usage": usage_body(usages, answers), "timings": timings_body(usages)}
 
 
 def _card(service: Service) -> schemas.ModelCard:

@@ -28,11 +28,13 @@ HOW = (
 
 @dataclass(frozen=True)
 class Tools:
-    """tools: in OpenAI's shape, those that may be called. forced: one of them must be. legacy: asked for as `functions`."""
+    """tools: in OpenAI's shape, those that may be called. forced: one of them must be. legacy: asked for as `functions`.
+    one: at most one call."""
 
     tools: list[dict[str, Any]]
     forced: bool
     legacy: bool
+    one: bool = False      # parallel_tool_calls is false
 
     def constraint(self) -> Constraint | None:
         """The JSON that a forced call is."""
@@ -55,7 +57,7 @@ class Tools:
             spelled = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
             call_id = f"call_{secrets.token_hex(12)}"
             found.append({"id": call_id, "type": "function", "function": {"name": value["name"], "arguments": spelled}})
-        return found
+        return found[:1] if self.one else found
 
     def filter(self) -> CallFilter:
         return CallFilter(self)
@@ -82,7 +84,7 @@ class CallFilter:
     def _safe(self) -> int:
         """Up to where the text cannot be part of a call."""
         start = len(self._text) - len(self._text.lstrip())
-        if self._tools.forced or start == len(self._text) or self._text[start] in "{[":
+        if self._tools.forced or start == len(self._text) or self._text[start] in "{[":     # [TOOL_CALLS] too
             return 0
         at = self._text.find(MARK)
         if at >= 0:
@@ -104,19 +106,20 @@ def tools_of(fields: Mapping[str, Any]) -> Tools | None:
     names = [tool["function"]["name"] for tool in tools]
     if len(set(names)) < len(names):
         raise BadRequest(f"{field} has two of one name", field)
+    one = fields.get("parallel_tool_calls") is False
     if choice in (None, "auto"):
-        return Tools(tools, False, legacy)
+        return Tools(tools, False, legacy, one)
     if choice == "none":
         return None
     if choice in ("required", "any"):
-        return Tools(tools, True, legacy)
+        return Tools(tools, True, legacy, one)
     where = "function_call" if legacy else "tool_choice"
     inner = choice if legacy else choice.get("function", choice) if isinstance(choice, Mapping) else None
     name = inner.get("name") if isinstance(inner, Mapping) else None
     if name not in names:
         shown = json.dumps(choice, default=str)[:80]
         raise BadRequest(f"{where} is {shown}: it must be auto, none, required, or name a tool", where)
-    return Tools([tool for tool in tools if tool["function"]["name"] == name], True, legacy)
+    return Tools([tool for tool in tools if tool["function"]["name"] == name], True, legacy, one)
 
 
 def spelled_out(messages: Sequence[Mapping[str, Any]], tools: Tools | None) -> list[dict[str, Any]]:

@@ -148,8 +148,7 @@ def test_penalties_and_bias_reach_the_sampler(client, model):
     assert penalized.choices[0].message.content == "".join(
         model.chat(USER, 8, temperature=0, logit_bias={token: 5}, frequency_penalty=2, presence_penalty=2)
     )
-    negative_seed = ask(client, seed=-5).choices[0].message.content
-    assert negative_seed == ask(client, seed=-5).choices[0].message.content
+    assert len({ask(client, seed=-5).choices[0].message.content for _ in range(4)}) > 1      # a new one each time
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -212,9 +211,11 @@ def test_several_prompts_are_answered_one_after_another(client):
 def test_logprobs_of_a_completion(client):
     choice = complete(client, "Paris", logprobs=2, temperature=0, echo=True).choices[0]
     logprobs = choice.logprobs
-    assert len(logprobs.tokens) == 6 and logprobs.text_offset[0] == len("Paris")
-    for token, value, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
-        assert value == top[token] and len(top) == 2
+    prompt = len(logprobs.tokens) - 6
+    assert prompt > 0 and logprobs.text_offset[0] == 0 and logprobs.text_offset[prompt] == len("Paris")
+    rows = list(zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True))
+    assert all(value <= max(top.values()) and len(top) in (2, 3) for _, value, top in rows)     # <s> stands before the prompt
+    assert all(value == top[token] for token, value, top in rows[prompt:])
 
 
 def test_a_completion_follows_a_grammar_without_a_space_before_it(client):
@@ -242,10 +243,10 @@ def test_tokenize_and_back(url, model):
 
 
 def test_unknown_parameters_are_named_in_a_header(url):
-    body = {"messages": USER, "max_tokens": 1, "tools": [], "é\nset-cookie: x": 1}
+    body = {"messages": USER, "max_tokens": 1, "toolz": [], "é\nset-cookie: x": 1}
     answer = httpx.post(f"{url}/v1/chat/completions", json=body)
     assert answer.status_code == 200
-    assert answer.headers["warnings"] == "tools is not known and was ignored; \\xe9?set-cookie: x is not known and was ignored"
+    assert answer.headers["warnings"] == "toolz is not known and was ignored; \\xe9?set-cookie: x is not known and was ignored"
     assert "set-cookie" not in answer.headers
 
 
@@ -254,24 +255,22 @@ def test_unknown_parameters_are_named_in_a_header(url):
     [
         ({"messages": []}, "messages"),
         ({"messages": "Hi"}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0]"),
         ({"messages": [*USER, {"role": "user", "content": 5}]}, "messages[1].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
-        ({"messages": [*USER, {"role": "system", "content": "x"}]}, "messages[1].role"),
-        ({"messages": [*USER, {"role": "system", "content": "x"}], "safe_prompt": True}, "messages[1].role"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
         ({"temperature": "1"}, "temperature"), ({"temperature": -1}, "temperature"), ({"temperature": True}, "temperature"),
-        ({"temperature": math.nan}, "temperature"), ({"top_p": 1.5}, "top_p"), ({"n": 2}, "n"),
-        ({"max_tokens": 1.5}, "max_tokens"), ({"max_tokens": -1}, "max_tokens"), ({"seed": 1 << 70}, "seed"),
-        ({"stop": ""}, "stop"), ({"stop": [1]}, "stop[0]"), ({"stop": ["\ud800"]}, "stop[0]"),
+        ({"temperature": math.nan}, "temperature"), ({"top_p": 1.5}, "top_p"), ({"n": 17}, "n"),
+        ({"max_tokens": 1.5}, "max_tokens"), ({"typical_p": 0.5}, "typical_p"), ({"seed": 1 << 70}, "seed"),
+        ({"suffix": "x"}, "suffix"), ({"stop": [1]}, "stop[0]"), ({"stop": ["\ud800"]}, "stop[0]"),
         ({"presence_penalty": 3}, "presence_penalty"), ({"logit_bias": {"x": 1}}, "logit_bias.x"),
         ({"logit_bias": {"99999": 1}}, "logit_bias"), ({"logit_bias": {"1": 1000}}, "logit_bias.1"),
         ({"top_logprobs": 3}, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"grammar": "root ::= ("}, "grammar"),
         ({"grammar": 'root ::= "x"', "response_format": {"type": "json_object"}}, "grammar"),
-        ({"response_format": {"type": "xml"}}, "response_format"),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}},
          "response_format.json_schema.schema"),
     ],
