@@ -12,7 +12,8 @@ import click
 from edgemistral.cli.errors import Command
 from edgemistral.cli.options import json_flag
 from edgemistral.errors import BadInput, BadSession
-from edgemistral.files.session import SessionFile, delete, is_session, summary
+from edgemistral.files.session import SessionFile, delete, summary
+from edgemistral.files.session_header import is_session
 
 
 @click.command(cls=Command)

@@ -24,67 +24,42 @@ The file is for its owner only (0600) and locked while it is open.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import mmap
 import os
-import struct
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.errors import BadSession
-from edgemistral.files import records, strict_json
+from edgemistral.files import records
 from edgemistral.files.disk import Disk, put_in_place
-from edgemistral.files.layout import round_up
 from edgemistral.files.records import RECORD, SEGMENT, TRAILER, Geometry, Record
+from edgemistral.files.session_header import (
+    DIGEST,
+    GRANULE,
+    HEAD,
+    MAGIC,
+    STATE,
+    STATE_MAGIC,
+    VERSION,
+    Header,
+    State,
+    check,
+    digest_of,
+    encode_state,
+    is_session,
+    read_header,
+    slot_bytes_of,
+)
 
-VERSION = 1
-GRANULE = 1 << 16             # offsets of mappings are multiples of this
-NOTES_OF_POSITION = 8         # bytes of compressed notes that a position has room for
+CHECKERS = 4                  # threads that compare checksums
 MAX_NOTES = 1 << 28           # bytes of notes, unpacked
-
-_MAGIC = b"edgemistral session\n"
-_HEAD = struct.Struct("<20sII")
-_STATE = struct.Struct("<8sQQ")
-_STATE_MAGIC = b"KVSTATE\n"
-_DIGEST = 32
-# What the message says where a part of the binding differs; of several the first.
-DIFFERENT = {
-    "kv_bits": "holds keys and values of {theirs} bits; this model runs with --kv-bits {ours}",
-    "kv_version": "holds keys and values in a format of another edgemistral ({theirs}; this one has {ours})",
-    "tokenizer": "is of another model: the tokenizers differ",
-    "template": "is of another model: the chat templates differ",
-    "blob": "is of another model, {model}",
-}
-
-
-class State(NamedTuple):
-    """A slot: the partial segment at the end of a turn, and the notes."""
-
-    counter: int
-    record: Record
-    notes: bytes
-
-    @property
-    def positions(self) -> int:
-        return SEGMENT * self.record.number + len(self.record.ids)
-
-
-class Header(NamedTuple):
-    binding: dict[str, Any]      # what the file is for
-    model: str                   # name of the model's file when the session was made
-    geometry: Geometry
-    slot_bytes: int
-
-    @property
-    def start(self) -> int:
-        """Where the segments begin."""
-        return GRANULE + 2 * self.slot_bytes
 
 
 class SessionFile:
@@ -112,7 +87,7 @@ class SessionFile:
         BadSession: it belongs to another model or KV format, is damaged in its header, newer, in use, or cannot be had.
         """
         path = Path(path)
-        header = Header(dict(binding), model, geometry, _slot_bytes(context))
+        header = Header(dict(binding), model, geometry, slot_bytes_of(context))
         disk = Disk.open(path) if path.exists() else None
         if disk is None or not disk.size:
             if disk is not None:
@@ -121,7 +96,7 @@ class SessionFile:
             return cls(disk, header)
         try:
             found = read_header(disk)
-            _check(path, found, header)
+            check(path, found, header)
             made = cls(disk, found)
             made._recover()
         except OSError as error:
@@ -222,21 +197,15 @@ class SessionFile:
         slots = [self._state(slot) for slot in (0, 1)]
         states = sorted(filter(None, slots), key=lambda state: -state.counter)
         torn = any(state is None and self._used(slot) for slot, state in enumerate(slots))
-        found: list[NDArray[np.int32]] = []
-        buffer = np.empty(self.geometry.data_bytes, np.uint8)
-        whole = True
-        for number in range(self.segments):
-            record = self._trailer(number)
-            if record is None or record.number != number or record.parent != self._chains[-1] or len(record.ids) < SEGMENT:
-                break
-            good = self._intact(number, record, buffer)
-            found.append(record.ids[:good])
-            if good < SEGMENT:
-                whole = False
-                break
-            self._chains.append(records.chain_of(record.parent, record.ids))
+        full = self._full()
+        goods = self._all_intact(full)
+        whole = all(good == SEGMENT for good in goods)
+        if not whole:
+            bad = next(n for n, good in enumerate(goods) if good < SEGMENT)
+            full, goods, self._chains = full[: bad + 1], goods[: bad + 1], self._chains[: bad + 1]
+        found = [record.ids[:good] for record, good in zip(full, goods, strict=True)]
         if whole:
-            found.append(self._tail(states, len(self._chains) - 1, buffer))
+            found.append(self._tail(states, self.sealed))
         self.ids = np.concatenate([np.zeros(0, np.int32), *found])
         self._saved = len(self.ids)
         if states:
@@ -249,9 +218,36 @@ class SessionFile:
             self.cut_back = f"{self.path}: goes on from {len(self.ids)}{had} tokens: the rest is damaged or was never written"
         return states
 
-    def _tail(self, states: list[State], number: int, buffer: NDArray[np.uint8]) -> NDArray[np.int32]:
+    def _full(self) -> list[Record]:
+        """The records of the full segments, as far as each continues the one before; their chains are noted."""
+        found: list[Record] = []
+        for number in range(self.segments):
+            record = self._trailer(number)
+            if record is None or record.number != number or record.parent != self._chains[-1] or len(record.ids) < SEGMENT:
+                break
+            found.append(record)
+            self._chains.append(records.chain_of(record.parent, record.ids))
+        return found
+
+    def _all_intact(self, full: list[Record]) -> list[int]:
+        """How many positions of each full segment are as they were written; two gigabytes take a few tenths of a second."""
+        workers = min(CHECKERS, os.cpu_count() or 1, len(full)) if self.disk.reads_at_once else 1
+        buffers = [np.empty(self.geometry.data_bytes, np.uint8) for _ in range(max(1, workers))]
+
+        def compare(worker: int) -> list[int]:
+            return [self._intact(record.number, record, buffers[worker]) for record in full[worker::workers]]
+
+        if workers <= 1:
+            return [self._intact(record.number, record, buffers[0]) for record in full]
+        goods = [0] * len(full)
+        with ThreadPoolExecutor(workers) as threads:
+            for worker, found in enumerate(threads.map(compare, range(workers))):
+                goods[worker::workers] = found
+        return goods
+
+    def _tail(self, states: list[State], number: int) -> NDArray[np.int32]:
         """The longest partial segment that continues the full ones and whose data is there."""
-        best = np.zeros(0, np.int32)
+        best, buffer = np.zeros(0, np.int32), np.empty(self.geometry.data_bytes, np.uint8)
         for state in states:
             record = state.record
             if record.number == number and record.parent == self._chains[-1] and number < self.segments:
@@ -274,20 +270,20 @@ class SessionFile:
             return None
 
     def _used(self, slot: int) -> bool:
-        return any(self.disk.read(self._slot_at(slot), _STATE.size))
+        return any(self.disk.read(self._slot_at(slot), STATE.size))
 
     def _state(self, slot: int) -> State | None:
         at = self._slot_at(slot)
-        head = self.disk.read(at, _STATE.size)
-        if len(head) < _STATE.size:
+        head = self.disk.read(at, STATE.size)
+        if len(head) < STATE.size:
             return None
-        magic, counter, size = _STATE.unpack(head)
-        if magic != _STATE_MAGIC or size > self.header.slot_bytes:
+        magic, counter, size = STATE.unpack(head)
+        if magic != STATE_MAGIC or size > self.header.slot_bytes:
             return None
-        rest = self.disk.read(at + _STATE.size, RECORD + size + _DIGEST)
+        rest = self.disk.read(at + STATE.size, RECORD + size + DIGEST)
         body, digest = head + rest[: RECORD + size], rest[RECORD + size :]
         record = records.decode(rest)
-        if record is None or _digest(body) != digest:
+        if record is None or digest_of(body) != digest:
             return None
         return State(counter, record, rest[RECORD : RECORD + size])
 
@@ -298,16 +294,16 @@ class SessionFile:
         digests = () if tail is None else records.digests_of(tail, self.geometry, records.blocks_of(len(ids)))
         self._write_state(Record(self.sealed, self._chains[-1], ids, digests))
         self.disk.sync()                                     # one of the slots is always whole
-        self.disk.write(self._slot_at(self._counter + 1), bytes(_STATE.size))
+        self.disk.write(self._slot_at(self._counter + 1), bytes(STATE.size))
         self._forget_trailers(self.sealed)
         self.disk.sync()
 
     def _write_state(self, record: Record) -> None:
         self._counter += 1
         state = State(self._counter, record, zlib.compress(self.notes.encode(), 6))
-        if _STATE.size + RECORD + len(state.notes) + _DIGEST > self.header.slot_bytes:
+        if STATE.size + RECORD + len(state.notes) + DIGEST > self.header.slot_bytes:
             state = state._replace(notes=zlib.compress(b""))
-        self.disk.write(self._slot_at(self._counter), _encode_state(state))
+        self.disk.write(self._slot_at(self._counter), encode_state(state))
 
     def _write_trailer(self, number: int, data: bytes) -> None:
         self.disk.write(self._at(number + 1) - TRAILER, data)
@@ -322,29 +318,6 @@ class SessionFile:
 
     def _at(self, number: int) -> int:
         return self.header.start + number * self.geometry.stride
-
-
-def read_header(disk: Disk) -> Header:
-    """What a file is for, and where its parts lie. BadSession: it is no session, newer, or damaged here."""
-    path, head = disk.path, disk.read(0, _HEAD.size)
-    if len(head) < _HEAD.size or not head.startswith(_MAGIC):
-        raise BadSession(f"{path}: not a session file; it was left as it is")
-    _, version, size = _HEAD.unpack(head)
-    if version != VERSION:
-        raise BadSession(f"{path}: has session format {version}, and this edgemistral reads format {VERSION}")
-    rest = disk.read(_HEAD.size, min(size, GRANULE) + _DIGEST)
-    text, digest = rest[:size], rest[size:]
-    if _digest(head + text) != digest:
-        raise BadSession(f"{path}: its header is damaged; nothing of it can be used: delete it to begin anew")
-    fields = strict_json.parse(text, f"{path}: header", BadSession)
-    try:
-        geometry = Geometry(*(int(fields[name]) for name in Geometry._fields))
-        header = Header(dict(fields["binding"]), str(fields["model"]), geometry, int(fields["slot_bytes"]))
-    except (KeyError, TypeError, ValueError):
-        raise BadSession(f"{path}: its header lacks what this edgemistral needs") from None
-    if min(*geometry, header.slot_bytes) < 1 or geometry.data_bytes + TRAILER > geometry.stride:
-        raise BadSession(f"{path}: its header describes no segments")
-    return header
 
 
 def summary(path: Path) -> tuple[Header, int]:
@@ -362,47 +335,15 @@ def summary(path: Path) -> tuple[Header, int]:
         disk.close()
 
 
-def is_session(path: Path) -> bool:
-    """Whether a file begins as a session does."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(_MAGIC)) == _MAGIC
-    except OSError:
-        return False
-
-
 def _begin(disk: Disk, header: Header) -> None:
     """Write everything that a session has before its first segment."""
     fields = {**header.geometry._asdict(), "binding": header.binding, "model": header.model, "slot_bytes": header.slot_bytes}
     text = json.dumps(fields).encode()
-    head = _HEAD.pack(_MAGIC, VERSION, len(text)) + text
+    head = HEAD.pack(MAGIC, VERSION, len(text)) + text
     disk.grow(header.start)
-    disk.write(0, head + _digest(head))
+    disk.write(0, head + digest_of(head))
     nothing = State(1, Record(0, records.root_of(header.binding), np.zeros(0, np.int32), ()), zlib.compress(b""))
-    disk.write(GRANULE + header.slot_bytes, _encode_state(nothing))
-
-
-def _check(path: Path, found: Header, ours: Header) -> None:
-    """Raise BadSession unless a file is for this model, this tokenizer, and this KV format."""
-    for name, message in DIFFERENT.items():
-        if found.binding.get(name) != ours.binding.get(name):
-            words = {"theirs": found.binding.get(name), "ours": ours.binding.get(name), "model": found.model}
-            raise BadSession(f"{path}: {message.format(**words)}")
-    if found.binding != ours.binding or found.geometry != ours.geometry:
-        raise BadSession(f"{path}: is of a model of another shape")
-
-
-def _encode_state(state: State) -> bytes:
-    body = _STATE.pack(_STATE_MAGIC, state.counter, len(state.notes)) + records.encode(state.record) + state.notes
-    return body + _digest(body)
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=_DIGEST).digest()
-
-
-def _slot_bytes(context: int) -> int:
-    return round_up(_STATE.size + RECORD + _DIGEST + NOTES_OF_POSITION * context, GRANULE)
+    disk.write(GRANULE + header.slot_bytes, encode_state(nothing))
 
 
 def delete(path: Path) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from edgemistral.errors import BadSession
-from edgemistral.files.session import SessionFile, read_header
+from edgemistral.files.session import SessionFile
+from edgemistral.files.session_header import read_header
 from edgemistral.generate.engine import Engine
 from edgemistral.generate.sampler import SamplingParams
 from edgemistral.runtime.segments import SegmentPool
