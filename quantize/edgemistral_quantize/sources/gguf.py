@@ -128,7 +128,7 @@ def read_config(
     embeddings = found.get(GGUF.names["tok_embeddings"] + ".weight")
     if embeddings is None or len(embeddings.shape) != 2:
         raise BadCheckpoint(f"tensor {GGUF.names['tok_embeddings']}.weight is missing")
-    theta = get("rope.freq_base", ROPE_THETA)
+    theta = _plain(get("rope.freq_base", ROPE_THETA))
     return ModelConfig(
         **ours, n_kv_heads=_plain(get("attention.head_count_kv", heads)), head_dim=head_dim,
         vocab_size=embeddings.shape[0], rope_theta=theta, sliding_window=get("attention.sliding_window") or None,
@@ -177,9 +177,11 @@ def _collect(paths: list[Path], headers: list[GgufHeader]) -> dict[str, GgufTens
 
 
 def _plain(value: Any) -> Any:
-    """A list that says the same for every layer says it once."""
+    """A list that says the same for every layer says it once; 1e-5 is 1e-5 and not what float32 makes of it."""
     if isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
         return value[0].item()
+    if isinstance(value, float):   # stored as float32: the decimal number that was meant
+        return float(str(np.float32(value)))
     return value if not isinstance(value, np.ndarray) else value.tolist()[:4]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -149,30 +150,40 @@ def _sentencepiece(
 
     What follows the last piece that a model of SentencePiece has itself (an ordinary or byte one) was added later.
     """
-    import sentencepiece.sentencepiece_model_pb2 as generated
-
-    proto: Any = generated   # made at import: type checkers see nothing in it
-
     last = max((n for n, kind in enumerate(types) if kind in (NORMAL, BYTE)), default=-1)
     added = tuple((n, pieces[n], types[n] == CONTROL) for n in range(last + 1, len(pieces)) if types[n] != UNUSED)
-    model = proto.ModelProto()
     seen: set[str] = set()
+    written = []
     for piece, kind, score in zip(pieces[: last + 1], types, scores, strict=False):
         if not piece or piece in seen:
             raise BadCheckpoint(f"tokenizer.ggml.tokens has {piece[:40]!r} twice or an empty token")
         seen.add(piece)
-        each = model.pieces.add()
-        each.piece, each.score, each.type = piece, score, kind
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    trainer.model_type, trainer.vocab_size = proto.TrainerSpec.BPE, last + 1
-    trainer.byte_fallback = any(kind == BYTE for kind in types)
-    for name, default in (("unk", 0), ("bos", 1), ("eos", 2), ("pad", -1)):
-        long = {"unk": "unknown", "pad": "padding"}.get(name, name)
-        token_id = get(f"{long}_token_id", default)
+        written.append(_bytes(1, _bytes(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind)))
+    trainer = _number(3, 2) + _number(4, last + 1) + _number(35, any(kind == BYTE for kind in types))   # 2: BPE
+    for n, (name, default) in enumerate((("unknown", 0), ("bos", 1), ("eos", 2), ("padding", -1))):
+        token_id = get(f"{name}_token_id", default)
         inside = type(token_id) is int and 0 <= token_id <= last and types[token_id] in (CONTROL, UNKNOWN)
-        setattr(trainer, f"{name}_id", token_id if inside else (0 if name == "unk" else -1))
-        if inside:
-            setattr(trainer, f"{name}_piece", pieces[token_id])
-    normalizer.name, normalizer.remove_extra_whitespaces = "identity", get("remove_extra_whitespaces", False) is True
-    normalizer.add_dummy_prefix, normalizer.escape_whitespaces = get("add_space_prefix", True) is True, True
-    return model.SerializeToString(), added
+        trainer += _number(40 + n, token_id if inside else 0 if name == "unknown" else -1)
+        trainer += _bytes(45 + n, pieces[token_id].encode()) if inside else b""
+    normalizer = _bytes(1, b"identity") + _number(3, get("add_space_prefix", True) is True)
+    normalizer += _number(4, get("remove_extra_whitespaces", False) is True) + _number(5, True)
+    model = b"".join(written) + _bytes(2, trainer) + _bytes(3, normalizer)
+    return model, added
+
+
+def _number(field: int, value: int) -> bytes:
+    """A field of a protocol buffer's message, as sentencepiece_model.proto numbers them."""
+    return _varint(field << 3) + _varint(int(value))
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    value &= (1 << 64) - 1
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
