@@ -134,9 +134,8 @@ INPUT, PARAMETERS = "input_data.input_string", "input_data.parameters"
         (request(["x"], return_full_text=None), f"{PARAMETERS}.return_full_text"),
         (request(["x"], temperature="0.6"), f"{PARAMETERS}.temperature"),
         (request(["x"], top_p=2), f"{PARAMETERS}.top_p"),
-        (request(["x"], seed=-1), f"{PARAMETERS}.seed"),
+        (request(["x"], seed=1.5), f"{PARAMETERS}.seed"),
         (request(["x"], max_new_tokens=2.5), f"{PARAMETERS}.max_new_tokens"),
-        (request(["x"], stop=[""]), f"{PARAMETERS}.stop[0]"),
         (request(["x"], stop=3), f"{PARAMETERS}.stop"),
     ],
 )

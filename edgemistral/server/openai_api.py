@@ -239,7 +239,8 @@ async def _respond(shape: _Chat | _Completion, events: AsyncGenerator[Event | No
                 ends.append(event)
     ends.sort(key=lambda end: end.index)
     choices = [shape.whole(end.index, texts[end.index], tokens[end.index], end.finish_reason) for end in ends]
-    return JSONResponse({**common, "object": shape.kind, "choices": choices, **_counts(ends, shape.body.n or 1)}, headers=headers)
+    counts = _counts(ends, shape.body.n or 1)
+    return JSONResponse({**common, "object": shape.kind, "choices": choices, **counts}, headers=headers)
 
 
 async def _chunks(
