@@ -11,7 +11,7 @@ itself says which one its weights were trained on:
             a system text and a blank line stand before the last user text; assistant texts lose their trailing spaces
 
 Any other checkpoint brings its own, a Jinja template. It is rendered as transformers renders it, in jinja2's immutable sandbox.
-What users write never becomes a control token there either: before rendering, the text of every control token in a message is
+What users write never becomes a control token there either: before rendering, the text of every added token in a message is
 replaced by a private-use character that occurs nowhere, and given back when the text has been cut at the template's own.
 """
 
@@ -123,7 +123,7 @@ class JinjaTemplate:
             checked.pop()                              # nothing to go on with: an answer of its own
         everything = json.dumps([checked, list(tools or [])], ensure_ascii=False, default=str) + self._source
         free = (chr(code) for code in PRIVATE_USE if chr(code) not in everything)
-        hidden = _Hidden(tokenizer.control.values(), free)
+        hidden = _Hidden(tokenizer.markup.values(), free)
         continued = checked[-1]["role"] == "assistant" and bool(checked[-1].get("content"))
         end = next(free)
         shown = [{k: v if k == "role" else hidden.in_all(v) for k, v in message.items()} for message in checked]
@@ -272,13 +272,13 @@ def _checked_message(message: Any, i: int) -> dict[str, Any]:
 
 
 class _Hidden:
-    """Puts private-use characters in the place of control texts, in any case of letters, for a template may change it.
+    """Puts private-use characters in the place of markup, in any case of letters, for a template may change it.
 
     So it does with the beginning or end of one at the edge of a text, which the template or another text may complete.
     """
 
-    def __init__(self, control: Iterable[str], free: Iterator[str]) -> None:
-        texts = sorted({text.lower() for text in control if text.strip()}, key=len, reverse=True)
+    def __init__(self, markup: Iterable[str], free: Iterator[str]) -> None:
+        texts = sorted({text.lower() for text in markup if text.strip()}, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, texts)), re.IGNORECASE) if texts else None
         self._beginnings = {text[:n] for text in texts for n in range(1, len(text))}
         self._ends = {text[n:] for text in texts for n in range(1, len(text))}
@@ -287,7 +287,7 @@ class _Hidden:
         self.meanings: dict[str, str] = {}      # character -> the text that it stands for
 
     def in_all(self, value: Any) -> Any:
-        """A copy of JSON-like data with no control text in it."""
+        """A copy of JSON-like data with no markup in it."""
         if isinstance(value, str):
             return self._in_text(value)
         if isinstance(value, Mapping):
@@ -316,6 +316,6 @@ class _Hidden:
         if meaning not in self._marks:
             mark = next(self._free, None)
             if mark is None:
-                raise BadRequest("messages spell control tokens in too many ways", "messages")
+                raise BadRequest("messages spell markup in too many ways", "messages")
             self._marks[meaning], self.meanings[mark] = mark, meaning
         return self._marks[meaning]
