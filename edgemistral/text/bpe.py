@@ -74,7 +74,7 @@ class BPETokenizer(Tokenizer):
         self._drops_space = _drops_space(fields)
         begin, end = self._ids.get("[INST]"), self._ids.get("[/INST]")
         self.inst_ids = (begin, end) if begin in self.control and end in self.control else None
-        own: ChatTemplate = NoTemplate() if self.bytes_split_characters else MistralTemplate()
+        own: ChatTemplate = NoTemplate() if self.bytes_split_characters else MistralTemplate(self.control.values())
         self.chat = chat or own
         self.answers_begin_with_space = isinstance(self.chat, MistralTemplate) and self._drops_space
 
