@@ -267,7 +267,7 @@ def _size(tokenizer: Tokenizer) -> int:
 
 
 def _text(tokenizer: Tokenizer, token_id: int | None) -> str:
-    return "" if token_id is None else tokenizer.control.get(token_id, "")
+    return "" if token_id is None else tokenizer.markup.get(token_id, "")
 
 
 def _read_text(path: Path) -> str:
