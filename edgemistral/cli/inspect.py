@@ -131,7 +131,7 @@ def _describe_text(blob: Blob) -> dict[str, Any]:
         "chat_template": tokenizer.chat.name,
         "chat_template_text": tokenizer.chat.text,
         "bos_id": tokenizer.bos_id,
-        "ends": [[token_id, tokenizer.control.get(token_id, "")] for token_id in sorted(tokenizer.end_ids)],
+        "ends": [[token_id, tokenizer.markup.get(token_id, "")] for token_id in sorted(tokenizer.end_ids)],
         "defaults": dict(tokenizer.defaults),
     }
 

@@ -149,13 +149,28 @@ def spelled_out(messages: Sequence[Mapping[str, Any]], tools: Tools | None) -> l
 
 
 def with_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A conversation for a template that knows tools: it expects the arguments of calls as objects."""
-    return [
-        {**message, "tool_calls": [
-            {**call, "function": {**call["function"], "arguments": _object(call["function"].get("arguments"))}}
-            for call in message["tool_calls"]
-        ]} if message.get("tool_calls") else dict(message) for message in messages
-    ]
+    """A conversation for a template that knows tools: it expects the arguments of calls as objects.
+
+    A function's call and result, as older clients write them, become a tool's.
+    """
+    made: list[dict[str, Any]] = []
+    call_id = ""
+    for i, given in enumerate(messages):
+        message = dict(given)
+        function = message.pop("function_call", None)
+        calls = list(message.get("tool_calls") or [])
+        if function:
+            call_id = f"call{i:05}"
+            calls.append({"id": call_id, "type": "function", "function": function})
+        if message["role"] == "function":
+            message |= {"role": "tool", "tool_call_id": call_id or f"call{i:05}"}
+        if calls:
+            message["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": _object(call["function"].get("arguments"))}}
+                for call in calls
+            ]
+        made.append(message)
+    return made
 
 
 def _tool(value: Any, field: str, legacy: bool) -> dict[str, Any]:

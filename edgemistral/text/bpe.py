@@ -15,7 +15,7 @@ from edgemistral.errors import BadInput, EdgeMistralError
 from edgemistral.extras import missing
 from edgemistral.text.chat import ChatTemplate, MistralTemplate
 from edgemistral.text.sentencepiece import AddedTokens
-from edgemistral.text.tokenizer import Tokenizer, check_text
+from edgemistral.text.tokenizer import Tokenizer, check_text, is_blank
 
 MARK = "\uf8fe"    # a private-use character that stands for the control token before a text
 SPACE = "▁"
@@ -49,7 +49,7 @@ class BPETokenizer(Tokenizer):
             fields = json.loads(data)
             known = {int(t["id"]): (str(t["content"]), bool(t["special"])) for t in fields.get("added_tokens") or []}
             whole = Library.from_str(json.dumps(fields))
-            self._plain = Library.from_str(json.dumps(_without_control(fields)))
+            self._plain = Library.from_str(json.dumps(_without_markup(fields)))
         except Exception as error:     # the library raises bare Exceptions
             raise BadInput(f"{name} is no tokenizer.json: {' '.join(str(error).split())[:120]}") from None
         self._ids: dict[str, int] = whole.get_vocab(with_added_tokens=True)
@@ -65,6 +65,7 @@ class BPETokenizer(Tokenizer):
             raise BadInput(f"{name} has {self.n_words} tokens, but the model's vocabulary only {self.vocab_size}")
         self.control = {i: text for i, (text, special) in added.items() if special}
         self._words = {i: text for i, (text, special) in added.items() if not special}
+        self.added_words = {i: text for i, text in self._words.items() if not is_blank(text)}
         self.bos_id, self.adds_bos = bos_id, adds_bos and bos_id is not None
         if eos_id is None:
             raise BadInput(f"{name}: no file says which token ends a turn (eos_token)")
@@ -73,7 +74,7 @@ class BPETokenizer(Tokenizer):
         self._drops_space = _drops_space(fields)
         begin, end = self._ids.get("[INST]"), self._ids.get("[/INST]")
         self.inst_ids = (begin, end) if begin in self.control and end in self.control else None
-        own: ChatTemplate = NoTemplate() if self.bytes_split_characters else MistralTemplate()
+        own: ChatTemplate = NoTemplate() if self.bytes_split_characters else MistralTemplate(self.control.values())
         self.chat = chat or own
         self.answers_begin_with_space = isinstance(self.chat, MistralTemplate) and self._drops_space
 
@@ -86,11 +87,12 @@ class BPETokenizer(Tokenizer):
     def _spelled(self, text: str, skip: int) -> list[int]:
         tokens: list[str] = self._plain.encode(text, add_special_tokens=False).tokens[skip:]
         ids = [self._ids[token] for token in tokens if token in self._ids]
-        if not self.control.keys() & set(ids):
+        if not self.markup.keys() & set(ids):
             return ids
-        # A vocabulary that can merge its way to a control token's text: that one is spelled letter by letter.
+        # A vocabulary that can merge its way to an added token's text: that one is spelled letter by letter.
         return [i for token, token_id in zip(tokens, ids, strict=True) for i in (
-            [each for letter in token for each in self._spelled(MARK + letter, 1)] if token_id in self.control else [token_id]
+            [each for letter in token for each in self._spelled(MARK + letter, 1)]
+            if token_id in self.markup and len(token) > 1 else [token_id]
         )]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
@@ -151,9 +153,9 @@ class NoTemplate:
         )
 
 
-def _without_control(fields: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer, blind to control tokens, and with MARK as one."""
-    kept = [token for token in fields.get("added_tokens") or [] if not token["special"]]
+def _without_markup(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer, blind to all added tokens but white space, and with MARK as a control token."""
+    kept = [token for token in fields.get("added_tokens") or [] if not token["special"] and is_blank(token["content"])]
     last = max((int(token["id"]) for token in fields.get("added_tokens") or []), default=0)
     mark = {"id": last + (1 << 20), "content": MARK, "single_word": False, "lstrip": False, "rstrip": False,
             "normalized": False, "special": True}

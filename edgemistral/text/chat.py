@@ -9,9 +9,10 @@ itself says which one its weights were trained on:
     v2, v3  32768 pieces, v0.3: [INST] and [/INST] are control ids
             <s> [INST] {user} [/INST] {assistant} </s> [INST] {user} [/INST] ...
             a system text and a blank line stand before the last user text; assistant texts lose their trailing spaces
+            tools, calls and results have a place (text/mistral_tools.py)
 
 Any other checkpoint brings its own, a Jinja template. It is rendered as transformers renders it, in jinja2's immutable sandbox.
-What users write never becomes a control token there either: before rendering, the text of every control token in a message is
+What users write never becomes a control token there either: before rendering, the text of every added token in a message is
 replaced by a private-use character that occurs nowhere, and given back when the text has been cut at the template's own.
 """
 
@@ -26,6 +27,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgemistral.errors import BadInput, BadRequest
+from edgemistral.text import mistral_tools
 from edgemistral.text.tokenizer import Messages, Tokenizer, check_text
 
 if TYPE_CHECKING:
@@ -54,8 +56,12 @@ class ChatTemplate(Protocol):
 class MistralTemplate:
     """Mistral's own, of the version that the tokenizer says."""
 
-    name, takes_tools = "Mistral's own", False
+    name = "Mistral's own"
     text: str | None = None
+
+    def __init__(self, control: Iterable[str] = ()) -> None:
+        """control: the texts of the tokenizer's control tokens."""
+        self.takes_tools = set(control) >= mistral_tools.CONTROLS
 
     def encode(self, tokenizer: SentencePieceTokenizer, messages: Messages, tools: Tools | None = None) -> list[int]:
         """As in mistral-common: consecutive messages of one role become one, with a blank line between the texts that are not
@@ -65,8 +71,10 @@ class MistralTemplate:
         An assistant message at the end gets no </s>: the model goes on writing it (its `prefix`). An empty one earlier
         gives just </s>, which is what a model that answered nothing has written.
         """
-        if tools:
+        if tools and not self.takes_tools:
             raise BadRequest("tools are given, but this model's chat template has no place for them", "tools")
+        if self.takes_tools and (tools or not all(map(_is_talk, _checked_list(messages)))):
+            return self._with_tools(tokenizer, messages, tools)
         system, turns = chat_turns(messages)
         last_user = max(i for i, (role, _) in enumerate(turns) if role == "user")
         system_at = last_user if tokenizer.inst_ids else 0
@@ -76,6 +84,29 @@ class MistralTemplate:
                 ids += self._user_turn(tokenizer, system + BLANK_LINE + text if system and i == system_at else text)
             else:
                 ids += tokenizer.encode(text.rstrip(" ") if tokenizer.inst_ids else text)
+                if i + 1 < len(turns):
+                    ids.append(tokenizer.eos_id)
+        return ids
+
+    def _with_tools(self, tokenizer: SentencePieceTokenizer, messages: Messages, tools: Tools | None) -> list[int]:
+        """A conversation with tools, calls of them or their results; mistral_tools.py shows it."""
+        control = {text: token_id for token_id, text in tokenizer.control.items()}
+        system, turns = _tool_turns(messages)
+        users = [i for i, (role, _) in enumerate(turns) if role == "user"]
+        ids = [tokenizer.bos_id or 0]
+        for i, (role, text) in enumerate(turns):
+            if role == "tool":
+                ids += [control["[TOOL_RESULTS]"], *tokenizer.encode(text), control["[/TOOL_RESULTS]"]]
+            elif role == "call":
+                ids += [control["[TOOL_CALLS]"], *tokenizer.encode(text), tokenizer.eos_id]
+            elif role == "user":
+                if tools and i == users[-1]:
+                    told = tokenizer.encode(mistral_tools.tools_text(tools))
+                    ids += [control["[AVAILABLE_TOOLS]"], *told, control["[/AVAILABLE_TOOLS]"]]
+                whole = system + BLANK_LINE + text if system and i == users[-1] else text
+                ids += self._user_turn(tokenizer, whole)
+            else:
+                ids += tokenizer.encode(text.rstrip(" "))
                 if i + 1 < len(turns):
                     ids.append(tokenizer.eos_id)
         return ids
@@ -123,7 +154,7 @@ class JinjaTemplate:
             checked.pop()                              # nothing to go on with: an answer of its own
         everything = json.dumps([checked, list(tools or [])], ensure_ascii=False, default=str) + self._source
         free = (chr(code) for code in PRIVATE_USE if chr(code) not in everything)
-        hidden = _Hidden(tokenizer.control.values(), free)
+        hidden = _Hidden(tokenizer.markup.values(), free)
         continued = checked[-1]["role"] == "assistant" and bool(checked[-1].get("content"))
         end = next(free)
         shown = [{k: v if k == "role" else hidden.in_all(v) for k, v in message.items()} for message in checked]
@@ -246,6 +277,42 @@ def chat_turns(messages: Messages) -> tuple[str, list[tuple[str, str]]]:
     return system, turns
 
 
+def _is_talk(message: Any) -> bool:
+    """Whether a message is a text, and neither calls tools nor brings their result."""
+    of_tools = isinstance(message, Mapping) and (message.get("role") in ("tool", "function") or message.get("tool_calls"))
+    return not of_tools
+
+
+def _tool_turns(messages: Messages) -> tuple[str, list[tuple[str, str]]]:
+    """As `chat_turns`, where a turn may also be a "call" or a "tool" result, in the JSON that stands for it."""
+    turns: list[tuple[str, str]] = []
+    systems: list[str] = []
+    for i, message in enumerate(_checked_list(messages)):
+        checked = _checked_message(message, i)
+        role, text, field = checked["role"], checked["content"], f"messages[{i}]"
+        if role == "system" and not turns:
+            systems.append(text)
+            continue
+        if not _is_talk(checked):
+            if role not in ("assistant", "tool"):
+                what = "a function's result needs the role 'tool'" if role == "function" else "only the assistant calls tools"
+                raise BadRequest(f"{field}.role is {role!r}: {what}", f"{field}.role")
+            spell = mistral_tools.result_text if role == "tool" else mistral_tools.calls_text
+            turns.append(("tool" if role == "tool" else "call", spell(checked, field)))
+            continue
+        role = "user" if role == "system" else role          # where it stands, not moved to the beginning
+        if turns and turns[-1][0] == role:
+            text = BLANK_LINE.join(filter(None, (turns.pop()[1], text)))
+        turns.append((role, text))
+    if len(turns) > 1 and turns[-1] == ("assistant", ""):
+        turns.pop()                # nothing to go on with: an answer of its own
+    if not turns or turns[0][0] == "assistant":
+        turns.insert(0, ("user", ""))
+    if turns[0][0] != "user":
+        raise BadRequest("messages begin with a tool call or its result: a user message must come before it", "messages")
+    return BLANK_LINE.join(filter(None, systems)), turns
+
+
 def _checked_list(messages: Any) -> Sequence[Any]:
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise BadRequest(f"messages must be a list of messages, not {type(messages).__name__}", "messages")
@@ -272,13 +339,13 @@ def _checked_message(message: Any, i: int) -> dict[str, Any]:
 
 
 class _Hidden:
-    """Puts private-use characters in the place of control texts, in any case of letters, for a template may change it.
+    """Puts private-use characters in the place of markup, in any case of letters, for a template may change it.
 
     So it does with the beginning or end of one at the edge of a text, which the template or another text may complete.
     """
 
-    def __init__(self, control: Iterable[str], free: Iterator[str]) -> None:
-        texts = sorted({text.lower() for text in control if text.strip()}, key=len, reverse=True)
+    def __init__(self, markup: Iterable[str], free: Iterator[str]) -> None:
+        texts = sorted({text.lower() for text in markup if text.strip()}, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, texts)), re.IGNORECASE) if texts else None
         self._beginnings = {text[:n] for text in texts for n in range(1, len(text))}
         self._ends = {text[n:] for text in texts for n in range(1, len(text))}
@@ -287,7 +354,7 @@ class _Hidden:
         self.meanings: dict[str, str] = {}      # character -> the text that it stands for
 
     def in_all(self, value: Any) -> Any:
-        """A copy of JSON-like data with no control text in it."""
+        """A copy of JSON-like data with no markup in it."""
         if isinstance(value, str):
             return self._in_text(value)
         if isinstance(value, Mapping):
@@ -316,6 +383,6 @@ class _Hidden:
         if meaning not in self._marks:
             mark = next(self._free, None)
             if mark is None:
-                raise BadRequest("messages spell control tokens in too many ways", "messages")
+                raise BadRequest("messages spell markup in too many ways", "messages")
             self._marks[meaning], self.meanings[mark] = mark, meaning
         return self._marks[meaning]

@@ -7,7 +7,7 @@ from typing import Any, SupportsIndex
 
 from edgemistral.errors import BadInput
 from edgemistral.text.chat import ChatTemplate, MistralTemplate
-from edgemistral.text.tokenizer import Tokenizer, check_text
+from edgemistral.text.tokenizer import Tokenizer, check_text, is_blank
 
 AddedTokens = Mapping[int, tuple[str, bool]]    # id -> text, and whether it is a control token
 
@@ -53,19 +53,21 @@ class SentencePieceTokenizer(Tokenizer):
             raise BadInput(f"{name} has no <s> or no </s>")
         self.bos_id, self.eos_id, self.turn_end_id, self.end_ids = bos_id, eos_id, eos_id, frozenset({eos_id})
         special = {i: text for i, text in self._added.items() if (added or {})[i][1]}
-        self._words = {text: i for i, text in self._added.items() if i not in special}
+        words = {i: text for i, text in self._added.items() if i not in special}
+        self.added_words = {i: text for i, text in words.items() if not is_blank(text)}
+        self._blanks = {text: i for i, text in words.items() if is_blank(text)}
         controls = {i: self._pieces[i] for i in range(self._n_pieces) if self._model.is_control(i)}
         self.control = {**controls, **special}
         self._legacy = legacy
         begin, end = (self._model.piece_to_id(piece) for piece in ("[INST]", "[/INST]"))
         self.inst_ids = (begin, end) if self._model.is_control(begin) and self._model.is_control(end) else None
-        own: ChatTemplate = MistralTemplate()
+        own: ChatTemplate = MistralTemplate(self.control.values())
         self.chat = chat or own
         self.answers_begin_with_space = isinstance(self.chat, MistralTemplate)
 
     def encode(self, text: str) -> list[int]:
         check_text(text, "text")
-        if not any(word in text for word in self._words):
+        if not any(blank in text for blank in self._blanks):
             ids: list[int] = self._model.encode(text)
             return ids
         return self._split(text, self._model.encode)
@@ -74,9 +76,9 @@ class SentencePieceTokenizer(Tokenizer):
         return self._split(text, self._model.encode if self._legacy else self.encode_inside)
 
     def _split(self, text: str, encode: Any) -> list[int]:
-        """Cut at added tokens that are ordinary words."""
-        for word, token_id in self._words.items():
-            before, found, after = text.partition(word)
+        """Cut at added tokens that are white space."""
+        for blank, token_id in self._blanks.items():
+            before, found, after = text.partition(blank)
             if found:
                 later = self._encode_within(after) if after else []
                 return [*(self._split(before, encode) if before else []), token_id, *later]

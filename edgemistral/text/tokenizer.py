@@ -5,8 +5,9 @@
     └── BPETokenizer              tokenizer.json (text/bpe.py)
 
 Ids are of three kinds: words of the vocabulary, added tokens that have a text, and padding that no file names. Control tokens
-(<s>, <|im_end|>, ...) never come from what a user writes: `encode` spells their text in ordinary tokens, and only
-`encode_markup`, which a chat template's own text goes through, knows them.
+(<s>, <|im_end|>, ...) and added words (<tool_call>, ...: decoding shows them) never come from what a user writes: `encode`
+spells their text in ordinary tokens, and only `encode_markup`, which a chat template's own text goes through, knows them.
+White space that is an added token is how some vocabularies store indentation, so that one is a word like any other.
 """
 
 from __future__ import annotations
@@ -50,12 +51,16 @@ class Tokenizer(ABC):
     defaults: Mapping[str, Any] = {}
     chat: ChatTemplate
     control: Mapping[int, str]      # id -> text of the control tokens
+    added_words: Mapping[int, str] = {}     # id -> text of the added tokens that decoding shows, white space aside
     answers_begin_with_space: bool = False
     bytes_split_characters: bool = False
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of a text without bos_id; never a control id, whatever the text spells. BadRequest: not valid Unicode."""
+        """Ids of a text without bos_id; never a control id or an added word, whatever it spells.
+
+        BadRequest: not valid Unicode.
+        """
 
     @abstractmethod
     def _encode_within(self, text: str) -> list[int]:
@@ -95,11 +100,11 @@ class Tokenizer(ABC):
         return self.encode(BOUNDARY + text)[len(before):]
 
     def encode_markup(self, text: str, ordinary: Mapping[str, str]) -> list[int]:
-        """Ids of a template's text, control tokens recognised; each key of `ordinary` stands for a text that is not."""
+        """Ids of a template's text, its markup recognised; each key of `ordinary` stands for a text that is none."""
         ids: list[int] = []
-        for at, part in enumerate(self._control_pattern.split(text)):
+        for at, part in enumerate(self._markup_pattern.split(text)):
             if at % 2:
-                ids.append(self._control_ids[part])
+                ids.append(self._markup_ids[part])
             elif part:
                 for stand_in, meant in ordinary.items():
                     part = part.replace(stand_in, meant)
@@ -122,12 +127,17 @@ class Tokenizer(ABC):
         return self.chat.name != "none"
 
     @cached_property
-    def _control_ids(self) -> dict[str, int]:
-        return {text: token_id for token_id, text in self.control.items()}
+    def markup(self) -> dict[int, str]:
+        """Id -> text of all tokens that only a template's own text gives."""
+        return {**self.added_words, **self.control}
 
     @cached_property
-    def _control_pattern(self) -> re.Pattern[str]:
-        texts = sorted(filter(None, self._control_ids), key=len, reverse=True)     # the longest of several counts
+    def _markup_ids(self) -> dict[str, int]:
+        return {text: token_id for token_id, text in self.markup.items()}
+
+    @cached_property
+    def _markup_pattern(self) -> re.Pattern[str]:
+        texts = sorted(filter(None, self._markup_ids), key=len, reverse=True)     # the longest of several counts
         return re.compile("(" + "|".join(map(re.escape, texts)) + ")" if texts else "((?!))")
 
     def _checked(self, token_id: SupportsIndex) -> int:
@@ -138,6 +148,11 @@ class Tokenizer(ABC):
         if not 0 <= index < self.vocab_size:
             raise BadRequest(f"token id {index} is outside the vocabulary of {self.vocab_size}", "ids")
         return index
+
+
+def is_blank(text: str) -> bool:
+    """Whether a token's text is white space, however it is spelled."""
+    return not text.replace("▁", " ").strip()
 
 
 def check_text(text: object, field: str) -> str:

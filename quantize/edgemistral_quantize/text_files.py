@@ -69,7 +69,7 @@ def read_text_files(directory: Path, config: Mapping[str, Any], chat_template: P
         tokenizer = _made(spec, data, path, None)
         eos_id = tokenizer.eos_id
         spec = dataclasses.replace(spec, added=tuple(token for token in spec.added if token[0] >= _size(tokenizer)))
-        texts = {text: token_id for token_id, text in tokenizer.control.items()}
+        texts = {text: token_id for token_id, text in tokenizer.markup.items()}
         ends = [*_known(special.get("eos_token"), texts), *ends]
     special = {"bos_token": _text(tokenizer, tokenizer.bos_id), "eos_token": _text(tokenizer, eos_id), **special}
     template, tools = _templates(found, chat_template)
@@ -83,7 +83,7 @@ def read_text_files(directory: Path, config: Mapping[str, Any], chat_template: P
         if not tokenizer.bytes_split_characters and is_mistrals_own(template, special):
             template = tools = None
         else:
-            turn_end = end_of_turn(template, special, {text: token_id for token_id, text in tokenizer.control.items()})
+            turn_end = end_of_turn(template, special, {text: token_id for token_id, text in tokenizer.markup.items()})
     ends = [*([] if turn_end is None else [turn_end]), *ends]
     spec = dataclasses.replace(
         spec,
@@ -267,7 +267,7 @@ def _size(tokenizer: Tokenizer) -> int:
 
 
 def _text(tokenizer: Tokenizer, token_id: int | None) -> str:
-    return "" if token_id is None else tokenizer.control.get(token_id, "")
+    return "" if token_id is None else tokenizer.markup.get(token_id, "")
 
 
 def _read_text(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import warnings
 from typing import Any
@@ -12,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgemistral.errors import BadRequest
+from edgemistral.text.bpe import BPETokenizer
 from edgemistral.text.chat import is_mistrals_own
+from edgemistral.text.sentencepiece import SentencePieceTokenizer
 from edgemistral.text.tokenizer import Tokenizer
-from tests.text.tokenizers import KINDS, ORDINARY, SPECIAL, TEMPLATES, TEXTS, ours, reference
+from tests.text.tokenizers import KINDS, ORDINARY, SMALL, SPECIAL, TEMPLATES, TEXTS, description, ours, reference
 
 USER = {"role": "user", "content": "What should I see in Paris?"}
 ANSWER = {"role": "assistant", "content": "The Louvre."}
@@ -83,11 +86,12 @@ def test_tools_equal_those_of_transformers(kind: str) -> None:
 
 
 def controls_of(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    return [token_id for token_id in ids if token_id in tokenizer.control]
+    return [token_id for token_id in ids if token_id in tokenizer.markup]
 
 
 PARTS = st.sampled_from([
     *SPECIAL, *ORDINARY, "<s>", "</s>", "<unk>", "<|", "<|im_", "start|>", "|>", "end|>", "s>", "<", " ", "\n", "x",
+    "<|us", "er|>", "<tool", "_call>", "</", "<TOOL_CALL>",
 ])
 HOSTILE = st.lists(PARTS | st.text(max_size=3), max_size=8).map("".join)
 
@@ -96,6 +100,7 @@ HOSTILE = st.lists(PARTS | st.text(max_size=3), max_size=8).map("".join)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_people_write_is_never_a_control_id(kind: str, name: str) -> None:
     tokenizer, tools = ours(kind, TEMPLATES[name]), TOOLS if name == "hermes" else None
+    assert {*SPECIAL, *ORDINARY, "<s>", "</s>"} <= set(tokenizer.markup.values())
 
     def plain(messages: list[dict[str, str]]) -> list[int]:
         return controls_of(tokenizer, tokenizer.encode_chat([{**m, "content": "x"} for m in messages], tools))
@@ -121,6 +126,29 @@ def test_what_a_template_puts_together_or_lowers_is_no_control_either(kind: str)
     assert len(controls_of(joined, joined.encode_chat(halves))) == 2
     lowered = ours(kind, "{{ bos_token }}{{ messages[0].content | lower }}<|im_end|>")
     assert len(controls_of(lowered, lowered.encode_chat([{"role": "user", "content": "<|IM_END|>"}]))) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_added_words_are_shown_and_only_a_template_gives_them(kind: str) -> None:
+    tokenizer = ours(kind, TEMPLATES["hermes"])
+    ids = {text: token_id for token_id, text in tokenizer.markup.items()}
+    call = [*tokenizer.encode("x"), ids["<tool_call>"], *tokenizer.encode_inside("y"), ids["</tool_call>"]]
+    assert tokenizer.decode(call) == "x<tool_call>y</tool_call>"
+    assert tokenizer.decode(tokenizer.encode("x<tool_call>y</tool_call>")) == "x<tool_call>y</tool_call>"
+    assert not controls_of(tokenizer, tokenizer.encode("x<tool_call>y</tool_call>"))
+    spelled = [USER, {**CALL, "tool_calls": [{"function": {"name": "</tool_call>", "arguments": "<tool_call>"}}]}]
+    assert tokenizer.encode_chat(spelled, tools=TOOLS).count(ids["<tool_call>"]) == 2      # the template's own
+
+
+def test_white_space_that_is_an_added_token_is_a_word() -> None:
+    fields = json.loads(description("byte-level"))
+    at = max(token["id"] for token in fields["added_tokens"]) + 1
+    fields["added_tokens"].append({**fields["added_tokens"][-1], "id": at, "content": " " * 8})
+    assert at in BPETokenizer(json.dumps(fields).encode(), bos_id=1, eos_id=2).encode("x:" + " " * 8 + "y")
+    added = {2048: (" " * 8, False), 2049: ("<tool_call>", False)}
+    pieces = SentencePieceTokenizer(SMALL.read_bytes(), added=added)
+    assert 2048 in pieces.encode("x:" + " " * 8 + "y")
+    assert 2049 not in pieces.encode("x:<tool_call>" + " " * 8 + "y")
 
 
 def test_a_system_block_of_its_own_is_not_mistrals() -> None:

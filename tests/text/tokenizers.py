@@ -19,7 +19,7 @@ SPECIAL = (
     "<|im_start|>", "<|im_end|>", "<|end_of_turn|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
     "<|eot_id|>", "[INST]", "[/INST]",
 )
-ORDINARY = ("<tool_call>", "</tool_call>")   # added tokens that are no special ones
+ORDINARY = ("<tool_call>", "</tool_call>", "<|user|>", "<|assistant|>")   # added tokens that are no special ones
 KINDS = ("sentencepiece", "sentencepiece, not legacy", "byte-level", "prepending", "metaspace")
 
 TEMPLATES = {

@@ -87,7 +87,7 @@ def _with_template(spec: TextSpec, template: str | None, tokenizer: Tokenizer, e
         if not tokenizer.bytes_split_characters and is_mistrals_own(template, spec.special):
             template = None
         else:
-            turn_end = end_of_turn(template, spec.special, {text: n for n, text in tokenizer.control.items()})
+            turn_end = end_of_turn(template, spec.special, {text: n for n, text in tokenizer.markup.items()})
             ends = [*([] if turn_end is None else [turn_end]), *ends]
     return dataclasses.replace(
         spec, chat_template=template, special=spec.special if template is not None else {},
