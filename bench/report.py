@@ -372,7 +372,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ("Server under load", "server_load", "python bench/server_load.py", _server_load),
     ("Quality: a trained model, beside llama.cpp's types", "quality", "python bench/quality.py", _quality),
     ("Quality: a real pretrained model, beside llama.cpp's types", "real_model",
-     "python -m bench.real_model WORK", _real_model),
+     "python bench/real_model.py WORK", _real_model),
     ("Quality: few bits of keys and values, beside llama.cpp", "kv_bits", "python bench/kv_bits.py", _kv_bits),
     ("Quality: random models, beside Q4_0", "quality_random", "python bench/quality_random.py", _quality_random),
     ("Error of the quantizers", "quantization_error", "python bench/quantization_error.py", _quantization_error),

@@ -35,6 +35,7 @@ COMMANDS = (     # as bench/report.py names them beside its sections
     "python bench/server_overhead.py WORK --model demo",
     "python bench/server_load.py",
     "python bench/quality.py",
+    "python bench/real_model.py WORK",
     "python bench/kv_bits.py",
     "python bench/quality_random.py",
     "python bench/quantization_error.py",

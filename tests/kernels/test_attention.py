@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from edgemistral.files.bf16 import widen
 from edgemistral.files.layout import round_up
 from edgemistral.kernels.attention import SPAN, attend, block_at
 from edgemistral.kernels.jit import entry
@@ -122,7 +123,7 @@ class Attention:
 def read_block(block, bits, head_dim):
     """The bytes of a block -> keys and values (64, D) as codes with scales (64,) (K in 4 bits: (64, 2)), or as half floats."""
     if bits == 4:
-        k_scales, v_scales = naive.bf16_to_f32(block[:256].view(np.uint16)).reshape(2, 64).T, block[256:512].view(F32)
+        k_scales, v_scales = widen(block[:256].view(np.uint16)).reshape(2, 64).T, block[256:512].view(F32)
         k, v = block[512:].reshape(2, -1)
         k, v = k.reshape(4, head_dim // 8, 16, 4), v.view(np.int8).reshape(16, head_dim // 32, 16, 4)
         k = np.stack([k & 15, k >> 4]).transpose(1, 3, 0, 2, 4).reshape(64, head_dim)       # 64 = panels x positions
