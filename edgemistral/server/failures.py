@@ -109,6 +109,9 @@ def install(app: FastAPI) -> None:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return response(422, body_of(f"the body is no JSON: {_where(first, error.body)}", code="invalid_json"))
+        own = (one.get("ctx", {}).get("error") for one in error.errors())
+        if refusal := next((one for one in own if isinstance(one, BadRequest)), None):
+            return response(*describe(refusal))
         field, message = _explain(error.errors(), error.body)
         return response(422, body_of(f"{field}: {message}", param=field, code="invalid_value"))
 
