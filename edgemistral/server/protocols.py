@@ -1,0 +1,188 @@
+"""What the routers of other interfaces share: each puts a request into the words of our chat, and shows the events in its own.
+
+A field that is neither translated nor known to be harmless is refused with its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from edgemistral.errors import BadRequest
+from edgemistral.generate.tasks import Usage
+from edgemistral.server import failures, schemas
+from edgemistral.server.openai_api import Chat
+from edgemistral.server.scheduler import Progress
+from edgemistral.server.service import Event, Finished, Piece
+
+# Ours under the same name in every interface.
+OURS = (
+    "seed", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens",
+    "stop_token_ids", "grammar", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "session", "on_overflow",
+    "safe_prompt", "user",
+)
+
+
+@dataclass(frozen=True)
+class End:
+    """The answer is whole; reason: "stop", "length", "content_filter" or "tool_calls"."""
+
+    reason: str
+    usage: Usage
+    stop: str | None = None     # the stop string that ended it
+
+
+@dataclass
+class Whole:
+    """An answer: its text, its calls in OpenAI's shape, and its end."""
+
+    text: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    end: End = field(default_factory=lambda: End("stop", Usage(0)))
+
+
+def chat_request(made: Mapping[str, Any]) -> schemas.ChatRequest:
+    """The checked request for our chat."""
+    body = {name: value for name, value in made.items() if value is not None}
+    try:
+        return schemas.ChatRequest.model_validate(body)
+    except ValidationError as error:
+        found = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
+        raise RequestValidationError(found, body=body) from None
+
+
+def only(value: Any, known: Collection[str], harmless: Collection[str] = (), where: str = "") -> dict[str, Any]:
+    """The fields of an object that are given and known. BadRequest: it is no object, or has a field that is not done here."""
+    given = as_object(value, where or "body")
+    prefix = f"{where}." if where else ""
+    for name, one in given.items():
+        if one is not None and name not in known and name not in harmless:
+            raise BadRequest(f"{prefix}{name[:100]} is not done here", prefix + name[:100])
+    return {name: one for name, one in given.items() if one is not None and name in known}
+
+
+def refused(given: Mapping[str, Any], **neutral: tuple[Any, ...]) -> None:
+    """BadRequest if one of these fields has a value that asks for something: another than these."""
+    for name, values in neutral.items():
+        value = given.get(name)
+        if value is not None and not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values):
+            raise BadRequest(f"{name} is {str(value)[:60]!r}, which this server does not do", name)
+
+
+def as_object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadRequest(f"{where} must be an object", where)
+    return value
+
+
+def as_list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise BadRequest(f"{where} must be a list", where)
+    if len(value) > schemas.MAX_MESSAGES:
+        raise BadRequest(f"{where} has more than {schemas.MAX_MESSAGES} items", where)
+    return value
+
+
+def as_text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise BadRequest(f"{where} must be a text", where)
+    return value
+
+
+def text_of(value: Any, where: str, kinds: Collection[str] = ("text",), harmless: Collection[str] = ()) -> str:
+    """A text, or the texts of a list of parts, each on lines of its own."""
+    if isinstance(value, str):
+        return value
+    texts = []
+    for i, part in enumerate(as_list(value, where)):
+        at = f"{where}[{i}]"
+        kind = as_object(part, at).get("type")
+        if kind not in kinds:
+            raise BadRequest(f"{at}.type is {str(kind)[:40]!r}: only {' and '.join(kinds)} can be read here", f"{at}.type")
+        texts.append(as_text(only(part, ("type", "text"), harmless, at).get("text"), f"{at}.text"))
+    return "\n\n".join(texts)
+
+
+def function(name: Any, description: Any, parameters: Any) -> dict[str, Any]:
+    """A tool in OpenAI's shape."""
+    made = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": {key: value for key, value in made.items() if value is not None}}
+
+
+async def parts(
+    shape: Chat, events: AsyncGenerator[Event | None, None]
+) -> AsyncGenerator[str | list[dict[str, Any]] | End | Progress | None, None]:
+    """The answer as it comes: texts, at most one list of calls, the end, and signs of life in between."""
+    called = False
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Piece):
+                for choice in shape.deltas(event):
+                    yield choice["delta"]["content"]
+            elif isinstance(event, Finished):
+                for choice in shape.ends(event.index, event.finish_reason):
+                    if calls := choice["delta"].get("tool_calls"):
+                        called = True
+                        yield calls[:1] if shape.body.parallel_tool_calls is False else calls
+                    elif text := choice["delta"].get("content"):
+                        yield text
+                cut = event.finish_reason != "stop"
+                reason = event.finish_reason if cut or not called else "tool_calls"
+                yield End(reason, event.usage, shape.replies[event.index].stop_string)
+            else:
+                yield event
+
+
+async def whole(shape: Chat, events: AsyncGenerator[Event | None, None]) -> Whole:
+    """The answer, once it is there."""
+    answer = Whole()
+    async for part in parts(shape, events):
+        if isinstance(part, str):
+            answer.text += part
+        elif isinstance(part, list):
+            answer.calls = part
+        elif isinstance(part, End):
+            answer.end = part
+    if answer.calls:
+        answer.text = answer.text.strip()
+    return answer
+
+
+def route(told: Callable[[int, dict[str, Any]], dict[str, Any]]) -> type[APIRoute]:
+    """Routes whose failures look otherwise: `told` makes the body from the status and the `error` of ours."""
+    class Route(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+            handler = super().get_route_handler()
+
+            async def handle(request: Request) -> Response:
+                try:
+                    return await handler(request)
+                except Exception as error:
+                    response = await _failed(request, error)
+                    body = told(response[0], response[1])
+                    return failures.response(response[0], body, response[2])
+
+            return handle
+
+    return Route
+
+
+async def _failed(request: Request, error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, `error` object and headers, as failures.py tells them."""
+    handlers = request.app.exception_handlers
+    if isinstance(error, (RequestValidationError, HTTPException)):
+        kind = RequestValidationError if isinstance(error, RequestValidationError) else HTTPException
+        made = await handlers[kind](request, error)
+        return made.status_code, json.loads(made.body)["error"], {}
+    status, body, headers = failures.describe(error)
+    return status, body["error"], headers
