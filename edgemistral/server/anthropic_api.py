@@ -225,6 +225,9 @@ async def _stream(shape: Chat, events: AsyncGenerator[Any, None]) -> AsyncGenera
                         yield _event("content_block_stop", index=index)
                         index += 1
                 elif isinstance(part, End):
+                    if not is_open and not index:      # clients look for a first block
+                        yield _event("content_block_start", index=index, content_block={"type": "text", "text": ""})
+                        is_open = True
                     if is_open:
                         yield _event("content_block_stop", index=index)
                     yield _event("message_delta", delta=_stop(part), usage=_usage(part.usage))

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from edgemistral import __version__
 from edgemistral.errors import BadRequest
 from edgemistral.model import Model
-from edgemistral.server import anthropic_api, failures, ollama_api, openai_api, schemas, score
+from edgemistral.server import anthropic_api, failures, ollama_api, openai_api, responses_api, schemas, score
 from edgemistral.server.docs import docs_page
 from edgemistral.server.metrics import Metrics
 from edgemistral.server.safety import Guard, Safety
@@ -88,6 +88,7 @@ def create_app(
     app.include_router(openai_api.router)
     app.include_router(anthropic_api.router)
     app.include_router(ollama_api.router)
+    app.include_router(responses_api.router)
     _add_tools(app)
     _add_pages(app)
     return app

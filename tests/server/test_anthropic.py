@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import anthropic
 import httpx
 import pytest
+from pydantic import BaseModel
 
 from edgemistral.server import create_app
 from tests.serving import fake_model, saying, serving
@@ -49,6 +52,13 @@ def test_an_answer_and_its_stream(client):
     assert used[0] == used[1] > 8
     raw_kinds = [event.type for event in events if event.type not in ("text", "content_block_delta", "ping")]
     assert raw_kinds == ["message_start", "content_block_start", "content_block_stop", "message_delta", "message_stop"]
+
+
+def test_an_empty_answer_has_a_block_too(client):
+    ask = {**ASK, "max_tokens": 0}
+    with client.messages.stream(**ask) as stream:
+        final = stream.get_final_message()
+    assert [block.text for block in final.content] == [block.text for block in client.messages.create(**ask).content] == [""]
 
 
 def test_the_events_of_a_stream_are_named(url):
@@ -99,6 +109,14 @@ def test_one_call_only_where_parallel_ones_are_disabled(client):
     tools = {**ASK, "tools": [WEATHER], "max_tokens": 200, "extra_body": {"guided_choice": [f"{call}\n{call}"]}}
     assert len(client.messages.create(**tools).content) == 2
     assert len(client.messages.create(**tools, tool_choice={"type": "auto", "disable_parallel_tool_use": True}).content) == 1
+
+
+def test_an_answer_becomes_an_object_of_a_pydantic_class(client):
+    class City(BaseModel):
+        name: Literal["Paris", "Rome"]
+
+    answer = client.messages.parse(**{**ASK, "max_tokens": 60}, output_format=City)
+    assert isinstance(answer.parsed_output, City)
 
 
 def test_a_call_and_its_result_go_back(client):
