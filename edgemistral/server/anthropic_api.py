@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from edgemistral.errors import BadRequest
 from edgemistral.generate.tasks import Usage
-from edgemistral.server import failures, streaming
+from edgemistral.server import failures, shapes, streaming
 from edgemistral.server.openai_api import Chat, begin_chat
 from edgemistral.server.protocols import (
     OURS,
@@ -27,16 +27,12 @@ from edgemistral.server.protocols import (
     only,
     parts,
     refused,
-    route,
     text_of,
     whole,
 )
 from edgemistral.server.service import Service, service_of, warnings_header
+from edgemistral.server.tools import spelled_out, tools_of, with_arguments
 
-KINDS = {
-    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
-    429: "rate_limit_error", 503: "overloaded_error",
-}
 STOPS = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use"}
 SAME = ("max_tokens", "temperature", "top_p", "top_k", "stream", *OURS)
 # Where a cache would be cut: ours keeps whatever it can.
@@ -53,16 +49,10 @@ class Failure(BaseModel):
     error: ErrorBody
 
 
-def told(status: int, error: dict[str, Any]) -> dict[str, Any]:
-    """A failure in Anthropic's shape."""
-    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error["message"]}}
-
-
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {**made, "model": failures.Failure | Failure} for status, made in failures.RESPONSES.items()
+    status: {**made, "model": Failure} for status, made in failures.RESPONSES.items()
 }
-router = APIRouter(prefix="/v1", responses=RESPONSES, route_class=route(told))
+router = APIRouter(prefix="/v1", responses=RESPONSES)
 Shared = Annotated[Service, Depends(service_of)]
 
 
@@ -77,6 +67,19 @@ async def messages(body: Annotated[dict[str, Any], Body()], request: Request, se
     answer = await whole(shape, events)
     return JSONResponse({**_message(shape, answer.end.usage), "content": _content(answer), **_stop(answer.end)},
                         headers=headers)
+
+
+@router.post("/messages/count_tokens")
+async def count_tokens(body: Annotated[dict[str, Any], Body()], service: Shared) -> dict[str, int]:
+    """How many tokens the prompt of such a request has."""
+    asked = chat_request(translated(body))
+    tokenizer, plain = service.model.tokenizer, [message.plain() for message in asked.messages]
+    tools = tools_of(asked.model_dump(include={"tools", "tool_choice"}))
+    if tokenizer.chat.takes_tools:
+        ids = await service.aside(tokenizer.encode_chat, with_arguments(plain), tools and tools.tools)
+    else:
+        ids = await service.aside(tokenizer.encode_chat, spelled_out(plain, tools))
+    return {"input_tokens": len(ids)}
 
 
 def translated(body: dict[str, Any]) -> dict[str, Any]:
@@ -236,4 +239,4 @@ async def _stream(shape: Chat, events: AsyncGenerator[Any, None]) -> AsyncGenera
         yield _event("message_stop")
     except Exception as error:
         status, body, _ = failures.describe(error)
-        yield _event("error", error=told(status, body["error"])["error"])
+        yield _event("error", error=shapes.anthropic(status, body["error"])["error"])

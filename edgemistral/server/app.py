@@ -22,6 +22,7 @@ from edgemistral.server.docs import docs_page
 from edgemistral.server.metrics import Metrics
 from edgemistral.server.safety import Guard, Safety
 from edgemistral.server.service import Review, Service, service_of
+from edgemistral.server.shapes import Shapes
 from edgemistral.server.tools import spelled_out, with_arguments
 
 PAGE = Path(__file__).with_name("page")
@@ -83,6 +84,7 @@ def create_app(
     failures.install(app)
     app.add_middleware(_Addresses)
     app.add_middleware(Guard, safety=Safety.checked(api_key, allow_hosts, allow_origins, max_body))
+    app.add_middleware(Shapes)
     app.add_middleware(_Count, metrics=service.metrics)   # the outermost
     app.include_router(score.router)
     app.include_router(openai_api.router)

@@ -26,7 +26,6 @@ from edgemistral.server.protocols import (
     only,
     parts,
     refused,
-    route,
     whole,
 )
 from edgemistral.server.service import Service, service_of, warnings_header
@@ -46,16 +45,14 @@ TUNING = (
 
 
 class Failure(BaseModel):
-    error: str | failures.ErrorBody
+    error: str
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {status: {**made, "model": Failure} for status, made in failures.RESPONSES.items()}
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/x-ndjson": {}}, "description": "The pieces of the answer, or without `stream` the answer"}
 }
-router = APIRouter(
-    prefix="/api", responses=RESPONSES, route_class=route(lambda status, error: {"error": error["message"]})
-)
+router = APIRouter(prefix="/api", responses=RESPONSES)
 Shared = Annotated[Service, Depends(service_of)]
 Show = Callable[[str, list[dict[str, Any]]], dict[str, Any]]
 

@@ -5,22 +5,17 @@ A field that is neither translated nor known to be harmless is refused with its 
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from pydantic import ValidationError
-from starlette.exceptions import HTTPException
-from starlette.responses import Response
 
 from edgemistral.errors import BadRequest
 from edgemistral.generate.tasks import Usage
-from edgemistral.server import failures, schemas
+from edgemistral.server import schemas
 from edgemistral.server.openai_api import Chat
 from edgemistral.server.scheduler import Progress
 from edgemistral.server.service import Event, Finished, Piece
@@ -156,33 +151,3 @@ async def whole(shape: Chat, events: AsyncGenerator[Event | None, None]) -> Whol
     if answer.calls:
         answer.text = answer.text.strip()
     return answer
-
-
-def route(told: Callable[[int, dict[str, Any]], dict[str, Any]]) -> type[APIRoute]:
-    """Routes whose failures look otherwise: `told` makes the body from the status and the `error` of ours."""
-    class Route(APIRoute):
-        def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
-            handler = super().get_route_handler()
-
-            async def handle(request: Request) -> Response:
-                try:
-                    return await handler(request)
-                except Exception as error:
-                    response = await _failed(request, error)
-                    body = told(response[0], response[1])
-                    return failures.response(response[0], body, response[2])
-
-            return handle
-
-    return Route
-
-
-async def _failed(request: Request, error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status, `error` object and headers, as failures.py tells them."""
-    handlers = request.app.exception_handlers
-    if isinstance(error, (RequestValidationError, HTTPException)):
-        kind = RequestValidationError if isinstance(error, RequestValidationError) else HTTPException
-        made = await handlers[kind](request, error)
-        return made.status_code, json.loads(made.body)["error"], {}
-    status, body, headers = failures.describe(error)
-    return status, body["error"], headers

@@ -131,10 +131,18 @@ def test_a_call_and_its_result_go_back(client):
     assert answer.usage.input_tokens + answer.usage.cache_read_input_tokens >= first + 19
 
 
+def test_the_tokens_of_a_prompt_are_counted(client):
+    for more in ({}, {"system": "Be brief."}, {"tools": [WEATHER]}):
+        used = client.messages.create(**ASK, **more).usage
+        counted = client.messages.count_tokens(model="any", messages=USER, **more).input_tokens
+        assert counted == used.input_tokens + used.cache_read_input_tokens
+
+
 def test_the_key(url):
     with anthropic.Anthropic(base_url=url, api_key="wrong", max_retries=0) as client, \
-            pytest.raises(anthropic.AuthenticationError):
+            pytest.raises(anthropic.AuthenticationError) as caught:
         client.messages.create(**ASK)
+    assert caught.value.body["type"] == "error" and caught.value.body["error"]["type"] == "authentication_error"
     with anthropic.Anthropic(base_url=url, auth_token="secret", max_retries=0) as client:
         assert client.messages.create(**ASK).content
 
@@ -166,6 +174,10 @@ def test_other_failures_have_that_shape_too(url, client):
     with pytest.raises(anthropic.UnprocessableEntityError, match="temperature"):
         client.messages.create(**{**ASK, "stream": True, "extra_body": {"temperature": -1}})
     assert raw(url, [1]).json()["type"] == "error"
+    missing = raw(url, {}, "/v1/messages/batches")
+    assert missing.status_code == 404 and missing.json()["error"]["type"] == "not_found_error"
+    assert int(missing.headers["content-length"]) == len(missing.content)
+    assert raw(url, {}, "/v1/message").json()["error"]["param"] is None      # another address: as OpenAI's
 
 
 def test_a_text_that_is_no_call_and_a_review():

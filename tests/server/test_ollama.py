@@ -99,6 +99,9 @@ def test_what_is_known_of_the_model(client, url):
         client.show("other")
     assert caught.value.status_code == 404
     assert httpx.get(f"{url}/api/version").json() == {"version": __version__}
+    with pytest.raises(ollama.ResponseError, match="there is no POST '/api/pull' here"):
+        client.pull("other")
+    assert httpx.head(f"{url}/api/pull").status_code == 404
 
 
 def test_a_request_without_a_prompt_only_loads(client):
