@@ -127,7 +127,7 @@ def _turns(message: Any, where: str) -> list[dict[str, Any]]:
         at = f"{where}.content[{i}]"
         kind = as_object(block, at).get("type")
         if kind == "text":
-            texts.append(text_of([block], f"{where}.content", harmless=HARMLESS))
+            texts.append(as_text(only(block, ("type", "text"), HARMLESS, at).get("text"), f"{at}.text"))
         elif kind == "tool_use" and role == "assistant":
             use = only(block, ("type", "id", "name", "input"), (*HARMLESS, "caller"), at)
             arguments = as_object(use.get("input", {}), f"{at}.input")

@@ -94,8 +94,10 @@ def as_text(value: Any, where: str) -> str:
     return value
 
 
-def text_of(value: Any, where: str, kinds: Collection[str] = ("text",), harmless: Collection[str] = ()) -> str:
-    """A text, or the texts of a list of parts, each on lines of its own."""
+def text_of(
+    value: Any, where: str, kinds: Collection[str] = ("text",), harmless: Collection[str] = (), between: str = "\n\n"
+) -> str:
+    """A text, or the texts of a list of parts with `between` between them."""
     if isinstance(value, str):
         return value
     texts = []
@@ -105,7 +107,7 @@ def text_of(value: Any, where: str, kinds: Collection[str] = ("text",), harmless
         if kind not in kinds:
             raise BadRequest(f"{at}.type is {str(kind)[:40]!r}: only {' and '.join(kinds)} can be read here", f"{at}.type")
         texts.append(as_text(only(part, ("type", "text"), harmless, at).get("text"), f"{at}.text"))
-    return "\n\n".join(texts)
+    return between.join(texts)
 
 
 def function(name: Any, description: Any, parameters: Any) -> dict[str, Any]:

@@ -64,6 +64,8 @@ def translated(body: dict[str, Any]) -> dict[str, Any]:
     given = only(body, (
         "model", "input", "instructions", "tools", "tool_choice", "text", "truncation", "metadata", "store", "background",
         "previous_response_id", "conversation", "prompt", "reasoning", "include", "top_logprobs", *SAME), HARMLESS)
+    if isinstance(given.get("reasoning"), dict):
+        given["reasoning"] = {name: value for name, value in given["reasoning"].items() if value is not None}
     refused(given, store=(False,), background=(False,), previous_response_id=(), conversation=(), prompt=(),
             reasoning=({}, {"effort": "none"}), include=([], ["reasoning.encrypted_content"]), top_logprobs=(0,))
     if "input" not in given:
@@ -104,8 +106,8 @@ def _messages(given: dict[str, Any]) -> list[dict[str, Any]]:
         kind = as_object(item, at).get("type", "message")
         if kind == "message":
             turn = only(item, ("role", "content"), ("type", "id", "status", "phase"), at)
-            harmless = ("annotations", "logprobs")
-            made.append({"role": turn.get("role"), "content": text_of(turn.get("content"), f"{at}.content", KINDS, harmless)})
+            text = text_of(turn.get("content"), f"{at}.content", KINDS, ("annotations", "logprobs"), "")
+            made.append({"role": turn.get("role"), "content": text})
         elif kind == "function_call":
             call = only(item, ("call_id", "name", "arguments"), ("type", "id", "status"), at)
             if not made or made[-1]["role"] != "assistant":
@@ -116,7 +118,7 @@ def _messages(given: dict[str, Any]) -> list[dict[str, Any]]:
         elif kind == "function_call_output":
             result = only(item, ("call_id", "output"), ("type", "id", "status"), at)
             made.append({"role": "tool", "tool_call_id": as_text(result.get("call_id"), f"{at}.call_id"),
-                         "content": text_of(result.get("output"), f"{at}.output", KINDS)})
+                         "content": text_of(result.get("output"), f"{at}.output", KINDS, (), "")})
         else:
             raise BadRequest(f"{at}.type is {str(kind)[:40]!r}, which cannot be read here", f"{at}.type")
     return made
