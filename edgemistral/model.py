@@ -292,6 +292,11 @@ class Reply(Iterator[str]):
         return self._generation.logprobs
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return self._stops.found
+
+    @property
     def finish_reason(self) -> str | None:
         return "stop" if self._stops.stopped else self._generation.finish_reason
 

@@ -17,11 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from edgemistral import __version__
 from edgemistral.errors import BadRequest
 from edgemistral.model import Model
-from edgemistral.server import failures, openai_api, schemas, score
+from edgemistral.server import anthropic_api, failures, ollama_api, openai_api, responses_api, schemas, score
 from edgemistral.server.docs import docs_page
 from edgemistral.server.metrics import Metrics
 from edgemistral.server.safety import Guard, Safety
 from edgemistral.server.service import Review, Service, service_of
+from edgemistral.server.shapes import Shapes
 from edgemistral.server.tools import spelled_out, with_arguments
 
 PAGE = Path(__file__).with_name("page")
@@ -83,9 +84,13 @@ def create_app(
     failures.install(app)
     app.add_middleware(_Addresses)
     app.add_middleware(Guard, safety=Safety.checked(api_key, allow_hosts, allow_origins, max_body))
+    app.add_middleware(Shapes)
     app.add_middleware(_Count, metrics=service.metrics)   # the outermost
     app.include_router(score.router)
     app.include_router(openai_api.router)
+    app.include_router(anthropic_api.router)
+    app.include_router(ollama_api.router)
+    app.include_router(responses_api.router)
     _add_tools(app)
     _add_pages(app)
     return app

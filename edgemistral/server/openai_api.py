@@ -34,7 +34,17 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 @router.post("/chat/completions", response_model=schemas.ChatCompletion, responses=STREAMED)
 async def chat_completions(body: schemas.ChatRequest, request: Request, service: Shared) -> Response:
     """Answer a conversation."""
-    job = service.job(request, "chatcmpl", body.user)
+    return await _respond(*await begin_chat(body, request, service))
+
+
+async def begin_chat(
+    body: schemas.ChatRequest, request: Request, service: Service, kind: str = "chatcmpl"
+) -> tuple[Chat, AsyncGenerator[Event | None, None]]:
+    """Queue a conversation -> how its answer looks, and the events of it. kind: what the id begins with.
+
+    What refuses the request is raised here, while its status can still tell.
+    """
+    job = service.job(request, kind, body.user)
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     if body.top_logprobs is not None and top_logprobs is None:
         raise BadRequest("top_logprobs needs logprobs", "top_logprobs")
@@ -50,6 +60,8 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
     messages = await service.review("prompt", [message.plain() for message in body.messages])
     chosen = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+
+    shape = Chat(service, body, job, tools)
 
     def make() -> list[Reply]:
         with _renamed({"max_new_tokens": field}):
@@ -70,9 +82,10 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
             for reply in replies:                                # in the client's own numbers: texts of ours stand before
                 before = len(sent) - len(messages)
                 reply.usage.dropped_messages = tuple(number - before for number in reply.dropped)
+            shape.replies = replies
             return replies
 
-    return await _respond(_Chat(service, body, job, tools), await streaming.begun(service.events(request, job, make)))
+    return shape, await streaming.begun(service.events(request, job, make))
 
 
 @router.post("/completions", response_model=schemas.Completion, responses=STREAMED)
@@ -130,7 +143,7 @@ async def cancel(request_id: str, service: Shared) -> schemas.Cancellation:
     return schemas.Cancellation(id=request_id)
 
 
-class _Chat:
+class Chat:
     """How an answer looks to a client of /v1/chat/completions."""
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
@@ -138,6 +151,7 @@ class _Chat:
     def __init__(self, service: Service, body: schemas.ChatRequest, job: Job, tools: Tools | None) -> None:
         self.service, self.body, self.job, self.logprobs = service, body, job, bool(body.logprobs)
         self.choices, self.tools = body.n or 1, tools
+        self.replies: list[Reply] = []      # once they are queued
         self._filters = [tools.filter() for _ in range(self.choices)] if tools is not None else []
 
     def opening(self) -> list[dict[str, Any]]:
@@ -222,7 +236,7 @@ class _Completion:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-async def _respond(shape: _Chat | _Completion, events: AsyncGenerator[Event | None, None]) -> Response:
+async def _respond(shape: Chat | _Completion, events: AsyncGenerator[Event | None, None]) -> Response:
     """Stream the answers or wait for them, as the request asks."""
     headers = {"x-request-id": shape.job.echoed, **warnings_header(shape.body.warnings())}
     common = {"id": shape.job.id, "created": int(time.time()), "model": shape.service.name}
@@ -244,7 +258,7 @@ async def _respond(shape: _Chat | _Completion, events: AsyncGenerator[Event | No
 
 
 async def _chunks(
-    shape: _Chat | _Completion, events: AsyncGenerator[Event | None, None], common: Mapping[str, Any]
+    shape: Chat | _Completion, events: AsyncGenerator[Event | None, None], common: Mapping[str, Any]
 ) -> AsyncGenerator[bytes, None]:
     """The stream: comments while the prompt is read, chunks with text, one with the reason of the end."""
     def chunk(*choices: dict[str, Any], **more: Any) -> bytes:

@@ -121,8 +121,8 @@ class Guard:
             return _refuse(403, "a page of another origin may not ask for this", "origin_not_allowed")
         preflight = scope["method"] == "OPTIONS" and origin in self._safety.origins
         if self._key is not None and not preflight and not _is_open(scope) and not self._has_key(headers):
-            return _refuse(401, "the API key is missing or wrong (Authorization: Bearer ...)", "invalid_api_key",
-                           {"www-authenticate": "Bearer"})
+            return _refuse(401, "the API key is missing or wrong (Authorization: Bearer ... or X-API-Key)",
+                           "invalid_api_key", {"www-authenticate": "Bearer"})
         if scope["method"] == "POST" and not _is_json(headers.get("content-type", "")):
             return _refuse(415, "the Content-Type must be application/json, in UTF-8", "unsupported_media_type")
         return None
@@ -138,10 +138,12 @@ class Guard:
             return False
 
     def _has_key(self, headers: Headers) -> bool:
+        """As OpenAI's clients bring it, or as Anthropic's do."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and self._key is not None and hmac.compare_digest(
-            _digest(key.strip()), self._key
-        )
+        brought = [key.strip()] if scheme.lower() == "bearer" else []
+        if "x-api-key" in headers:
+            brought.append(headers["x-api-key"].strip())
+        return self._key is not None and any(hmac.compare_digest(_digest(one), self._key) for one in brought)
 
 
 def _digest(key: str) -> bytes:

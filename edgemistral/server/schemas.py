@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from edgemistral.generate.sampler import MAX_TOP_LOGPROBS
 from edgemistral.session import SESSION_NAME
@@ -24,7 +24,14 @@ MAX_SEED = (1 << 63) - 1
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TEXT)]
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
+StopString = Annotated[
+    str, Field(min_length=1, max_length=MAX_STOP), WithJsonSchema({"type": "string", "maxLength": MAX_STOP})
+]
+# As /openapi.json tells them: spellings.py takes any negative number for "none", and leaves empty strings out.
+Limit = Annotated[int, Field(ge=0, le=MAX_SEED), WithJsonSchema({
+    "anyOf": [{"type": "integer", "maximum": MAX_SEED}, {"type": "number", "exclusiveMaximum": 0}],
+    "description": "A negative number is none.",
+})]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -95,7 +102,7 @@ class Sampling(Request):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    top_k: Limit | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0.001, le=1000)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -143,8 +150,8 @@ class Sampling(Request):
 
 class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    max_tokens: Limit | None = None
+    max_completion_tokens: Limit | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)] | None = None
@@ -169,7 +176,7 @@ class CompletionRequest(Sampling):
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)] | Ids | Annotated[
         list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)
     ]
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = 16
+    max_tokens: Limit | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
 

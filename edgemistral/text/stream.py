@@ -71,6 +71,7 @@ class StopStrings:
 
     def __init__(self, stops: str | Iterable[str] = ()) -> None:
         self.stopped = False   # a stop string was found: the text has ended
+        self.found: str | None = None
         self._held = ""        # the longest end of the text so far that begins a stop string
         self._state = 0
         # State i stands for a beginning of some stop string, state 0 for the empty one.
@@ -90,7 +91,7 @@ class StopStrings:
         for end, char in enumerate(piece, len(self._held) + 1):
             self._state = self._step(self._state, char)
             if match := self._match[self._state]:
-                self.stopped, self._held = True, ""
+                self.stopped, self._held, self.found = True, "", text[end - match : end]
                 return text[:end - match]
         safe = len(text) - self._length[self._state]
         self._held = text[safe:]
