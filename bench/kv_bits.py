@@ -31,7 +31,6 @@ from bench import harness
 from edgemistral.demo import checkpoint_dir
 from edgemistral.kernels.kv_layout import block_bytes
 from edgemistral.measure.evaluate import WINDOW, log_softmax
-from edgemistral.text.tokenizer import Tokenizer
 from training.heldout_texts import PROSE
 
 PEERS = ("F16", "Q8_0", "Q4_0")
@@ -41,7 +40,7 @@ Row = dict[str, Any]
 
 def windows(checkpoint: Checkpoint, most: int) -> list[NDArray[np.int32]]:
     """The text, cut: each window begins with <s>."""
-    tokenizer = Tokenizer(checkpoint.tokenizer)
+    tokenizer = checkpoint.tokenizer_of_text
     ids = tokenizer.encode(PROSE.read_text("utf-8"))
     size = min(WINDOW, checkpoint.config.context - 1)
     starts = range(0, len(ids), size)

@@ -11,6 +11,7 @@ EXTRAS = {
     "uvicorn": "server",
     "prompt_toolkit": "chat",
     "tokenizers": "hf",
+    "gguf": "gguf",
 }
 """Module -> the extra of pyproject.toml that installs it."""
 

@@ -55,7 +55,7 @@ async def begin_chat(
         if constraint is not None:
             raise BadRequest(f"{constraint.field} and a forced tool exclude each other", constraint.field)
         constraint = tools.constraint()
-    elif constraint is not None:
+    elif constraint is not None and constraint.kind == "json":
         tools = None                 # an answer of this shape is no call
     messages = await service.review("prompt", [message.plain() for message in body.messages])
     chosen = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
