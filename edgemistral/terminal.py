@@ -43,12 +43,13 @@ def cells(text: str) -> int:
 
 
 def cut(text: str, width: int) -> str:
-    """The text if it fits into `width` columns, else its beginning and an ellipsis."""
+    """The text if it fits into `width` columns, else its beginning and dots: plain ones, for terminals that know no others."""
     if cells(text) <= width:
         return text
-    while text and cells(text) >= width:
+    dots = "..."[: max(width, 0)]
+    while text and cells(text) + len(dots) > width:
         text = text[:-1]
-    return f"{text}…" if width > 0 else ""
+    return text + dots
 
 
 class StatusLine:
