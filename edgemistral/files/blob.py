@@ -1,6 +1,6 @@
 """The blob: one model (config, tokenizer, packed weights) in one file that is mapped and never copied.
 
-A blob is a valid safetensors file (container.py shows the bytes). What it adds to that:
+A blob is a valid safetensors file (safetensors.py shows the bytes). What it adds to that:
 
 * Its tensors are exactly those of `layout.tensors`, in that order, one after another; layout.py tells what their bytes
   mean.
