@@ -41,6 +41,7 @@ class Transformer(Protocol):
     config: ModelConfig
     context: int        # the longest sequence
     chunk: int          # most tokens of one step
+    tile: int           # tokens that long steps take at once
     pool: SegmentPool
 
     def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
@@ -61,7 +62,7 @@ class Engine:
         self._transformer: Transformer | None = transformer
         self.end_ids = frozenset({self.config.eos_id})
         self._kept = KeptSequences(transformer.pool)
-        self._pace, self._lookup = Pace(), lookup
+        self._pace, self._lookup = Pace(transformer.tile), lookup
         self._store: StoredPrefixes | None = None
         self._turns = 0
         self._lock = threading.Lock()                # held for a step, and for whatever touches a sequence
@@ -287,18 +288,23 @@ class Engine:
         prompts = sorted((task for task in tasks if task.pending != 1), key=lambda task: task.turn)
         rows: list[tuple[Task, Row]] = []
         left, guesses = transformer.chunk, 0 if prompts or not self._lookup else MOST_DECODED - len(decoding)
+        share: int | None = None     # of the step that prompts may have beside readers
+        promised = 0                 # segments that its rows will take
         for task in (*decoding, *prompts):
             task.guessed = ()
             if task.sequence is None and not self._attach(task, tasks, in_use):
                 continue
             assert task.sequence is not None
-            if task.pending > 1 and decoding:
-                left = min(left, self._pace.prompt_tokens)
+            if task.pending > 1 and decoding and share is None:
+                share = self._pace.prompt_tokens(len(rows))
+                left = min(left, share)
             if task.pending == 1 and guesses > 0:
                 guesses -= task.guess(guesses, self._pace)
             n = min(task.pending, left)
-            if n == 0 or not self._has_room(task.sequence, n + len(task.guessed), [row.sequence for _, row in rows]):
+            needed = max(0, segments_of(task.sequence.length + n + len(task.guessed)) - len(task.sequence.addresses))
+            if n == 0 or not self._has_room(task.sequence, needed, promised, [row.sequence for _, row in rows]):
                 continue
+            promised += needed
             if task.sequence.pinned and not self._reserve(task, task.sequence.length + n + len(task.guessed)):
                 continue
             self._turns += 1
@@ -354,10 +360,9 @@ class Engine:
             task.error = error
         return task.error is None
 
-    def _has_room(self, sequence: segments.Sequence, n: int, in_step: list[segments.Sequence]) -> bool:
-        """Whether a sequence can grow by n positions. Alone it always may: one full context was promised."""
-        needed = segments_of(sequence.length + n) - len(sequence.addresses)
-        return needed <= 0 or self._kept.make_room(needed, [sequence, *in_step]) or not in_step
+    def _has_room(self, sequence: segments.Sequence, needed: int, promised: int, in_step: list[segments.Sequence]) -> bool:
+        """Whether a sequence can have more segments beside those promised. Alone it may: one full context has room."""
+        return not needed or self._kept.make_room(promised + needed, [sequence, *in_step]) or not in_step
 
 
 def check_ids(ids: Ids, vocab_size: int) -> NDArray[np.int32]:
