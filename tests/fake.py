@@ -26,6 +26,8 @@ class FakeTransformer:
     script: after a prefix of this many tokens, this id is the most likely one by far. segments: the budget of the pool.
     """
 
+    tile = 6
+
     def __init__(self, config=None, context=None, chunk=8, script=None, segments=64):
         self.config = config or tiny_config()
         self.context, self.chunk = context or self.config.context, chunk
