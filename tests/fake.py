@@ -26,7 +26,7 @@ class FakeTransformer:
     script: after a prefix of this many tokens, this id is the most likely one by far. segments: the budget of the pool.
     """
 
-    tile = 6
+    step_sizes = (8, 12, 18, 24, 30)
 
     def __init__(self, config=None, context=None, chunk=8, script=None, segments=64):
         self.config = config or tiny_config()

@@ -41,7 +41,7 @@ class Transformer(Protocol):
     config: ModelConfig
     context: int        # the longest sequence
     chunk: int          # most tokens of one step
-    tile: int           # tokens that long steps take at once
+    step_sizes: Sequence[int]   # numbers of tokens, upwards, that leave no place of a tile empty
     pool: SegmentPool
 
     def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
@@ -62,7 +62,7 @@ class Engine:
         self._transformer: Transformer | None = transformer
         self.end_ids = frozenset({self.config.eos_id})
         self._kept = KeptSequences(transformer.pool)
-        self._pace, self._lookup = Pace(transformer.tile), lookup
+        self._pace, self._lookup = Pace(transformer.step_sizes), lookup
         self._store: StoredPrefixes | None = None
         self._turns = 0
         self._lock = threading.Lock()                # held for a step, and for whatever touches a sequence

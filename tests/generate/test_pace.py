@@ -5,20 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgemistral.generate.pace import LONGEST, SLOWER, Pace
+from edgemistral.generate.pace import LONGEST, SLOWER, Pace, best_pair
 
 TILE = 7
+SIZES = (8, *range(14, 128, TILE))
 
 
 def read(tokens, alone, per_token, overhead, readers=1, noise=0.0, seed=0):
     """Read a prompt where a step takes max(alone, overhead + per_token * places); (seconds, the readers' tokens)."""
-    rng, pace = np.random.default_rng(seed), Pace(TILE)
+    rng, pace = np.random.default_rng(seed), Pace(SIZES)
     took, read_by_them = 0.0, 0
     for _ in range(10):
         pace.note(readers, 0, alone)
     while tokens > 0:
         n = min(tokens, pace.prompt_tokens(readers))
-        places = -(-(n + readers) // TILE) * TILE
+        places = max(8, -(-(n + readers) // TILE) * TILE)
         seconds = (max(alone, overhead + per_token * places) if n else alone) * (1 + noise * rng.exponential())
         pace.note(readers, n, seconds)
         took, read_by_them, tokens = took + seconds, read_by_them + 1, tokens - n
@@ -51,14 +52,14 @@ def test_measurements_that_scatter_change_little():
 
 
 def test_without_a_measurement_the_readers_come_first():
-    pace = Pace(TILE)
+    pace = Pace(SIZES)
     assert pace.prompt_tokens(2) == 0
     pace.note(2, 0, 0.02)
-    assert (pace.prompt_tokens(2) + 2) % TILE == 0
+    assert pace.prompt_tokens(2) + 2 == SIZES[0]
 
 
 def test_one_long_pause_is_made_up_for_but_not_for_ever():
-    pace = Pace(TILE)
+    pace = Pace(SIZES)
     pace.note(1, 0, 1.0)
     n = pace.prompt_tokens(1)
     pace.note(1, n, 1000.0)       # the machine slept
@@ -66,4 +67,17 @@ def test_one_long_pause_is_made_up_for_but_not_for_ever():
     while not pace.prompt_tokens(1):
         pace.note(1, 0, 1.0)
         turns += 1
-    assert 1 <= turns <= 3 * LONGEST / (SLOWER - 1)
+    assert 1 <= turns <= LONGEST / (SLOWER - 1)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [
+    ([(0, 1.0)], (0, 0)),
+    ([(0, 1.0), (7, 1.2)], (7, 7)),                       # nothing takes too long
+    ([(0, 1.0), (7, 2.5)], (0, 7)),
+    ([(0, 1.0), (7, 1.25), (20, 2.25)], (7, 20)),         # three large ones in four: 16.75 a step
+    ([(0, 1.0), (7, 1.25), (13, 1.75), (20, 2.6)], (13, 20)),
+    ([(0, 1.0), (7, 1.25), (13, 1.9), (20, 3.0)], (13, 13)),
+])
+def test_the_best_pair_of_sizes(steps, expected):
+    small, large = best_pair(steps, 2.0)
+    assert (small, large) == expected
