@@ -311,9 +311,9 @@ def test_atomics():
 # ---- under every lowering --------------------------------------------------------------------------------------------
 
 LOWERINGS = [
-    ("avx512vnni", ""), ("avxvnni", "alderlake"), ("avx2", "haswell"),
-    ("i8mm", "neoverse-n2"), ("dotprod", "cortex-a76"), ("neon", "cortex-a72"),
-    ("plain", "generic"),
+    ("avx512vnni", ""), pytest.param("avxvnni", "alderlake", marks=pytest.mark.slow), ("avx2", "haswell"),
+    ("i8mm", "neoverse-n2"), ("dotprod", "cortex-a76"), pytest.param("neon", "cortex-a72", marks=pytest.mark.slow),
+    pytest.param("plain", "generic", marks=pytest.mark.slow),
 ]
 """Name of the lowering, and the oldest CPU that has it: code for that one uses no newer instructions around it."""
 
@@ -340,6 +340,7 @@ def test_operations_under_interpret():
     run_again(("test_simd.py", "test_activations.py"), os.environ | {"EDGEMISTRAL_SIMD": "interpret"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", ["0", "2176"])
 def test_matrices_under_prefetching(ahead):
     """They are instructions in the kernels, or are not there at all."""
