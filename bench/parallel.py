@@ -1,6 +1,6 @@
 """Several sequences at once: beside llama.cpp's parallel decoding in turns, and a reader beside another's long prompt.
 
-    python bench/parallel.py WORK [--n-layers 4]
+    python bench/parallel.py WORK [--n-layers 4] [--reader-blob WORK/7b-q4.safetensors]
 
 Models of 7B shapes with random weights: ours a blob, theirs a GGUF (Q4_0, head Q6_K), both made in WORK. Each lives in a
 process of its own that computes only when told to. A step of n sequences computes one token of each,
@@ -19,6 +19,7 @@ from typing import Any
 import click
 import numpy as np
 
+from bench import clients_at_once
 from bench.harness import prepare, save, work_argument
 from bench.peers import TYPES, Peer, facts_of, write_gguf
 from bench.synthetic import V2, write_synthetic
@@ -162,11 +163,19 @@ def work(kind: str, model: str, threads: str) -> None:
 
 # ---- the comparison ----------------------------------------------------------------------------------------------------
 
+def n_layers_of(blob: Path) -> int:
+    with Blob.open(blob) as opened:
+        return opened.config.n_layers
+
+
 @click.command(help=__doc__.split("\n")[0])
 @work_argument
 @click.option("--n-layers", default=4, show_default=True)
 @click.option("--rounds", default=ROUNDS, show_default=True)
-def main(work: Path, n_layers: int, rounds: int) -> None:
+@click.option("--reader-blob", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="A blob of all layers for the reader: in four layers the head takes an eighth of its time.")
+@click.option("--reader-rounds", default=3, show_default=True)
+def main(work: Path, n_layers: int, rounds: int, reader_blob: Path | None, reader_rounds: int) -> None:
     from edgemistral_quantize import quantize
 
     blob, threads = work / f"{n_layers}-layers-q4.safetensors", performance_cores()
@@ -194,14 +203,24 @@ def main(work: Path, n_layers: int, rounds: int) -> None:
     for row in rows:
         click.echo(f"{row['sequences']} sequences: {row['ours']:.1f} and {row['theirs']:.1f} tokens/s, "
                    f"ratio {row['ratio']:.2f}; our step costs {row['cost']:.2f} of one token's")
-    beside = reader(blob, threads, max(3, rounds // 2))
+    through = clients_at_once.measure(blob, 4, max(3, rounds // 2))
+    cost = next(row["cost"] for row in rows if row["sequences"] == 4)
+    through["of_possible"] = through["gain"] / (4 / cost)
+    click.echo(f"4 clients of one server: {through['gain']:.2f} times one client's tokens/s, "
+               f"{through['of_possible']:.2f} of what the steps allow")
+    beside = reader(reader_blob or blob, threads, reader_rounds)
     kept, slower = median(s["reader"] for s in beside), median(s["prompt"] for s in beside)
     click.echo(f"a reader keeps {kept:.2f} of its tokens/s beside a prompt of {PROMPT}, which takes {slower:.2f} x as long")
     fork = fork_seconds()
     click.echo(f"a fork of a 7B conversation of {FORKED} tokens takes {1000 * fork:.1f} ms at most")
-    save("parallel", f"python bench/parallel.py WORK --n-layers {n_layers}", {
+    command = f"python bench/parallel.py WORK --n-layers {n_layers}"
+    save("parallel", command + (f" --reader-blob WORK/{reader_blob.name}" if reader_blob else ""), {
         "n_layers": n_layers, "threads": threads, "rows": rows, "samples": samples, "llama_cpp": facts_of(sys.executable),
-        "reader": {"keeps": kept, "prompt_slower": slower, "prompt": PROMPT, "samples": beside},
+        "through_server": through,
+        "reader": {
+            "n_layers": n_layers_of(reader_blob or blob), "keeps": kept, "prompt_slower": slower, "prompt": PROMPT,
+            "samples": beside,
+        },
         "fork": {"positions": FORKED, "seconds": fork},
     })
 

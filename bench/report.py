@@ -189,10 +189,19 @@ def _parallel(r: Results) -> list[str]:
             for row in r["rows"]
         )),
         "",
-        f"While another client's prompt of {reader['prompt']:,} tokens is read, a generating client keeps "
-        f"{reader['keeps']:.0%} of its tokens/s. The prompt takes {reader['prompt_slower']:.2f} times its time alone. "
+        *_through_server(r.get("through_server")),
+        f"Through {reader.get('n_layers', r['n_layers'])} layers, while another client's prompt of {reader['prompt']:,} tokens "
+        f"is read, a generating client keeps {reader['keeps']:.0%} of its tokens/s. "
+        f"The prompt takes {reader['prompt_slower']:.2f} times its time alone. "
         f"A fork of a 7B conversation of {fork['positions']:,} tokens takes {1000 * fork['seconds']:.1f} ms at most.",
     ]
+
+
+def _through_server(r: Results | None) -> list[str]:
+    if r is None:
+        return []
+    return [f"{r['clients']} clients that stream answers from one server receive {r['several']:.1f} tokens/s in all, one alone "
+            f"{r['one']:.1f}: {r['of_possible']:.2f} of what the costs of the steps above allow.", ""]
 
 
 def _long_context(r: Results) -> list[str]:
@@ -361,7 +370,8 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ("Speed by size, depth, threads and bits", "speed", "python bench/speed.py WORK", _speed),
     ("7B, short batches, 4 bits", "batches_q4", "python bench/batches.py WORK", _batches),
     ("7B, short batches, 8 bits", "batches_q8", "python bench/batches.py WORK --bits 8", _batches),
-    ("Several sequences at once", "parallel", "python bench/parallel.py WORK --n-layers 4", _parallel),
+    ("Several sequences at once", "parallel", "python bench/parallel.py WORK --n-layers 4 --reader-blob WORK/7b-q4.safetensors",
+     _parallel),
     ("30,000 tokens through two layers of a 7B, 4-bit weights", "long_context-4bit",
      "python bench/long_context.py WORK --bits 4", _long_context),
     ("30,000 tokens through two layers of a 7B, 8-bit weights", "long_context-8bit",

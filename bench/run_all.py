@@ -27,7 +27,7 @@ COMMANDS = (     # as bench/report.py names them beside its sections
     "python bench/peers.py WORK --avx2 PYTHON",
     "python bench/batches.py WORK",
     "python bench/batches.py WORK --bits 8",
-    "python bench/parallel.py WORK --n-layers 4",
+    "python bench/parallel.py WORK --n-layers 4 --reader-blob WORK/7b-q4.safetensors",
     "python bench/speed.py WORK",
     "python bench/long_context.py WORK --bits 4",
     "python bench/long_context.py WORK --bits 8",
