@@ -9,7 +9,7 @@ import numpy as np
 from edgemistral.config import ModelConfig
 from edgemistral.files import layout
 from edgemistral.files.bf16 import to_bf16
-from edgemistral.files.blob import BlobWriter
+from edgemistral.files.blob_writer import BlobWriter
 from edgemistral.files.layout import Recipe
 
 

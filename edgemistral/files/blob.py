@@ -30,13 +30,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import mmap
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,7 +44,7 @@ from edgemistral.config import ModelConfig
 from edgemistral.errors import BadBlob, BadConfig, BadInput, DamagedBlob
 from edgemistral.files import layout, strict_json
 from edgemistral.files.layout import ALIGNMENT, Recipe, TensorSpec
-from edgemistral.files.safetensors import MAX_HEADER, METADATA, Header, make_header, read_header
+from edgemistral.files.safetensors import Header, read_header
 from edgemistral.text.spec import TextSpec
 
 FORMAT = "edgemistral"
@@ -111,7 +108,7 @@ class Blob:
         for name, spec in self.tensors.items():
             try:   # through the file, not the mapping: a disk error is then an exception and not the end of the process
                 with self.path.open("rb") as file:
-                    digest = _sha256(file, self.offsets[name], spec.n_bytes, progress)
+                    digest = sha256_of(file, self.offsets[name], spec.n_bytes, progress)
             except OSError as problem:
                 raise DamagedBlob(f"{self.path}: tensor {name} cannot be read: {problem.strerror}", name) from None
             if digest != self.metadata["sha256:" + name]:
@@ -139,7 +136,7 @@ def _check_format(header: Header, path: Path) -> None:
     seal = header.metadata.get(SEAL, "")
     if seal == NO_DIGEST:
         raise BadBlob(f"{path}: unfinished; `edgemistral quantize --resume` goes on with it under its .partial name")
-    if not _is_digest(seal) or seal != _seal_of(header.text, seal):
+    if not _is_digest(seal) or seal != seal_of(header.text, seal):
         raise BadBlob(f"{path}: its header is damaged: {SEAL} does not match")
 
 
@@ -201,208 +198,16 @@ def _check_tensors(
     return specs, offsets
 
 
-class BlobWriter:
-    """Writes a blob tensor by tensor under the name DST.partial and gives it its name when it is whole.
-
-    A context manager. Killed at any moment it leaves no DST (or the old one) and a DST.partial from which `resume` goes
-    on. Raises BadInput when DST exists (unless `force`), when a DST.partial exists (unless `resume` or `force`) or was
-    begun with another config, recipe, calibration or size of tokenizer, when the disk is too small and whenever the
-    system refuses.
-    """
-
-    def __init__(
-        self,
-        dst: str | os.PathLike[str],
-        config: ModelConfig,
-        recipe: Recipe,
-        tokenizer_bytes: int,
-        *,
-        text: TextSpec | None = None,
-        resume: bool = False,
-        force: bool = False,
-        calibration: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.dst = Path(dst)
-        self.partial = self.dst.with_name(self.dst.name + ".partial")
-        self.tensors = {spec.name: spec for spec in layout.tensors(config, recipe, tokenizer_bytes)}
-        self._header = _blank_header(config, recipe, text or TextSpec(), calibration, self.tensors.values())
-        self.offsets: dict[str, int] = {}
-        self.size = len(self._header)   # bytes of the whole file
-        for spec in self.tensors.values():
-            self.offsets[spec.name] = self.size
-            self.size += spec.n_bytes
-        self._complete: set[str] = set()
-
-        if self.dst.is_dir():
-            raise BadInput(f"{self.dst}: a directory; name the file to write")
-        if self.dst.exists() and not force:
-            raise BadInput(f"{self.dst}: exists already; pass force to replace it")
-        resume = resume and self.partial.exists()
-        if self.partial.exists() and not (resume or force):
-            raise BadInput(f"{self.partial}: an unfinished run; pass resume to go on with it or force to start again")
-        with self._system_errors():
-            already = self.partial.stat().st_size if resume else 0
-            if self.size - already > (free := shutil.disk_usage(self.dst.parent).free):
-                raise BadInput(f"{self.dst}: needs {self.size - already} bytes of disk, {free} are free")
-            self._file = self.partial.open("r+b" if resume else "w+b" if force else "x+b", buffering=0)
-        try:
-            with self._system_errors():
-                if resume:
-                    self._read_journal()
-                else:
-                    self._write_at(0, self._header)
-        except BaseException:
-            self._file.close()
-            if not resume:
-                self.partial.unlink(missing_ok=True)
-            raise
-
-    def _read_journal(self) -> None:
-        """Take over the checksums of an unfinished file whose header is otherwise the one that we would write."""
-        found = bytearray(self._file.read(len(self._header)))
-        if self._header.startswith(found):   # nothing yet, or killed before the header was whole
-            self._write_at(0, self._header)
-            return
-        blank = bytearray(found)
-        for at in _digest_positions(self._header):
-            blank[at : at + len(NO_DIGEST)] = NO_DIGEST.encode()
-        if blank != self._header:
-            difference = _difference(self._file, self._header)
-            raise BadInput(f"{self.partial}: begun with {difference}; pass force to start again")
-        self._header = found
-
-    def done(self, name: str) -> bool:
-        """Whether the tensor was written, by an earlier run too, and its bytes in the file match their checksum."""
-        digest = self._digest("sha256:" + name)
-        if name not in self._complete and digest != NO_DIGEST:
-            with self._system_errors():
-                if _sha256(self._file, self.offsets[name], self.tensors[name].n_bytes) == digest:
-                    self._complete.add(name)
-        return name in self._complete
-
-    def source_sha256(self, name: str) -> str:
-        """The checksum of the source that a tensor which is done was made of."""
-        return self._digest("source_sha256:" + name)
-
-    def write(self, name: str, pieces: Iterable[Any], source_sha256: Callable[[], str]) -> None:
-        """Write one tensor from C-contiguous buffers that together have exactly its size.
-
-        `source_sha256` is called after the last piece (the source is read while the pieces are made).
-        """
-        spec, digest, n_bytes = self.tensors[name], hashlib.sha256(), 0
-        for piece in pieces:
-            view = memoryview(piece).cast("B")
-            if n_bytes + view.nbytes > spec.n_bytes:
-                raise ValueError(f"tensor {name} is larger than its {spec.n_bytes} bytes")
-            digest.update(view)
-            with self._system_errors():
-                self._write_at(self.offsets[name] + n_bytes, view)
-            n_bytes += view.nbytes
-        if n_bytes != spec.n_bytes:
-            raise ValueError(f"tensor {name} has {n_bytes} bytes instead of {spec.n_bytes}")
-        # No fsync here: whoever resumes recomputes the checksum, so a tensor that did not reach the disk is not done.
-        self._fill_in("source_sha256:" + name, source_sha256())
-        self._fill_in("sha256:" + name, digest.hexdigest())
-        self._complete.add(name)
-
-    def finish(self) -> Path:
-        """Seal the header, push everything to the disk and give the file its name; returns it."""
-        if missing := [name for name in self.tensors if name not in self._complete]:
-            raise ValueError(f"tensor {missing[0]} was not written")
-        with self._system_errors():
-            os.fsync(self._file.fileno())   # all data first: a sealed header promises whole tensors
-            self._fill_in(SEAL, NO_DIGEST)   # of a run that was killed after its seal
-            self._fill_in(SEAL, _seal_of(bytes(self._header[8:]), NO_DIGEST))
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self.partial.replace(self.dst)
-            _sync_directory(self.dst.parent)
-        return self.dst
-
-    def _digest(self, key: str) -> str:
-        at = _digest_position(self._header, key)
-        return self._header[at : at + len(NO_DIGEST)].decode("ascii", "replace")
-
-    def _fill_in(self, key: str, digest: str) -> None:
-        at = _digest_position(self._header, key)
-        self._header[at : at + len(NO_DIGEST)] = digest.encode()
-        with self._system_errors():
-            self._write_at(at, digest.encode())
-
-    def _write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        self._file.seek(offset)
-        rest = memoryview(data)
-        while rest:   # the file has no buffer, and the system may take less than all at once
-            rest = rest[self._file.write(rest) :]
-
-    @contextlib.contextmanager
-    def _system_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as problem:
-            raise BadInput(f"{self.partial}: cannot be written: {problem.strerror or problem}") from None
-
-    def __enter__(self) -> BlobWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        if all(self._digest("sha256:" + name) == NO_DIGEST for name in self.tensors):
-            self.partial.unlink(missing_ok=True)   # nothing in it to resume from
-
-
-def _blank_header(
-    config: ModelConfig, recipe: Recipe, text: TextSpec, calibration: Mapping[str, Any] | None, specs: Iterable[TensorSpec]
-) -> bytearray:
-    """The first bytes of a file, up to its data, with zeros for all checksums."""
-    metadata = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "config": json.dumps(config.to_dict()),
-        "recipe": json.dumps(asdict(recipe)),
-        "text": json.dumps(text.to_dict()),
-        **({} if calibration is None else {"calibration": json.dumps(calibration)}),
-        SEAL: NO_DIGEST,
-    }
-    tensors = [(spec.name, spec.dtype, spec.shape) for spec in specs]
-    for name, _, _ in tensors:
-        metadata["sha256:" + name] = metadata["source_sha256:" + name] = NO_DIGEST
-    return bytearray(make_header(tensors, metadata, ALIGNMENT))
-
-
-def _digest_position(header: bytearray, key: str) -> int:
-    opening = f'"{key}":"'.encode()
-    return header.index(opening) + len(opening)
-
-
-def _digest_positions(header: bytearray) -> Iterator[int]:
-    for match in re.finditer(rb'sha256[^"]*":"', header):
-        yield match.end()
-
-
-def _difference(file: io.FileIO, header: bytearray) -> str:
-    """What distinguishes an unfinished file from the one that would begin with `header`, for a message."""
-    file.seek(0)
-    length = min(int.from_bytes(file.read(8), "little"), MAX_HEADER)
-    try:
-        theirs, ours = (json.loads(text)[METADATA] for text in (file.read(length), bytes(header[8:])))
-        changed = [key for key in ("format_version", "config", "recipe", "text") if theirs[key] != ours[key]]
-        changed += ["calibration"] if theirs.get("calibration") != ours.get("calibration") else []
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "something else than a blob"
-    return f"another {' and '.join(changed)}" if changed else "a tokenizer of another size"
-
-
 def _is_digest(text: str) -> bool:
     return re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
-def _seal_of(text: bytes, seal: str) -> str:
+def seal_of(text: bytes, seal: str) -> str:
     """The checksum of a header's text, taken with zeros in place of the checksum itself."""
     return hashlib.sha256(text.replace(seal.encode(), NO_DIGEST.encode(), 1)).hexdigest()
 
 
-def _sha256(
+def sha256_of(
     file: BinaryIO | io.FileIO, offset: int, n_bytes: int, progress: Callable[[int], object] | None = None
 ) -> str:
     """Of a stretch of a file, or of as much of it as there is."""
@@ -414,13 +219,3 @@ def _sha256(
         if progress:
             progress(len(piece))
     return digest.hexdigest()
-
-
-def _sync_directory(path: Path) -> None:
-    """Make a rename in it last; Windows has no such call and needs none."""
-    if os.name != "nt":
-        directory = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from edgemistral.config import ModelConfig
 from edgemistral.errors import BadInput
 from edgemistral.files.bf16 import to_bf16, widen
-from edgemistral.files.blob import BlobWriter
+from edgemistral.files.blob_writer import BlobWriter
 from edgemistral.files.layout import BLOCK_BYTES, PANEL, Matrix, Recipe, TensorSpec, matrices, matrix_tensors
 from edgemistral_quantize import gptq
 from edgemistral_quantize.calibrate import CalibrationPass, tiled, work_bytes

@@ -2,8 +2,10 @@
 
     python -m tests.quantize.llama_cpp_answers MODEL.gguf < questions > answers
 
-questions: {"texts": [...], "rendered": [...], "prompts": [[ids], ...], "tokens": N}: what people write, what a template gives, what to
-answer. answers: {"texts": [[ids], ...], "rendered": [[ids], ...], "prompts": [[ids], ...]}.
+questions: {"texts": [...], "rendered": [...], "prompts": [[ids], ...], "tokens": N}
+answers: {"texts": [[ids], ...], "rendered": [[ids], ...], "prompts": [[ids], ...]}
+
+Texts are what people write. Rendered is what a template gives. Prompts are answered with at most N tokens.
 """
 
 from __future__ import annotations

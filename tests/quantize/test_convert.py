@@ -180,7 +180,7 @@ def test_resume_with_other_weights_is_refused(blob_bytes: bytes, tmp_path: Path)
 
 KILLED = """
 import os, signal, sys
-from edgemistral.files.blob import BlobWriter
+from edgemistral.files.blob_writer import BlobWriter
 from edgemistral_quantize import quantize
 
 write_at, left = BlobWriter._write_at, int(sys.argv[3])

