@@ -25,7 +25,7 @@ class BPETokenizer(Tokenizer):
     """A tokenizer.json given as the bytes of its file.
 
     added: further tokens (id -> text, whether it is a control token), as other files name them; they win over the file's own.
-    bos_id, eos_id: as the checkpoint says.
+    bos_id, eos_id: as the checkpoint says. mistral_version: see `TextSpec`.
     Raises BadInput when the bytes are no such tokenizer, or hold more ids than `vocab_size`.
     """
 
@@ -39,6 +39,7 @@ class BPETokenizer(Tokenizer):
         eos_id: int | None = None,
         adds_bos: bool = False,
         chat: ChatTemplate | None = None,
+        mistral_version: int | None = None,
     ) -> None:
         try:
             from tokenizers import Tokenizer as Library
@@ -74,7 +75,8 @@ class BPETokenizer(Tokenizer):
         self._drops_space = _drops_space(fields)
         begin, end = self._ids.get("[INST]"), self._ids.get("[/INST]")
         self.inst_ids = (begin, end) if begin in self.control and end in self.control else None
-        own: ChatTemplate = NoTemplate() if self.bytes_split_characters else MistralTemplate(self.control.values())
+        others = self.bytes_split_characters and mistral_version is None
+        own: ChatTemplate = NoTemplate() if others else MistralTemplate(self.control.values(), mistral_version)
         self.chat = chat or own
         self.answers_begin_with_space = isinstance(self.chat, MistralTemplate) and self._drops_space
 

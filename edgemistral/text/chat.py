@@ -1,7 +1,7 @@
 """Chat templates: a conversation becomes the token ids after which the model answers.
 
-Mistral's own templates are built in, because the ids of mistral-common are the contract. Two exist, and the tokenizer model
-itself says which one its weights were trained on:
+Mistral's own templates are built in, because the ids of mistral-common are the contract. The tokenizer itself says which one
+its weights were trained on:
 
     v1      32000 pieces, Mistral-7B-Instruct v0.1 and v0.2: [INST] and [/INST] are ordinary text
             <s> {[INST] user [/INST]} {assistant} </s> {[INST] user [/INST]} ...     each {} encoded on its own
@@ -10,6 +10,8 @@ itself says which one its weights were trained on:
             <s> [INST] {user} [/INST] {assistant} </s> [INST] {user} [/INST] ...
             a system text and a blank line stand before the last user text; assistant texts lose their trailing spaces
             tools, calls and results have a place (text/mistral_tools.py)
+    v7 ...  Mistral's models with a tekken.json since Small 3: as v3, but a system text has a block of its own
+            <s> [SYSTEM_PROMPT] {system} [/SYSTEM_PROMPT] [INST] {user} [/INST] {assistant} </s> ...
 
 Any other checkpoint brings its own, a Jinja template. It is rendered as transformers renders it, in jinja2's immutable sandbox.
 What users write never becomes a control token there either: before rendering, the text of every added token in a message is
@@ -21,13 +23,14 @@ from __future__ import annotations
 import json
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgemistral.errors import BadInput, BadRequest
 from edgemistral.text import mistral_tools
+from edgemistral.text.hidden import PRIVATE_USE, Hidden
 from edgemistral.text.tokenizer import Messages, Tokenizer, check_text
 
 if TYPE_CHECKING:
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
 Tools = Sequence[Mapping[str, Any]]
 BLANK_LINE = "\n\n"
 ROLES = ("system", "user", "assistant", "developer", "tool", "function")
-PRIVATE_USE = range(0xE000, 0xF900)
 FILENAME = "<chat template>"
 
 
@@ -59,9 +61,10 @@ class MistralTemplate:
     name = "Mistral's own"
     text: str | None = None
 
-    def __init__(self, control: Iterable[str] = ()) -> None:
-        """control: the texts of the tokenizer's control tokens."""
-        self.takes_tools = set(control) >= mistral_tools.CONTROLS
+    def __init__(self, control: Iterable[str] = (), version: int | None = None) -> None:
+        """control: the texts of the tokenizer's control tokens, which tell v1 and v3 apart. version: 7, or any other."""
+        self._system_block = version == 7
+        self.takes_tools = set(control) >= mistral_tools.CONTROLS and not self._system_block
 
     def encode(self, tokenizer: SentencePieceTokenizer, messages: Messages, tools: Tools | None = None) -> list[int]:
         """As in mistral-common: consecutive messages of one role become one, with a blank line between the texts that are not
@@ -79,6 +82,10 @@ class MistralTemplate:
         last_user = max(i for i, (role, _) in enumerate(turns) if role == "user")
         system_at = last_user if tokenizer.inst_ids else 0
         ids = [tokenizer.bos_id or 0]
+        if self._system_block and system:
+            control = {text: token_id for token_id, text in tokenizer.control.items()}
+            ids += [control["[SYSTEM_PROMPT]"], *tokenizer.encode(system), control["[/SYSTEM_PROMPT]"]]
+            system = ""
         for i, (role, text) in enumerate(turns):
             if role == "user":
                 ids += self._user_turn(tokenizer, system + BLANK_LINE + text if system and i == system_at else text)
@@ -154,7 +161,7 @@ class JinjaTemplate:
             checked.pop()                              # nothing to go on with: an answer of its own
         everything = json.dumps([checked, list(tools or [])], ensure_ascii=False, default=str) + self._source
         free = (chr(code) for code in PRIVATE_USE if chr(code) not in everything)
-        hidden = _Hidden(tokenizer.markup.values(), free)
+        hidden = Hidden(tokenizer.markup.values(), free)
         continued = checked[-1]["role"] == "assistant" and bool(checked[-1].get("content"))
         end = next(free)
         shown = [{k: v if k == "role" else hidden.in_all(v) for k, v in message.items()} for message in checked]
@@ -336,53 +343,3 @@ def _checked_message(message: Any, i: int) -> dict[str, Any]:
     elif "content" not in message:
         raise BadRequest(f"{field}.content is missing", f"{field}.content")
     return {**message, "role": "system" if role == "developer" else role, "content": check_text(content, f"{field}.content")}
-
-
-class _Hidden:
-    """Puts private-use characters in the place of markup, in any case of letters, for a template may change it.
-
-    So it does with the beginning or end of one at the edge of a text, which the template or another text may complete.
-    """
-
-    def __init__(self, markup: Iterable[str], free: Iterator[str]) -> None:
-        texts = sorted({text.lower() for text in markup if text.strip()}, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, texts)), re.IGNORECASE) if texts else None
-        self._beginnings = {text[:n] for text in texts for n in range(1, len(text))}
-        self._ends = {text[n:] for text in texts for n in range(1, len(text))}
-        self._longest = max(map(len, texts), default=0)
-        self._free, self._marks = free, dict[str, str]()
-        self.meanings: dict[str, str] = {}      # character -> the text that it stands for
-
-    def in_all(self, value: Any) -> Any:
-        """A copy of JSON-like data with no markup in it."""
-        if isinstance(value, str):
-            return self._in_text(value)
-        if isinstance(value, Mapping):
-            return {self.in_all(key): self.in_all(item) for key, item in value.items()}
-        return [self.in_all(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    def _in_text(self, text: str) -> str:
-        if self._pattern is None:
-            return text
-        text = self._pattern.sub(lambda match: self._mark(match[0]), text)
-        core = text.strip()
-        if not core:
-            return text
-        before, after = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
-        for n in range(min(self._longest - 1, len(core)), 0, -1):
-            if core[-n:].lower() in self._beginnings:
-                core = core[:-n] + self._mark(core[-n:])
-                break
-        for n in range(min(self._longest - 1, len(core)), 0, -1):
-            if core[:n].lower() in self._ends:
-                core = self._mark(core[:n]) + core[n:]
-                break
-        return before + core + after
-
-    def _mark(self, meaning: str) -> str:
-        if meaning not in self._marks:
-            mark = next(self._free, None)
-            if mark is None:
-                raise BadRequest("messages spell markup in too many ways", "messages")
-            self._marks[meaning], self.meanings[mark] = mark, meaning
-        return self._marks[meaning]

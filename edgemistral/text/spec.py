@@ -22,8 +22,9 @@ class TextSpec:
 
     kind: of the bytes in the tensor `tokenizer`: a SentencePiece model, or a tokenizer.json. added: (id, text, is control) of
     tokens that those bytes lack. chat_template, tool_template: Jinja texts; None means Mistral's own. special: the texts that a
-    template may name. end_ids: all that end a turn; turn_end_id: the one that the model's own template writes. adds_bos:
-    whether a text without a template begins with bos_id. legacy: see `SentencePieceTokenizer`. defaults: `SamplingParams`.
+    template may name. mistral_version: 3 or 7, of Mistral's own template, where the tokenizer is byte-level. end_ids: all that
+    end a turn; turn_end_id: the one that the model's own template writes. adds_bos: whether a text without a template begins
+    with bos_id. legacy: see `SentencePieceTokenizer`. defaults: `SamplingParams`.
     """
 
     kind: Literal["sentencepiece", "tokenizers"] = "sentencepiece"
@@ -31,6 +32,7 @@ class TextSpec:
     chat_template: str | None = None
     tool_template: str | None = None
     special: Mapping[str, str] = field(default_factory=dict)
+    mistral_version: int | None = None
     bos_id: int | None = None
     end_ids: tuple[int, ...] = ()
     turn_end_id: int | None = None
@@ -81,7 +83,9 @@ class TextSpec:
         if self.kind == "tokenizers":
             from edgemistral.text.bpe import BPETokenizer
 
-            made = BPETokenizer(data, vocab_size, name, added, self.bos_id, eos_id, self.adds_bos, self.template)
+            made = BPETokenizer(
+                data, vocab_size, name, added, self.bos_id, eos_id, self.adds_bos, self.template, self.mistral_version
+            )
         else:
             from edgemistral.text.sentencepiece import SentencePieceTokenizer
 
@@ -112,6 +116,7 @@ _CHECKS: dict[str, Any] = {
     "chat_template": lambda value: isinstance(value, str),
     "tool_template": lambda value: isinstance(value, str),
     "special": _is_texts,
+    "mistral_version": lambda value: type(value) is int and value in (3, 7),
     "bos_id": _is_id,
     "end_ids": lambda value: isinstance(value, list) and all(map(_is_id, value)),
     "turn_end_id": _is_id,

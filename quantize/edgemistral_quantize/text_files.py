@@ -15,6 +15,7 @@ from edgemistral.generate.sampler import SamplingParams
 from edgemistral.text.chat import JinjaTemplate, end_of_turn, is_mistrals_own
 from edgemistral.text.spec import TextSpec
 from edgemistral.text.tokenizer import Tokenizer
+from edgemistral_quantize import tekken
 
 SENTENCEPIECE = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -53,14 +54,20 @@ def read_text_files(directory: Path, config: Mapping[str, Any], chat_template: P
         legacy=found.tokenizer.get("legacy") is not False,
         defaults=_defaults(found.generation, directory / "generation_config.json"),
     )
+    version = None
+    if path.name == tekken.NAME:
+        read = tekken.read_tekken(path, data)
+        data, version = read.described, read.version
+        special = {"bos_token": tekken.BOS, "eos_token": tekken.EOS, **special}
     if kind == "tokenizers":
         texts = {text: token_id for token_id, (text, _) in added.items()} | _vocabulary(data)
         begins = [*_known(special.get("bos_token"), texts), *begins]
         ends = [*_known(special.get("eos_token"), texts), *ends]
         if not ends:
             raise BadCheckpoint(f"{directory}: no file says which token ends a turn (eos_token_id in config.json)")
+        said = found.tokenizer.get("add_bos_token", None if version is None else True)
         spec = dataclasses.replace(
-            spec, bos_id=begins[0] if begins else None, adds_bos=_adds_bos(data, begins, found.tokenizer.get("add_bos_token"))
+            spec, bos_id=begins[0] if begins else None, adds_bos=_adds_bos(data, begins, said)
         )
         eos_id = ends[0]
         tokenizer = _made(spec, data, path, eos_id)
@@ -85,6 +92,13 @@ def read_text_files(directory: Path, config: Mapping[str, Any], chat_template: P
         else:
             turn_end = end_of_turn(template, special, {text: token_id for token_id, text in tokenizer.markup.items()})
     ends = [*([] if turn_end is None else [turn_end]), *ends]
+    if version is not None and template is None:
+        if version not in tekken.VERSIONS:
+            raise BadCheckpoint(f"{path}: is of version {version!r}, whose chat template is not built in; supported are "
+                                f"{', '.join(tekken.VERSIONS)}; others need quantize --chat-template FILE")
+        spec = dataclasses.replace(spec, mistral_version=tekken.VERSIONS[version])
+        if missing := sorted(tekken.MARKS[tekken.VERSIONS[version]] - set(tokenizer.control.values())):
+            raise BadCheckpoint(f"{path}: special_tokens lacks {missing[0]}")
     spec = dataclasses.replace(
         spec,
         chat_template=template,
@@ -171,8 +185,11 @@ def _tokenizer_file(directory: Path) -> tuple[Any, Path, bytes]:
             return "sentencepiece", path, data
     if as_json.is_file():
         return "tokenizers", as_json, _read_bytes(as_json)
-    hint = " (tekken.json is not read)" if (directory / "tekken.json").exists() else ""
-    raise BadCheckpoint(f"{directory}: no tokenizer.model or tokenizer.json{hint}: copy it from the base (original) model")
+    as_tekken = directory / tekken.NAME
+    if as_tekken.is_file():
+        return "tokenizers", as_tekken, _read_bytes(as_tekken)
+    raise BadCheckpoint(f"{directory}: no tokenizer.model, tokenizer.json or {tekken.NAME}: copy it from the base (original) "
+                        "model")
 
 
 def _is_sentencepiece(data: bytes) -> bool:

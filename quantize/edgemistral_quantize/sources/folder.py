@@ -23,8 +23,8 @@ from edgemistral_quantize.sources.opened import Opened
 from edgemistral_quantize.sources.tensor import DTYPES, HalvedPairs, StoredTensor, Tensor
 from edgemistral_quantize.text_files import SENTENCEPIECE, TextFiles, read_text_files
 
-TEXT_FILES = (*SENTENCEPIECE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-              "generation_config.json", "chat_template.json", "chat_template.jinja")
+TEXT_FILES = (*SENTENCEPIECE, "tokenizer.json", "tekken.json", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json", "generation_config.json", "chat_template.json", "chat_template.jinja")
 
 
 def open_folder(folder: Path, chat_template: Path | None = None) -> Opened:
