@@ -12,6 +12,7 @@ A session's segments lie in a file of its own instead (`runtime.session`).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -34,6 +35,7 @@ from edgemistral.runtime.memory import physical_memory
 
 GRANULE = 1 << 16      # offsets of mappings are multiples of this: the allocation granularity of Windows
 PADDING = 4096         # behind a segment: kernels load whole vectors at its end
+SPARE = 1 << 28        # bytes of the file that stay for the next who need them; of more, the disk gets back the room
 KV_BITS = tuple(KV_FORMATS)
 
 
@@ -61,14 +63,18 @@ def _folder() -> Path:
 
 
 class Segment:
-    """One mapping. `users`: sequences that it is part of. `pooled`: it lies in the pool's own file and is used again.
-    `frozen`: it is never written to."""
+    """One mapping. `users`: sequences that it is part of. `frozen`: it is never written to. `offset`: where it lies in the
+    pool's own file, and then it is used again; None in another file."""
 
-    def __init__(self, mapping: mmap.mmap, pooled: bool = True, frozen: bool = False) -> None:
-        self.mapping, self.pooled, self.frozen = mapping, pooled, frozen
+    def __init__(self, mapping: mmap.mmap, offset: int | None = None, frozen: bool = False) -> None:
+        self.mapping, self.offset, self.frozen = mapping, offset, frozen
         self.data: NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
         self.address = address_of(self.data)
         self.users = 1
+
+    @property
+    def pooled(self) -> bool:
+        return self.offset is not None
 
 
 class SegmentPool:
@@ -85,12 +91,14 @@ class SegmentPool:
         self.used = 0
         self._made = 0                       # segments that the file has room for
         self._free: list[Segment] = []
+        self._holes: list[Segment] = []      # free ones without room on the disk
+        self._spare = max(1, SPARE // self.segment_bytes)
         self._file: IO[bytes] | None = None
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the file now."""
-        return self._made * self.segment_bytes
+        """Bytes of the file now, without its holes."""
+        return (self._made - len(self._holes)) * self.segment_bytes
 
     @property
     def used_bytes(self) -> int:
@@ -104,16 +112,20 @@ class SegmentPool:
         """
         if self._free:
             segment = self._free.pop()
-            segment.users = 1
+        elif self._holes:
+            assert self._holes[-1].offset is not None
+            self._take_room(self._holes[-1].offset)
+            segment = self._holes.pop()
         else:
-            segment = Segment(self._extend())
+            segment = self._extend()
+        segment.users = 1
         self.used += 1
         return segment
 
     def adopt(self, mapping: mmap.mmap, frozen: bool = False) -> Segment:
         """A segment with one user in a mapping of another file's. It counts as used, and is never allocated again."""
         self.used += 1
-        return Segment(mapping, pooled=False, frozen=frozen)
+        return Segment(mapping, frozen=frozen)
 
     def release(self, segment: Segment) -> None:
         """One user less; without any the segment may be allocated again. Its mapping stays until then."""
@@ -122,6 +134,8 @@ class SegmentPool:
             self.used -= 1
             if segment.pooled:
                 self._free.append(segment)
+                if len(self._free) > self._spare and _punch(segment.mapping):
+                    self._holes.append(self._free.pop())
 
     def copy(self, segment: Segment, positions: int) -> Segment:
         """A new segment with the first `positions` positions of another."""
@@ -138,12 +152,12 @@ class SegmentPool:
 
     def close(self) -> None:
         """Unmap what no sequence uses and delete the file."""
-        self._free, self._made = [], 0
+        self._free, self._holes, self._made = [], [], 0
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _extend(self) -> mmap.mmap:
+    def _extend(self) -> Segment:
         """Make the file longer by one segment, and map it."""
         if self._file is None:
             try:
@@ -152,18 +166,35 @@ class SegmentPool:
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(_folder())) from None
             weakref.finalize(self, self._file.close)
-        file, had = self._file.fileno(), self.file_bytes
+        file, had = self._file.fileno(), self._made * self.segment_bytes
         os.truncate(file, had + self.segment_bytes)
-        if hasattr(os, "posix_fallocate"):    # a full disk: an error here, not a SIGBUS in a kernel
+        try:
+            self._take_room(had)
+        except OSError:
+            os.truncate(file, had)
+            raise
+        made = Segment(mmap.mmap(file, self.segment_bytes, offset=had), had)
+        self._made += 1
+        return made
+
+    def _take_room(self, offset: int) -> None:
+        """Take the room of a segment on the disk now: a full disk is an error here, and no SIGBUS in a kernel."""
+        assert self._file is not None
+        if hasattr(os, "posix_fallocate"):
             try:
-                os.posix_fallocate(file, had, self.segment_bytes)
+                os.posix_fallocate(self._file.fileno(), offset, self.segment_bytes)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):      # else the file system cannot do it
-                    os.truncate(file, had)
                     raise OSError(error.errno, error.strerror, str(_folder())) from None
-        mapping = mmap.mmap(file, self.segment_bytes, offset=had)
-        self._made += 1
-        return mapping
+
+
+def _punch(mapping: mmap.mmap) -> bool:
+    """Give back the room on the disk of a mapped stretch, which reads as zeros then. False: this system cannot."""
+    if hasattr(mmap, "MADV_REMOVE"):                                  # Linux
+        with contextlib.suppress(OSError):
+            mapping.madvise(mmap.MADV_REMOVE)
+            return True
+    return False
 
 
 class Row(NamedTuple):

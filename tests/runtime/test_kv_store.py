@@ -18,7 +18,7 @@ from edgemistral.generate.engine import Engine
 from edgemistral.generate.sampler import SamplingParams
 from edgemistral.runtime.segments import SegmentPool
 from edgemistral.runtime.session import geometry_of
-from tests.runtime.test_session import CONFIG, StoringTransformer, pinned
+from tests.stored import CONFIG, StoringTransformer, pinned
 
 GREEDY = SamplingParams(temperature=0)
 ROOT = records.root_of({"blob": "x"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from edgemistral.errors import BadRequest
 from edgemistral.files.layout import round_up
 from edgemistral.kernels.kv_layout import block_bytes
+from edgemistral.runtime import segments
 from edgemistral.runtime.memory import physical_memory
 from edgemistral.runtime.segments import KV_BITS, SegmentPool, Sequence, default_kv_budget, segment_bytes, segments_of
 from tests import blobs
@@ -127,14 +129,47 @@ def test_nothing_is_made_before_it_is_needed(folder):
 def test_it_takes_the_disk_of_its_positions_and_is_deleted_on_close(folder):
     pool = SegmentPool(MISTRAL_7B)
     sequence = Sequence(pool)
-    for length, segments in ((1, 1), (256, 1), (700, 3)):
+    for length, needed in ((1, 1), (256, 1), (700, 3)):
         sequence.reserve(length)
-        assert pool.file_bytes == segments * pool.segment_bytes
+        assert pool.file_bytes == needed * pool.segment_bytes
         if sys.platform == "linux":
             assert pool.file_bytes <= os.fstat(pool._file.fileno()).st_blocks * 512 <= pool.file_bytes + (1 << 20)
     pool.close()
     pool.close()
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_REMOVE"), reason="this system cannot punch holes")
+def test_what_is_evicted_gives_its_room_back_to_the_disk(folder, monkeypatch):
+    monkeypatch.setattr(segments, "SPARE", 2 * segment_bytes(SMALL, 8))
+    pool = SegmentPool(SMALL)
+    first, second = sequence_of(pool, 2000), sequence_of(pool, 600)
+
+    def takes_its_room():
+        return 0 <= os.fstat(pool._file.fileno()).st_blocks * 512 - pool.file_bytes <= 1 << 16      # and what lists its pieces
+
+    assert takes_its_room()
+    first.close()
+    assert pool.used == 3 and pool.file_bytes == 5 * pool.segment_bytes         # and two that are spare
+    assert takes_its_room()
+    assert all((segment.data == n + 1).all() for n, segment in enumerate(second.segments))
+    third = sequence_of(pool, 2500)                                             # the spare ones, the holes, and new ones
+    assert pool.file_bytes == 13 * pool.segment_bytes and len(set(third.addresses) | set(second.addresses)) == 13
+    assert takes_its_room()
+    assert all((segment.data == n + 1).all() for one in (second, third) for n, segment in enumerate(one.segments))
+    third.close()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    fourth = sequence_of(pool, 512)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="No space left"):
+            fourth.reserve(600)
+    assert fourth.length == 512 and pool.used == 5 and pool.file_bytes == 5 * pool.segment_bytes
+    fourth.reserve(600)
+    pool.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot allocate ahead")
