@@ -114,6 +114,10 @@ class Blob:
             if digest != self.metadata["sha256:" + name]:
                 raise DamagedBlob(f"{self.path}: tensor {name} is damaged: its checksum does not match", name)
 
+    def let_go(self, offset: int, size: int) -> None:
+        """This process need not keep these bytes in memory (Linux): they are read again when they are used. Whole pages."""
+        self._map.madvise(mmap.MADV_DONTNEED, offset, size)
+
     def close(self) -> None:
         """Let go of the mapping; it goes when the last array made from it goes."""
         del self.data

@@ -1,10 +1,16 @@
-"""How much memory this machine has."""
+"""How much memory this machine has, and how much of it files can fill."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import re
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def physical_memory() -> int:
@@ -18,3 +24,41 @@ def physical_memory() -> int:
         ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
         return int(status.total)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_for_files(root: Path = Path("/")) -> int | None:
+    """Bytes of files that can be in memory at once, those that are there already included; None where nobody knows.
+
+    On Linux: what is available on the machine, or to the control groups of this process, where that is less.
+    """
+    try:
+        found = re.search(r"^MemAvailable:\s*(\d+) kB", (root / "proc/meminfo").read_text(), re.M)
+        if found is None:
+            return None
+        room = 1024 * int(found[1])
+        for folder, limit, usage in _groups(root):
+            with contextlib.suppress(OSError, ValueError):           # no limit, or a group that cannot be read
+                most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                kinds = ("total_active_file", "total_inactive_file")
+                kinds = kinds if kinds[0] in stat else ("active_file", "inactive_file")
+                room = min(room, most - used + sum(int(stat.get(kind, 0)) for kind in kinds))
+        return max(0, room)
+    except OSError:
+        return None
+
+
+def _groups(root: Path) -> Iterator[tuple[Path, str, str]]:
+    """The control groups that limit this process's memory: folder, and its files with the limit and the use."""
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        number, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            top, names = root / CGROUPS.relative_to("/") / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        elif number == "0":
+            top, names = root / CGROUPS.relative_to("/"), ("memory.max", "memory.current")
+        else:
+            continue
+        folder = top / path.lstrip("/")
+        while folder.is_relative_to(top):
+            yield folder, *names
+            folder = folder.parent

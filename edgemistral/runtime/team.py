@@ -67,6 +67,11 @@ class Team:
         self._calls = [_Call(function, (member, *common, own[member.rank])) for member in self._members]
         self.wait()
 
+    @property
+    def phase(self) -> int:
+        """Phases of the run at hand that have ended; of the last one if none is."""
+        return int(self._sync[0]) // self.threads
+
     def wait(self) -> None:
         """Until no thread runs any more.
 

@@ -17,6 +17,7 @@ from edgemistral.kernels.attention import SPAN, AttentionScratch, Queries, Rows
 from edgemistral.kernels.forward import Own, Shape, State, forward
 from edgemistral.kernels.kv_layout import POSITIONS, ROWS
 from edgemistral.kernels.matmul import PAIR, STREAMS, MatrixScratch
+from edgemistral.runtime.read_ahead import ReadAhead
 from edgemistral.runtime.segments import Row, SegmentPool
 from edgemistral.runtime.team import Team, compile_for
 from edgemistral.runtime.weights import map_weights
@@ -46,6 +47,7 @@ class Transformer:
         self.pool = SegmentPool(config, kv_bits, kv_budget)
         self._team = Team(threads)
         self._weights = map_weights(blob)
+        self._read_ahead = ReadAhead(blob, lambda: self._team.phase)
         self._shape = _shape(config)
         self._state, self._own = _workspace(self._shape, threads)
         self._frequencies = rope_frequencies(config)
@@ -71,7 +73,11 @@ class Transformer:
         if not self._ready:
             compile_for(forward, common, self._own[0])
             self._ready = True
-        self._team.run(forward, common, self._own)
+        self._read_ahead.begin(len(plan.segments) * self.pool.segment_bytes)
+        try:
+            self._team.run(forward, common, self._own)
+        finally:
+            self._read_ahead.end()
         for row in rows:
             row.sequence.append(row.ids)
         rows_of_head = round_up(self.config.vocab_size, PAIR)
@@ -85,6 +91,7 @@ class Transformer:
     def close(self) -> None:
         """Stop the threads, delete the KV file, unmap the weights."""
         self._team.close()
+        self._read_ahead.close()
         self.pool.close()
         if not self._closed:
             self._closed = True
