@@ -29,16 +29,19 @@ from edgemistral.errors import (
 )
 
 if TYPE_CHECKING:
+    from edgemistral.async_reply import AsyncReply
     from edgemistral.config import ModelConfig
     from edgemistral.demo import demo_model
     from edgemistral.generate.sampler import SamplingParams
     from edgemistral.generate.tasks import Generation, Usage
     from edgemistral.model import Model, Reply, load
     from edgemistral.session import Session
+    from edgemistral.stats import Stats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncReply",
     "BadBlob",
     "BadCheckpoint",
     "BadConfig",
@@ -56,6 +59,7 @@ __all__ = [
     "Reply",
     "SamplingParams",
     "Session",
+    "Stats",
     "Usage",
     "__version__",
     "demo_model",
@@ -64,12 +68,14 @@ __all__ = [
 
 # What is imported on first use (PEP 562): name -> module.
 _LAZY = {
+    "AsyncReply": "async_reply",
     "Generation": "generate.tasks",
     "Model": "model",
     "ModelConfig": "config",
     "Reply": "model",
     "SamplingParams": "generate.sampler",
     "Session": "session",
+    "Stats": "stats",
     "Usage": "generate.tasks",
     "demo_model": "demo",
     "load": "model",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemistral.async_reply import AsyncReply
+from edgemistral.async_reply import Threads as AnswerThreads
 from edgemistral.config import ModelConfig
 from edgemistral.errors import BadRequest
 from edgemistral.files.blob import Blob
 from edgemistral.generate.engine import Engine, Ids
 from edgemistral.generate.sampler import Logprobs, SamplingParams
 from edgemistral.generate.tasks import Cancel, Generation, Progress, Usage
-from edgemistral.runtime.plan import Threads, plan
+from edgemistral.loading import LoadProgress, told
+from edgemistral.runtime.plan import Plan, Threads, plan
+from edgemistral.stats import Stats
 from edgemistral.text.overflow import OnOverflow, check_on_overflow, fit
 from edgemistral.text.stream import StopStrings, StreamDecoder
 from edgemistral.text.tokenizer import Messages, Tokenizer
@@ -26,6 +32,9 @@ if TYPE_CHECKING:
     from edgemistral.session import Session
 
 KV_STORE_QUOTA = 8 << 30    # bytes
+
+logger = logging.getLogger("edgemistral")
+logger.addHandler(logging.NullHandler())      # what is logged is shown where the application wants it, and nowhere else
 
 
 def load(
@@ -39,6 +48,8 @@ def load(
     on_overflow: OnOverflow = "error",
     kv_store: str | os.PathLike[str] | None = None,
     kv_store_quota: int = KV_STORE_QUOTA,
+    duty: float = 1.0,
+    progress: LoadProgress | None = None,
 ) -> Model:
     """Map a blob and make ready to run it; a context manager.
 
@@ -50,6 +61,9 @@ def load(
     kv_store: a folder where prompts and answers of all runs are kept, up to `kv_store_quota` bytes; whatever begins like one
     of them is not read again.
     on_overflow: what `Model.chat` does with a conversation that is longer than the context, unless a call says otherwise.
+    duty: the share of the time that may be spent computing, see `Model.duty`. progress: called as progress(stage, done, total)
+    on this thread, with stage "reading" (bytes of the file) and "compiling" (kernels, on a machine's first run). With it,
+    `load` does both, so that the first answer comes at once; without it they wait for the first answer.
     Raises BadBlob, BadRequest (its `field` names the argument) or OutOfMemoryBudget before anything is allocated.
     """
     from edgemistral.files.kv_store import KVStore
@@ -58,6 +72,7 @@ def load(
     from edgemistral.runtime.transformer import Transformer  # imports numba
     from edgemistral.session import binding_of
 
+    began = time.perf_counter()
     if type(kv_store_quota) is not int or kv_store_quota < 1:
         raise BadRequest(f"kv_store_quota is {kv_store_quota!r}: it must be a number of bytes", "kv_store_quota")
     check_on_overflow(on_overflow)
@@ -74,13 +89,19 @@ def load(
         raise
     engine = Engine(transformer, lookup)      # the transformer closes the blob
     try:
+        engine.duty.share = duty
         if kv_store is not None:
             root, geometry = root_of(binding_of(blob, kv_bits)), geometry_of(transformer.pool)
             engine.use_store(KVStore(Path(kv_store), root, geometry, kv_store_quota))
+        if progress is not None:
+            told(progress, blob, lambda: engine.prefill([tokenizer.bos_id or 0]))
     except BaseException:
         engine.close()
         raise
-    return Model(engine, tokenizer, blob.path, binding_of(blob, kv_bits), on_overflow)
+    model = Model(engine, tokenizer, blob.path, binding_of(blob, kv_bits), on_overflow, planned)
+    model.load_seconds = time.perf_counter() - began
+    logger.info("%s: loaded in %.2f s with %d threads", blob.path, model.load_seconds, planned.threads)
+    return model
 
 
 def tokenizer_of(blob: Blob) -> Tokenizer:
@@ -100,11 +121,13 @@ class Model:
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, path: Path | None = None, binding: dict[str, Any] | None = None,
-        on_overflow: OnOverflow = "error",
+        on_overflow: OnOverflow = "error", planned: Plan | None = None,
     ) -> None:
         """Use `load`; this is for an engine made elsewhere, which the model closes. path: the blob's file. binding: what the
         bits of its KV cache depend on, for sessions."""
         self.engine, self.tokenizer, self.path, self.on_overflow = engine, tokenizer, path, on_overflow
+        self.load_seconds = 0.0
+        self._planned, self._answering = planned, AnswerThreads()
         self._binding = binding or {}
         self._written = WrittenTexts(tokenizer)
         engine.end_ids |= tokenizer.end_ids
@@ -122,6 +145,21 @@ class Model:
     def kv_bytes(self) -> int:
         """Bytes of the KV file now: it grows as the context fills."""
         return self.engine.kv_bytes
+
+    @property
+    def duty(self) -> float:
+        """The share of the time that may be spent computing, from 0.01 to 1: after each step the model rests. For running in
+        the background or on battery; may be set at any time, also while an answer comes. The share of cores is `threads`."""
+        return self.engine.duty.share
+
+    @duty.setter
+    def duty(self, share: float) -> None:
+        self.engine.duty.share = share
+
+    @property
+    def stats(self) -> Stats:
+        """What it has computed and what it takes now; answers at once, also while another thread computes."""
+        return Stats.of(self.engine, self._planned, self.load_seconds)
 
     def logits(self, ids: Ids) -> NDArray[np.float32]:
         """Next-token logits (len(ids), vocab_size) at every position."""
@@ -189,6 +227,14 @@ class Model:
         generation.usage.dropped_messages = dropped
         return Reply(generation, self._decoder(ids if continued else []), stops, answered)
 
+    def achat(self, messages: Messages, max_new_tokens: int | None = None, **options: Any) -> AsyncReply:
+        """`chat` for an event loop: `async for piece in model.achat(messages)`. options: those of `chat`.
+
+        It computes on a thread; `progress` and `cancel` are called there. What is wrong with the arguments is raised when the
+        first piece is asked for. Cancelling the task cancels the answer.
+        """
+        return AsyncReply(lambda: self.chat(messages, max_new_tokens, **options), self._answering)
+
     def complete(
         self,
         prompt: str | Ids,
@@ -207,8 +253,10 @@ class Model:
         return Reply(generation, self._decoder(ids), stops)
 
     def close(self) -> None:
-        """Wait for the call in progress, then let go of the KV file, the threads and the blob."""
+        """Wait for the step in progress, then let go of the KV file, the threads and the blob. Answers that are under way raise
+        EdgeMistralError."""
         self.engine.close()
+        self._answering.close()
 
     def __enter__(self) -> Model:
         return self
@@ -244,7 +292,7 @@ class Reply(Iterator[str]):
     """Text that arrives in pieces: whole characters, and nothing of a stop string.
 
     text: all pieces so far. usage: counts and times so far. finish_reason: None until the end, then "stop" (</s> or a
-    stop string), "length" (max_new_tokens) or "context" (it is full). token_ids: of the tokens so far, and starts:
+    stop string), "length" (max_new_tokens), "context" (it is full) or "cancelled". token_ids: of the tokens so far, and starts:
     where the text of each begins; a token that begins at or after the end of `text` is still held back, or at the end
     was cut off by a stop string.
     """
@@ -261,6 +309,11 @@ class Reply(Iterator[str]):
         self._decoded = 0   # characters out of the decoder so far
         self._generation, self._decoder, self._stops = generation, decoder, stops
         self._ended = False
+
+    def cancel(self) -> None:
+        """Stop it, from any thread: within one token, or one chunk of a long prompt. The text so far stays, whoever iterates
+        gets no more of it, and `finish_reason` is "cancelled". The conversation can go on from there."""
+        self._generation.cancel()
 
     @property
     def generation(self) -> Generation:

@@ -27,6 +27,7 @@ class FakeTransformer:
     """
 
     step_sizes = (8, 12, 18, 24, 30)
+    max_rows = 64
 
     def __init__(self, config=None, context=None, chunk=8, script=None, segments=64):
         self.config = config or tiny_config()
@@ -44,7 +45,7 @@ class FakeTransformer:
         return [ids for step in self.steps for ids in step]
 
     def step(self, rows):
-        assert not self.closed and rows
+        assert not self.closed and 0 < len(rows) <= self.max_rows
         assert len({id(row.sequence) for row in rows}) == len(rows)
         assert 0 < sum(len(row.ids) for row in rows) <= self.chunk
         for row in rows:

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from edgemistral.config import ModelConfig
 from edgemistral.errors import BadRequest, ContextOverflow, EdgeMistralError
 from edgemistral.files.kv_store import KVStore
-from edgemistral.generate.pace import Pace
+from edgemistral.generate.pace import Duty, Pace
 from edgemistral.generate.sampler import Logprobs, Sampler, SamplingParams
 from edgemistral.generate.sequences import KeptSequences, common_prefix
-from edgemistral.generate.tasks import AllLogits, Cancel, Generation, LastLogits, Progress, PromptLogprobs, Task
+from edgemistral.generate.tasks import AllLogits, Cancel, Counts, Generation, LastLogits, Progress, PromptLogprobs, Task
 from edgemistral.runtime import segments
 from edgemistral.runtime.kv_store import StoredPrefixes
 from edgemistral.runtime.segments import Row, SegmentPool, segments_of
@@ -33,6 +33,7 @@ Ids = Sequence[int] | NDArray[np.integer]
 WORTH_WAITING = 16                      # tokens of a prefix that another task is about to compute
 MOST_DECODED = 8                        # tokens of a step that only decodes: more would wait for products, not for memory
 GATHERING = 0.002                       # seconds to wait for other threads' tasks before a step
+RESTING = 0.02                          # seconds between two looks at whether a rest is still wanted
 
 
 class Transformer(Protocol):
@@ -42,6 +43,7 @@ class Transformer(Protocol):
     context: int        # the longest sequence
     chunk: int          # most tokens of one step
     step_sizes: Sequence[int]   # numbers of tokens, upwards, that leave no place of a tile empty
+    max_rows: int       # of one step
     pool: SegmentPool
 
     def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
@@ -62,7 +64,8 @@ class Engine:
         self._transformer: Transformer | None = transformer
         self.end_ids = frozenset({self.config.eos_id})
         self._kept = KeptSequences(transformer.pool)
-        self._pace, self._lookup = Pace(transformer.step_sizes), lookup
+        self._pace, self._lookup, self.duty = Pace(transformer.step_sizes), lookup, Duty()
+        self.counts = Counts()
         self._store: StoredPrefixes | None = None
         self._turns = 0
         self._lock = threading.Lock()                # held for a step, and for whatever touches a sequence
@@ -170,7 +173,7 @@ class Engine:
             self._demands[task] = me
             self._demanded.notify_all()
         try:
-            with self._lock:
+            with self._rested(lambda: task.news > news or task.cancelled):
                 if task.news == news and task.error is None:     # else another thread's step has done it
                     self._gather(me)
                     with self._demanded:
@@ -185,8 +188,22 @@ class Engine:
 
     def step(self, tasks: Sequence[Task]) -> None:
         """One step for these tasks. What stops one of them is in its `error`, and no other is disturbed."""
-        with self._lock:
+        with self._rested(lambda: all(task.cancelled for task in tasks)):
             self._step(tasks)
+
+    @contextlib.contextmanager
+    def _rested(self, over: Callable[[], bool]) -> Iterator[None]:
+        """Hold the lock, once the rest that `duty` asks for after a step is over, or `over` says that none is needed.
+
+        The lock is free meanwhile: saving and closing do not wait for a rest.
+        """
+        while True:
+            while (left := self.duty.left()) > 0 and self._transformer is not None and not over():
+                time.sleep(min(left, RESTING))
+            with self._lock:
+                if self.duty.left() <= 0 or self._transformer is None or over():
+                    yield
+                    return
 
     def close(self) -> None:
         """Wait for the call in progress, then free the transformer. Any later call raises EdgeMistralError."""
@@ -256,7 +273,10 @@ class Engine:
             return
         seconds, first = time.perf_counter() - started, 0
         decoded = sum(len(row.ids) for _, row in rows if row.n_logits == len(row.ids))
-        self._pace.note(decoded, sum(len(row.ids) for _, row in rows) - decoded, seconds)
+        prompt = sum(len(row.ids) for _, row in rows) - decoded
+        self._pace.note(decoded, prompt, seconds)
+        self.duty.note(seconds)
+        self.counts.add(decoded, prompt, seconds)
         for task, row in rows:
             task.take(logits[first : first + row.n_logits], seconds)
             first += row.n_logits
@@ -284,13 +304,15 @@ class Engine:
     def _compose(self, transformer: Transformer, tasks: Sequence[Task]) -> list[tuple[Task, Row]]:
         """The rows of the next step: one token of every task that generates, and prompts in turn in what is left."""
         in_use = {task.sequence for task in tasks if task.sequence is not None}
-        decoding = [task for task in tasks if task.pending == 1]
+        decoding = sorted((task for task in tasks if task.pending == 1), key=lambda task: task.turn)
         prompts = sorted((task for task in tasks if task.pending != 1), key=lambda task: task.turn)
         rows: list[tuple[Task, Row]] = []
-        left, guesses = transformer.chunk, 0 if prompts or not self._lookup else MOST_DECODED - len(decoding)
+        left, guesses = self.duty.most(transformer.chunk), 0 if prompts or not self._lookup else MOST_DECODED - len(decoding)
         share: int | None = None     # of the step that prompts may have beside readers
         promised = 0                 # segments that its rows will take
         for task in (*decoding, *prompts):
+            if len(rows) == transformer.max_rows:
+                break                                 # the others come first in the next step
             task.guessed = ()
             if task.sequence is None and not self._attach(task, tasks, in_use):
                 continue

@@ -11,8 +11,13 @@ and the two are those of all measured sizes that bring the most of the prompt.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
+from edgemistral.errors import BadRequest
+
+LEAST_DUTY = 0.01
+LEAST_STEP = 64   # tokens of a step at the lowest duty: as many as it may have rows
 SLOWER = 1.98     # a reader's tokens may come so many times as slowly while another's prompt is read
 LONGEST = 12      # times r that a step counts at most: the machine slept, or something else held it up
 TRIAL = 16        # of so many steps with a prompt one brings another number of tokens, to measure it
@@ -92,3 +97,36 @@ def _blend(times: dict[int, float], tokens: int, seconds: float) -> None:
     """Follow the machine's speed, and ignore most of a step that something else held up."""
     before = times.get(tokens, seconds)
     times[tokens] = before + NEWEST * (min(seconds, 2 * before) - before)
+
+
+class Duty:
+    """What share of the time may be spent computing: a rest follows each step, and long prompts are read in shorter steps."""
+
+    def __init__(self) -> None:
+        self._share, self._rest_until = 1.0, 0.0
+
+    @property
+    def share(self) -> float:
+        return self._share
+
+    @share.setter
+    def share(self, share: float) -> None:
+        """Raises BadRequest. Threads may set it at any time."""
+        if isinstance(share, bool) or not isinstance(share, int | float) or not LEAST_DUTY <= share <= 1:
+            raise BadRequest(f"duty is {share!r}: it must be a number from {LEAST_DUTY} to 1", "duty")
+        self._share = float(share)
+        if share == 1:
+            self._rest_until = 0.0
+
+    def note(self, seconds: float) -> None:
+        """A step took so long."""
+        if self._share < 1:
+            self._rest_until = time.monotonic() + seconds * (1 / self._share - 1)
+
+    def left(self) -> float:
+        """Seconds of rest before the next step; 0 or less: none."""
+        return self._rest_until - time.monotonic() if self._rest_until else 0.0
+
+    def most(self, tokens: int) -> int:
+        """Tokens of a step that may have so many at full duty: a short step needs a short rest only."""
+        return max(min(LEAST_STEP, tokens), int(tokens * self._share))

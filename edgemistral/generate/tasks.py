@@ -47,6 +47,22 @@ class Usage:
         return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
 
+@dataclass
+class Counts:
+    """What an engine has computed so far."""
+
+    prompt_tokens: int = 0         # that were computed, not those that were kept
+    decoded_tokens: int = 0        # in steps of generations, wrong guesses too
+    steps: int = 0
+    seconds: float = 0.0           # of computing
+
+    def add(self, decoded: int, prompt: int, seconds: float) -> None:
+        self.decoded_tokens += decoded
+        self.prompt_tokens += prompt
+        self.steps += 1
+        self.seconds += seconds
+
+
 class Task:
     """Ids to compute, and what becomes of the logits behind them. `length` ids of `history` are known.
 
@@ -64,7 +80,7 @@ class Task:
         self.home: Sequence | None = None
         self.error: BaseException | None = None
         self.news = self.turn = 0
-        self.done = False
+        self.done = self.cancelled = False
         self.cached_tokens: int | None = None
         self._progress, self._cancel, self._prompt = progress, cancel, len(ids)
 
@@ -79,10 +95,14 @@ class Task:
         if self.cached_tokens is None:
             self.cached_tokens = self.sequence.length
 
+    def cancel(self) -> None:
+        """Stop before the next step; from any thread. What was computed stays valid."""
+        self.cancelled = True      # no more than that: another thread's step may be at work on this task
+
     def stopped(self) -> bool:
         """Whether the caller has asked to stop."""
         try:
-            if self.error is None and self._cancel is not None and self._cancel():
+            if self.error is None and (self.cancelled or (self._cancel is not None and self._cancel())):
                 self.error = Cancelled("stopped as asked")
         except BaseException as error:
             self.error = error
@@ -171,7 +191,8 @@ class Generation(Task, Iterator[int]):
     """The new tokens of one `Engine.generate`, one at each `next`.
 
     usage: counts and times so far. finish_reason: None until the end, then "stop" (the model ended its turn), "length"
-    (max_new_tokens) or "context" (it is full). logprobs: one for each token, if `SamplingParams.top_logprobs` is set.
+    (max_new_tokens), "context" (it is full) or "cancelled" (`cancel` ends it without an error). logprobs: one for each
+    token, if `SamplingParams.top_logprobs` is set.
     It may be dropped, or go on after other calls, at any point: it holds no lock between two tokens.
     """
 
@@ -194,26 +215,34 @@ class Generation(Task, Iterator[int]):
         self._lookup: Lookup | None = None
         self._ready: deque[int] = deque()
         self._end: str | None = None
-        self._finished = False
+        self._finished: str | None = None
         self._check_length()
 
     @property
     def finish_reason(self) -> str | None:
-        return self._end if self._finished else None
+        return self._finished
 
     @property
     def ready(self) -> bool:
         """Whether `next` has an answer without computing: a token, the end, or an error."""
-        return bool(self._ready) or self.done or self.error is not None
+        return bool(self._ready) or self.done or self.cancelled or self.error is not None
 
     def __next__(self) -> int:
-        while not self._ready:
-            if self.error is not None:
+        while not self._ready or self.cancelled:
+            if self.cancelled and self._finished is None:
+                self._finished = "cancelled"
+                self.stopped()                        # its sequence is free for others
+            if self._finished is None and self.error is not None:
                 raise self.error
             if self.done:
-                self._finished = True
+                self._finished = self._finished or self._end
+            if self._finished is not None:
                 raise StopIteration
-            self.engine.advance(self)
+            try:
+                self.engine.advance(self)
+            except Cancelled:
+                if not self.cancelled:
+                    raise
         self.usage.new_tokens += 1
         return self._ready.popleft()
 

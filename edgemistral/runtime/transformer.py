@@ -32,7 +32,7 @@ Allocate = Callable[[int, Any], NDArray[Any]]
 class Transformer:
     """A model over the sequences of its pool: `step` computes rows. Not reentrant: the caller holds a lock."""
 
-    chunk = CHUNK
+    chunk, max_rows = CHUNK, MAX_ROWS
     step_sizes: Sequence[int] = (SHORT, *range(round_up(SHORT + 1, LONG), CHUNK // 2, LONG))
 
     def __init__(
