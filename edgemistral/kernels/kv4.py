@@ -1,9 +1,4 @@
-"""Keys and values in 4 bits, rotated so that four bits do.
-
-Trained models have some dimensions of K (and a few of V) that are ten times larger than the rest; one scale for them all
-leaves four bits nothing to tell the others apart. A Hadamard transform over the head spreads them (Ashkboos et al. 2024,
-QuaRot). K and Q are both transformed after RoPE, which changes no score; V is transformed before it is stored, and the
-output back. With head_dim no power of two, blocks of the largest power of two that divides it are transformed.
+"""Keys and values in 4 bits, rotated as those in 8 bits are (see `kv8`): without that four bits would not do.
 
     block     bfloat16 scales of K: [2 halves of head_dim][64], float32 scales of V (64), then codes of 4 bits, two a byte
               K: 4 panels of 16 positions: head_dim / 8 chunks of [16 positions][4 dims]; a byte's low nibble is a dim of
@@ -223,12 +218,3 @@ def tile_4bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen,
                     high = add(sub(to_f32(i[r, 2 * p + 1]), low), high_offset)
                     store_f32(scratch.values, v, fma(add(low, low_offset), low_unit, load_f32(scratch.values, v)))
                     store_f32(scratch.values, v + 16, fma(high, high_unit, load_f32(scratch.values, v + 16)))
-
-
-@inlined
-def finish_4bit(out, at, head_dim):
-    """Transform the output of one query back, in place."""
-    hadamard(out, at, head_dim)
-    factor = splat_f32(np.float32(1) / np.float32(hadamard_size(head_dim)))
-    for i in range(0, head_dim, 16):
-        store_f32(out, at + i, mul(load_f32(out, at + i), factor))

@@ -6,8 +6,8 @@ To add a format: a file like `kv8`, a line in each function here, and its sizes 
 from __future__ import annotations
 
 from edgemistral.kernels.jit import inlined
-from edgemistral.kernels.kv4 import append_4bit, finish_4bit, quantize_query_4bit, tile_4bit
-from edgemistral.kernels.kv8 import append_8bit, quantize_query_8bit, tile_8bit
+from edgemistral.kernels.kv4 import append_4bit, quantize_query_4bit, tile_4bit
+from edgemistral.kernels.kv8 import append_8bit, quantize_query_8bit, tile_8bit, transform_back
 from edgemistral.kernels.kv16 import append_16bit, scale_query_16bit, tile_16bit
 from edgemistral.kernels.kv_layout import POSITIONS
 
@@ -53,5 +53,5 @@ def attend_to_block(at, ahead, bits, queries, tile_at, row, head_dim, first_seen
 @inlined
 def finish_output(out, at, bits, head_dim):
     """What is left to do to one query's output when it has met all blocks."""
-    if bits == 4:
-        finish_4bit(out, at, head_dim)
+    if bits == 4 or bits == 8:
+        transform_back(out, at, head_dim)
