@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import plots, summary
+from bench import plots, report_sessions, summary
 from bench.harness import RESULTS, in_gb
 from edgemistral.config import ModelConfig
 from edgemistral.measure.benchmark import products
@@ -38,7 +38,8 @@ TABLES_HEAD = """# All tables
 
 Written by `python -m bench.run_all --report`. [RESULTS.md](../RESULTS.md) has the summary.
 """
-ESSENTIAL = ("parallel", "real_model", "quality", "kv_bits")     # sections that RESULTS.md repeats once they are measured
+# sections that RESULTS.md repeats once they are measured
+ESSENTIAL = ("parallel", "lookup", "restart", "small_memory", "real_model", "quality", "kv_bits")
 Results = dict[str, Any]
 
 
@@ -376,6 +377,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
      "python bench/long_context.py WORK --bits 4", _long_context),
     ("30,000 tokens through two layers of a 7B, 8-bit weights", "long_context-8bit",
      "python bench/long_context.py WORK --bits 8", _long_context),
+    *report_sessions.SECTIONS,
     ("What HTTP costs, with the 7B", "server_overhead", "python bench/server_overhead.py WORK", _server_overhead),
     ("What HTTP costs, with the demo model", "server_overhead_demo", "python bench/server_overhead.py WORK --model demo",
      _server_overhead),

@@ -1,16 +1,13 @@
-"""Sessions of the demo model: restarts, kills, what the command line says, and answers whose text comes back."""
+"""Sessions of the demo model: restarts, what the command line says, and answers whose text comes back."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import edgemistral
@@ -20,7 +17,6 @@ from edgemistral.text.written import WrittenTexts
 from tests.serving import fake_model
 
 PARIS = [{"role": "user", "content": "What should I see in Paris?"}]
-TOPICS = ["Rome", "winter", "museums", "food", "trains", "beaches", "Berlin", "mountains"]
 
 
 @pytest.fixture(scope="module")
@@ -71,70 +67,6 @@ def test_a_session_of_another_model_width_or_an_open_one_is_refused(tmp_path, mo
         assert session.tokens == 0 and session.messages == []
     with model.session(path) as session:
         assert session.tokens == 0 and session.messages == []
-
-
-CHILD = """if True:
-    import itertools, sys
-    import edgemistral
-    from edgemistral.demo import demo_model
-    with edgemistral.load(demo_model(), threads=1) as model, model.session(sys.argv[1]) as session:
-        model.engine.prefill([1])              # loads the kernels
-        print("ready", flush=True)
-        for n in itertools.count(int(sys.argv[2])):
-            if session.tokens > 800:
-                session.clear()
-            topic = %r[n %% 8]
-            text = f"Tell me about {topic}. " * (1 + n %% 30)
-            for piece in model.chat([*session.messages, {"role": "user", "content": text}], 60, temperature=0, session=session):
-                pass
-            print(session.tokens, flush=True)
-""" % (TOPICS,)     # noqa: UP031
-
-
-def kill_and_check(tmp_path, model, kills, seed):
-    """Kill a process that talks, at random moments; after each the session must hold what a fresh model computes of its ids."""
-    path, chance = tmp_path / "a.session", random.Random(seed)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-    lengths = []
-    for n in range(kills):
-        command = [sys.executable, "-c", CHILD, str(path), str(chance.randrange(1000))]
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
-            assert process.stdout.readline() == b"ready\n", n
-            time.sleep(chance.uniform(0, 0.6))
-            process.kill()
-        with model.session(path) as session:
-            ids = session.ids.tolist()
-            lengths.append(len(ids))
-            if not ids:
-                continue
-            model.logits(ids)                                            # computes all of them anew
-            fresh = model.engine._kept.newest
-            heads = model.engine._open().pool.layout
-            for mine, theirs, start in zip(session.sequence.segments, fresh.segments, range(0, len(ids), 256), strict=True):
-                blocks = min(4, (len(ids) - start) // 64)                # those that are full
-                shape = (heads.n_layers * heads.n_kv_heads, 4, heads.block_bytes)
-                size = int(np.prod(shape))
-                a, b = (one.data[:size].reshape(shape)[:, :blocks] for one in (mine, theirs))
-                assert (a == b).all(), (n, start)
-            prompt = [*ids, *model.tokenizer.encode("and"), 5]
-            going_on = model.generate(prompt, 5, temperature=0, session=session)
-            tokens = list(going_on)
-            assert going_on.usage.cached_tokens >= len(ids)
-            last = model.logits([*prompt, *tokens])[len(prompt) - 1 :]
-            assert tokens == [int(row.argmax()) for row in last[: len(tokens)]]
-    return lengths
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a killed process is another thing there")
-def test_a_killed_process_leaves_a_valid_session(tmp_path, model):
-    assert max(kill_and_check(tmp_path, model, 5, 1)) > 0
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="a killed process is another thing there")
-def test_a_hundred_kills_leave_valid_sessions(tmp_path, model):
-    lengths = kill_and_check(tmp_path, model, 100, 2)
-    assert len(set(lengths)) > 20
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
