@@ -159,18 +159,24 @@ class SessionFolder:
         with self._lock:
             session = self._open.pop(name, None)
             if session is None:
-                idle = [one for one, held in self._open.items() if not model.engine.writes_to(held.sequence)]
-                for other in idle[: max(0, len(self._open) - self._most + 1)]:
-                    with contextlib.suppress(EdgeMistralError):      # what was saved last stays
-                        self._open.pop(other).close()
+                self._close_idle(model, self._most - 1)
                 try:
                     session = model.session(self.folder / f"{name}.session")
                 except BadSession as problem:                        # a client need not know where it lies
                     raise BadSession(str(problem).replace(f"{self.folder}{os.sep}", "")) from None
                 if session.notice:
                     logger.warning("%s", session.notice)
+                self._close_idle(model, self._most - 1)              # it may be large
             self._open[name] = session
             return session
+
+    def _close_idle(self, model: Model, most: int) -> None:
+        """Leave so many open, fewer if the memory for conversations is full of them."""
+        for name in [one for one, held in self._open.items() if not model.engine.writes_to(held.sequence)]:
+            if len(self._open) <= most and not model.engine.sessions_over_budget:
+                break
+            with contextlib.suppress(EdgeMistralError):              # what was saved last stays
+                self._open.pop(name).close()
 
 
 def binding_of(blob: Blob, kv_bits: int) -> dict[str, Any]:

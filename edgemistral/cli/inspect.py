@@ -112,6 +112,7 @@ def plan(
             ("weights", planned.weights_bytes, "mapped from the file"),
             ("keys and values", planned.kv_bytes, f"{planned.context} tokens in {planned.kv_bits} bits, as they come"),
             ("work space", planned.work_bytes, f"{planned.threads} threads"),
+            ("the program", planned.program_bytes, "Python, the kernels and the tokenizer, about"),
             ("in all", planned.total_bytes, ""),
             ("kept at most", planned.kv_budget, "keys and values of other conversations, too"),
         ):

@@ -153,6 +153,12 @@ class Engine:
         with self._lock:
             return self._kept.is_written(sequence)
 
+    @property
+    def sessions_over_budget(self) -> bool:
+        """Whether the pinned sequences alone take more than the pool's budget."""
+        with self._lock:
+            return sum(len(one.segments) for one in self._kept.pinned) > self._open().pool.capacity
+
     def save(self, sequence: segments.Sequence, notes: str | None = None, length: int | None = None) -> None:
         """Save a pinned sequence, with these notes, and cut to this length, if they are given. SessionFailed: it cannot be."""
         with self._lock:

@@ -10,6 +10,7 @@ from edgemistral.files.blob import Blob
 from edgemistral.runtime.threads import measured_threads, performance_cores
 
 MAX_THREADS = 1024
+PROGRAM = 128 << 20     # bytes: Python, NumPy, numba with the kernels, the tokenizer. Measured: 74 to 131 MiB
 Threads = int | Literal["auto"] | None
 
 
@@ -23,16 +24,17 @@ class Plan:
     weights_bytes: int   # the blob, mapped: shared between processes, and the system may drop and read it again
     kv_bytes: int        # of one sequence that fills the context: it grows as the context fills
     work_bytes: int      # activations and logits: ordinary memory
+    program_bytes: int   # everything else in the process: about
     kv_budget: int       # of all sequences that are kept, at most: conversations that go on without being read again
 
     @property
     def total_bytes(self) -> int:
         """With one full context: what the model cannot do without."""
-        return self.weights_bytes + self.kv_bytes + self.work_bytes
+        return self.weights_bytes + self.kv_bytes + self.work_bytes + self.program_bytes
 
     def check(self, max_ram: int | None) -> None:
         """Raises OutOfMemoryBudget if all of it, kept sequences too, is larger than `max_ram` bytes; None is no limit."""
-        most = self.weights_bytes + self.work_bytes + max(self.kv_budget, self.kv_bytes)
+        most = self.total_bytes + max(0, self.kv_budget - self.kv_bytes)
         if max_ram is not None and most > max_ram:
             raise OutOfMemoryBudget(most, max_ram)
 
@@ -48,7 +50,7 @@ def plan(
     """The plan for a blob.
 
     kv_budget: bytes for kept sequences. None means a quarter of the memory, at most half of the free disk, and with `max_ram`
-    (bytes) at most what that leaves beside weights and work space; one full context always has room.
+    (bytes) at most what that leaves beside all else; one full context always has room.
     context: positions, None for the model's longest. threads: None for the performance cores that this process may use,
     "auto" for the best number measured with this model.
     Raises BadRequest, whose `field` names the argument, for a value that the model cannot run with.
@@ -69,7 +71,7 @@ def plan(
     one_context = segments_of(context) * segment_bytes(blob.config, kv_bits)
     if kv_budget is None:
         kv_budget = default_kv_budget()
-        kv_budget = max(one_context, kv_budget if max_ram is None else min(kv_budget, max_ram - weights - work))
+        kv_budget = max(one_context, kv_budget if max_ram is None else min(kv_budget, max_ram - weights - work - PROGRAM))
     elif type(kv_budget) is not int or kv_budget < 1:
         raise BadRequest(f"kv_budget is {kv_budget!r}: it must be a number of bytes", "kv_budget")
     return Plan(
@@ -79,6 +81,7 @@ def plan(
         weights_bytes=weights,
         kv_bytes=one_context,
         work_bytes=work,
+        program_bytes=PROGRAM,
         kv_budget=kv_budget,
     )
 

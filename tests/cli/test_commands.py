@@ -269,7 +269,7 @@ def test_plan(demo):
     text = run("plan", demo, "--context", "512").stdout
     planned = json.loads(run("plan", demo, "--context", "512", "--threads", "2", "--json").stdout)
     assert planned["weights_bytes"] == Path(demo).stat().st_size
-    assert planned["total_bytes"] == sum(planned[f"{part}_bytes"] for part in ("weights", "kv", "work"))
+    assert planned["total_bytes"] == sum(planned[f"{part}_bytes"] for part in ("weights", "kv", "work", "program"))
     assert f"{planned['kv_bytes']:,} bytes" in text
     twice = json.loads(run("plan", demo, "--context", "512", "--kv-bits", "16", "--json").stdout)
     assert twice["kv_bytes"] > 1.5 * planned["kv_bytes"]

@@ -80,6 +80,16 @@ def test_few_sessions_stay_open_and_all_are_found_again(tmp_path):
         assert folder.get(model, "s0") is folder.get(model, "s0")
 
 
+def test_sessions_that_fill_the_budget_do_not_stay_open(tmp_path):
+    with fake_model() as model:
+        folder = SessionFolder(tmp_path)
+        model.engine._transformer.pool.capacity = 3
+        for n in range(6):
+            "".join(model.chat([{"role": "user", "content": f"{n}?"}], 5, temperature=0, session=folder.get(model, f"s{n}")))
+        assert sum(len(held.sequence.segments) for held in folder._open.values()) <= 4
+        assert folder.get(model, "s0").messages[0]["content"] == "0?"
+
+
 def test_a_conversation_over_the_context_loses_its_oldest_turns_if_it_may(tmp_path):
     messages = [{"role": "system", "content": "Be brief."}]
     for n in range(30):
