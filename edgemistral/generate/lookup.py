@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from edgemistral.generate.pace import Pace
 
 N = 3                  # tokens that must have stood there before
+LONGEST = 32           # of several places, the one that matches furthest back counts, up to so many tokens
+PLACES = 8             # that are remembered of an n-gram, the last ones
 MOST = 7               # tokens of a guess: with the one before them they fill a step of 8
 GAIN = 1.05            # times as many tokens a second that a guess must promise
 INTEREST = 0.01        # steps that a trial may cost, with every step, where guesses promise nothing
@@ -24,7 +26,7 @@ class Lookup:
 
     def __init__(self, history: NDArray[np.int32], length: int) -> None:
         """history: may grow behind `length`; it is looked at again at each guess."""
-        self._followed: dict[tuple[int, ...], int] = {}      # n-gram -> where it was followed last
+        self._followed: dict[tuple[int, ...], list[int]] = {}      # n-gram -> where it was followed
         self._seen = N - 1
         self._right = 0.5                                    # share of guessed tokens, lately
         self._credit = 0.0
@@ -34,10 +36,11 @@ class Lookup:
         """Ids that may follow `history`, so many as pay at the speed of this machine."""
         length = len(history)
         self._credit += INTEREST
-        at = self._followed.get(tuple(history[length - N :].tolist())) if length >= N else None
+        places = list(self._followed.get(tuple(history[length - N :].tolist()), ())) if length >= N else []
         self._index(history, length)
-        if at is None:
+        if not places:
             return ()
+        at = places[-1] if len(places) == 1 else max(places, key=lambda place: (_common_end(history, place), place))
         n = self._worth(min(most, MOST, length - at), pace)
         return tuple(history[at : at + n].tolist())
 
@@ -69,5 +72,14 @@ class Lookup:
         if length > self._seen + 1:
             ids = history[self._seen - N + 1 : length].tolist()
             for i in range(N, len(ids)):
-                self._followed[tuple(ids[i - N : i])] = self._seen - N + 1 + i
+                places = self._followed.setdefault(tuple(ids[i - N : i]), [])
+                places.append(self._seen - N + 1 + i)
+                del places[:-PLACES]
             self._seen = length - 1
+
+
+def _common_end(history: NDArray[np.int32], place: int) -> int:
+    """How many tokens before `place` are those at the end, up to LONGEST."""
+    n = min(LONGEST, place)
+    differ = np.flatnonzero(history[place - n : place][::-1] != history[len(history) - n :][::-1])
+    return int(differ[0]) if len(differ) else n
