@@ -19,6 +19,7 @@ from tests.fake import tiny_config
 from tests.serving import TOKENIZER, SlowTransformer
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "msedge", "microsoft-edge")
+TIMEOUT = 30_000   # ms, for anything to happen: machines are loaded
 FLAGS = ("--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run")
 
 
@@ -30,6 +31,7 @@ def find_browser() -> str | None:
 @contextmanager
 def running_browser(*flags: str) -> Iterator[Browser]:
     """Skips the test if there is none."""
+    expect.set_options(timeout=TIMEOUT)
     path = find_browser()
     if path is None:
         pytest.skip("no Chromium, Chrome or Edge on the PATH (or in EDGEMISTRAL_BROWSER)")
@@ -47,7 +49,7 @@ def opened(browser, url, **options):
     """A page of a fresh profile; what it complains about fails the test."""
     problems = []
     context = browser.new_context(**options)
-    context.set_default_timeout(5000)
+    context.set_default_timeout(TIMEOUT)
     context.add_init_script(
         "addEventListener('securitypolicyviolation', (e) => console.error('CSP', e.violatedDirective, e.blockedURI))")
     page = context.new_page()

@@ -20,16 +20,29 @@ from tests.fake import FakeTransformer, tiny_config
 
 USER = [{"role": "user", "content": "Where is it?"}]
 CHAT = "/v1/chat/completions"
+HTTP = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))   # `httpx.get` alone takes 80 ms
 TOKENIZER = Path(__file__).parent / "data" / "tokenizer.model"
 
 
 class SlowTransformer(FakeTransformer):
-    """Takes `seconds` for every call."""
+    """Takes `seconds` for every call; set to 0, it also ends the call that takes its time now."""
 
-    seconds = 0.0
+    def __init__(self, *arguments, **options):
+        self._hurry = threading.Event()
+        self.seconds = 0.0
+        super().__init__(*arguments, **options)
+
+    @property
+    def seconds(self):
+        return self._seconds
+
+    @seconds.setter
+    def seconds(self, value):
+        self._seconds = value
+        (self._hurry.clear if value else self._hurry.set)()
 
     def step(self, rows):
-        time.sleep(self.seconds)
+        self._hurry.wait(self._seconds)
         return super().step(rows)
 
 
@@ -69,8 +82,8 @@ def serving(app) -> Iterator[str]:
         listener.close()
 
 
-def wait_for(condition, seconds=5.0) -> None:
-    """Until the condition holds; fails if it does not within so many seconds."""
+def wait_for(condition, seconds=60.0) -> None:
+    """Until the condition holds; fails if it does not within so many seconds, which are many: machines are loaded."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -104,15 +117,16 @@ class Server:
     def stops_within(self, calls, action):
         """After the action, at most so many more calls of the model."""
         before = len(self.transformer.calls)
+        self.transformer.seconds = 0.25      # on a loaded machine the news takes a while
         action()
         self.idle()
         assert len(self.transformer.calls) <= before + calls
 
     def post(self, body, path=CHAT, **headers):
-        return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=30)
+        return HTTP.post(f"{self.url}{path}", json=body, headers=headers)
 
     def raw(self, content):
         """Everything that comes back for these bytes."""
-        with socket.create_connection(self.address, timeout=5) as connection:
+        with socket.create_connection(self.address, timeout=60) as connection:
             connection.sendall(content)
             return b"".join(iter(lambda: connection.recv(1 << 16), b""))

@@ -41,7 +41,7 @@ def test_the_page_waits_for_the_model(browser):
     go = threading.Event()
 
     def load():
-        assert go.wait(10)
+        assert go.wait(60)
         return Actor(script)
 
     with serving(create_app(load)) as url, opened(browser, url) as page:

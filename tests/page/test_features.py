@@ -77,7 +77,8 @@ def test_versions_of_an_answer_keep_what_followed_each(page, actor):
     first.hover()
     button(first, "Answer anew from here").click()
     says(page, "Answer to One. Take 1.")
-    assert page.locator("article").count() == 2 and actor.asked[-1] == [("user", "One")]
+    expect(page.locator("article")).to_have_count(2)
+    assert actor.asked[-1] == [("user", "One")]
     expect(answer(page).locator(".versions")).to_contain_text("2/2")
     converse(page, "Three")
     button(page, "The version before").click()
@@ -98,7 +99,8 @@ def test_a_changed_question_is_a_version_too(page, actor):
     page.get_by_label("Your message").fill("Eins")
     page.keyboard.press("Enter")
     says(page, "Answer to Eins. Take 0.")
-    assert actor.asked[-1] == [("user", "Eins")] and page.locator("article").count() == 2
+    expect(page.locator("article")).to_have_count(2)
+    assert actor.asked[-1] == [("user", "Eins")]
     button(page, "The version before").click()
     expect(page.locator("article")).to_have_count(4)
     expect(page.locator("article.user").first).to_contain_text("One")
@@ -106,12 +108,13 @@ def test_a_changed_question_is_a_version_too(page, actor):
 
 def test_a_version_without_an_answer_goes_away(page, actor, app):
     converse(page, "One")
-    actor.stage.seconds = 0.5
+    actor.stage.seconds = 20
     button(page, "Answer anew").click()
     expect(page.get_by_text("Thinking")).to_be_visible()
     page.keyboard.press("Escape")
     says(page, "Answer to One. Take 0.")
     expect(page.locator(".versions")).to_have_count(0)
+    actor.stage.seconds = 0
     wait_for(lambda: not app.state.service.scheduler.running)
 
 

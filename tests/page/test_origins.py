@@ -5,12 +5,11 @@ from __future__ import annotations
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
 import pytest
 
 from edgemistral.server import create_app
-from tests.browser import Actor, running_browser
-from tests.serving import serving
+from tests.browser import TIMEOUT, Actor, running_browser
+from tests.serving import HTTP, serving
 
 HOSTILE = "evil.test"   # a name that leads to this computer, as in DNS rebinding
 
@@ -121,7 +120,7 @@ def url(actor):
 @pytest.fixture
 def page(browser, url):   # closed before the server is
     context = browser.new_context()
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(TIMEOUT)
     yield context.new_page()
     context.close()
 
@@ -129,7 +128,7 @@ def page(browser, url):   # closed before the server is
 def untouched(url, actor):
     """Nothing was computed, but the requests did arrive."""
     assert actor.asked == [] and actor.stage.calls == []
-    lines = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if line.startswith("edgemistral_requests_total")]
+    lines = [line for line in HTTP.get(f"{url}/metrics").text.splitlines() if line.startswith("edgemistral_requests_total")]
     answered = [line for line in lines if 'method="POST"' in line and 'status="2' in line]
     assert answered == [], answered
     return sum('status="403"' in line for line in lines) > 0

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 import anthropic
-import httpx
 import pytest
 from pydantic import BaseModel
 
 from edgemistral.server import create_app
-from tests.serving import fake_model, saying, serving
+from tests.serving import HTTP, fake_model, saying, serving
 
 USER = [{"role": "user", "content": "Where is it?"}]
 ASK = {"model": "any", "messages": USER, "max_tokens": 8, "extra_body": {"seed": 3}}
@@ -35,7 +34,7 @@ def client(url):
 
 
 def raw(url, body, path="/v1/messages"):
-    return httpx.post(url + path, json=body, headers={"x-api-key": "secret"})
+    return HTTP.post(url + path, json=body, headers={"x-api-key": "secret"})
 
 
 def test_an_answer_and_its_stream(client):
@@ -73,7 +72,7 @@ def test_the_system_text_and_blocks_are_what_the_chat_of_openai_reads(client, ur
     system = [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}]
     mine = client.messages.create(**{**ASK, "system": system, "messages": [
         {"role": "user", "content": [{"type": "text", "text": "Where is it?"}]}]})
-    theirs = httpx.post(f"{url}/v1/chat/completions", headers={"authorization": "Bearer secret"}, json={
+    theirs = HTTP.post(f"{url}/v1/chat/completions", headers={"authorization": "Bearer secret"}, json={
         "messages": [{"role": "system", "content": "Be brief."}, *USER], "max_tokens": 8, "seed": 3}).json()
     assert mine.content[0].text == theirs["choices"][0]["message"]["content"]
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 
-import httpx
 import ollama
 import pytest
 
 from edgemistral import __version__
 from edgemistral.server import create_app
-from tests.serving import fake_model, serving
+from tests.serving import HTTP, fake_model, serving
 
 USER = [{"role": "user", "content": "Where is it?"}]
 ASK = {"model": "fake-q4", "messages": USER, "options": {"num_predict": 8, "seed": 3}}
@@ -37,7 +36,7 @@ def test_an_answer_and_its_stream(client, url):
     *pieces, last = client.chat(**ASK, stream=True)
     assert "".join(piece.message.content for piece in pieces) == whole.message.content
     assert not any(piece.done for piece in pieces) and last.done and last.eval_count == 8
-    theirs = httpx.post(f"{url}/v1/chat/completions", json={"messages": USER, "max_tokens": 8, "seed": 3}).json()
+    theirs = HTTP.post(f"{url}/v1/chat/completions", json={"messages": USER, "max_tokens": 8, "seed": 3}).json()
     assert theirs["choices"][0]["message"]["content"] == whole.message.content
 
 
@@ -54,10 +53,10 @@ def test_generate(client):
 
 def test_it_streams_unless_it_is_told_not_to(url):
     for path, more in (("/api/chat", {"messages": USER}), ("/api/generate", {"prompt": "Where?"})):
-        answer = httpx.post(url + path, json={"model": "x", "options": {"num_predict": 4}, **more})
+        answer = HTTP.post(url + path, json={"model": "x", "options": {"num_predict": 4}, **more})
         assert answer.headers["content-type"] == "application/x-ndjson"
         assert [json.loads(line)["done"] for line in answer.text.splitlines()][-1] is True
-        assert httpx.post(url + path, json={"stream": False, "options": {"num_predict": 4}, **more}).json()["done"] is True
+        assert HTTP.post(url + path, json={"stream": False, "options": {"num_predict": 4}, **more}).json()["done"] is True
 
 
 def test_options(client):
@@ -98,10 +97,10 @@ def test_what_is_known_of_the_model(client, url):
     with pytest.raises(ollama.ResponseError, match="there is no model 'other'") as caught:
         client.show("other")
     assert caught.value.status_code == 404
-    assert httpx.get(f"{url}/api/version").json() == {"version": __version__}
+    assert HTTP.get(f"{url}/api/version").json() == {"version": __version__}
     with pytest.raises(ollama.ResponseError, match="there is no POST '/api/pull' here"):
         client.pull("other")
-    assert httpx.head(f"{url}/api/pull").status_code == 404
+    assert HTTP.head(f"{url}/api/pull").status_code == 404
 
 
 def test_a_request_without_a_prompt_only_loads(client):
@@ -125,7 +124,7 @@ def test_a_request_without_a_prompt_only_loads(client):
     ({"tools": [{"type": "function", "function": {"name": "no name"}}]}, "tools[0].function.name"),
 ])
 def test_what_is_wrong_is_named_in_the_shape_of_ollama(url, change, named):
-    answer = httpx.post(f"{url}/api/chat", json={"messages": USER, **change})
+    answer = HTTP.post(f"{url}/api/chat", json={"messages": USER, **change})
     assert answer.status_code == 422 and named in answer.json()["error"]
 
 
@@ -133,5 +132,5 @@ def test_what_is_wrong_is_named_in_the_shape_of_ollama(url, change, named):
     {"raw": True}, {"suffix": "end"}, {"images": ["aGk="]}, {"template": "{{ .Prompt }}"}, {"context": [1, 2]}, {"prompt": 5},
 ])
 def test_what_generate_does_not_do(url, change):
-    answer = httpx.post(f"{url}/api/generate", json={"prompt": "Where?", **change})
+    answer = HTTP.post(f"{url}/api/generate", json={"prompt": "Where?", **change})
     assert answer.status_code == 422 and next(iter(change)) in answer.json()["error"]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 
-import httpx
 import openai
 import pytest
 
 from edgemistral.server import create_app
 from edgemistral.text.guardrail import GUARDRAIL
-from tests.serving import fake_model, saying, serving
+from tests.serving import HTTP, fake_model, saying, serving
 
 USER = [{"role": "user", "content": "Where is it?"}]
 PARIS = "It is in Paris, near the café 🙂."
@@ -234,17 +233,17 @@ def test_models(client, model):
 
 def test_tokenize_and_back(url, model):
     text = "Where is it, 🙂?"
-    body = httpx.post(f"{url}/tokenize", json={"text": text}).json()
+    body = HTTP.post(f"{url}/tokenize", json={"text": text}).json()
     assert body == {"tokens": model.tokenizer.encode(text), "count": len(model.tokenizer.encode(text))}
-    assert httpx.post(f"{url}/detokenize", json={"tokens": body["tokens"]}).json() == {"text": text}
-    assert httpx.post(f"{url}/tokenize", json={"messages": USER}).json()["tokens"] == model.tokenizer.encode_chat(USER)
+    assert HTTP.post(f"{url}/detokenize", json={"tokens": body["tokens"]}).json() == {"text": text}
+    assert HTTP.post(f"{url}/tokenize", json={"messages": USER}).json()["tokens"] == model.tokenizer.encode_chat(USER)
     for wrong in ({}, {"text": "a", "messages": USER}):
-        assert httpx.post(f"{url}/tokenize", json=wrong).status_code == 422
+        assert HTTP.post(f"{url}/tokenize", json=wrong).status_code == 422
 
 
 def test_unknown_parameters_are_named_in_a_header(url):
     body = {"messages": USER, "max_tokens": 1, "toolz": [], "é\nset-cookie: x": 1}
-    answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+    answer = HTTP.post(f"{url}/v1/chat/completions", json=body)
     assert answer.status_code == 200
     assert answer.headers["warnings"] == "toolz is not known and was ignored; \\xe9?set-cookie: x is not known and was ignored"
     assert "set-cookie" not in answer.headers
@@ -277,7 +276,7 @@ def test_unknown_parameters_are_named_in_a_header(url):
 )
 def test_a_wrong_parameter_is_named(url, change, field):
     body = json.dumps({"messages": USER, "max_tokens": 1, **change})   # escapes half a surrogate pair, unlike httpx
-    answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    answer = HTTP.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 422, answer.text
     error = answer.json()["error"]
     assert error["param"] == field and field in error["message"] and error["type"] == "invalid_request_error"
@@ -285,14 +284,14 @@ def test_a_wrong_parameter_is_named(url, change, field):
 
 @pytest.mark.parametrize("prompt", [[], [[]], [-1], [99999], ["a", 1], 5, None])
 def test_a_wrong_prompt_is_named(url, prompt):
-    answer = httpx.post(f"{url}/v1/completions", json={"prompt": prompt})
+    answer = HTTP.post(f"{url}/v1/completions", json={"prompt": prompt})
     assert answer.status_code == 422 and answer.json()["error"]["param"].startswith("prompt")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"messages": NaN}'])
 def test_a_body_that_is_no_request_is_refused(url, body):
     for path in ("/v1/chat/completions", "/v1/completions", "/score", "/tokenize"):
-        answer = httpx.post(f"{url}{path}", content=body, headers={"content-type": "application/json"})
+        answer = HTTP.post(f"{url}{path}", content=body, headers={"content-type": "application/json"})
         assert answer.status_code == 422 and answer.json()["error"]["message"], answer.text
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import httpx
 import openai
 import pytest
 from pydantic import BaseModel
 
 from edgemistral.server import create_app
-from tests.serving import fake_model, serving
+from tests.serving import HTTP, fake_model, serving
 
 ASK = {"model": "any", "input": "Where is it?", "max_output_tokens": 16, "extra_body": {"seed": 3}}
 PARAMETERS = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
@@ -129,5 +128,5 @@ def test_truncation(client):
     ({"wizardry": 1}, "wizardry"),
 ])
 def test_what_is_wrong_is_named(url, change, named):
-    answer = httpx.post(f"{url}/v1/responses", json={"model": "any", "input": "Where?", **change})
+    answer = HTTP.post(f"{url}/v1/responses", json={"model": "any", "input": "Where?", **change})
     assert answer.status_code == 422 and answer.json()["error"]["param"] == named

@@ -36,7 +36,7 @@ class Bench:
 
     def work(self, name, wait=False):
         if wait:
-            assert self.go.wait(5)
+            assert self.go.wait(60)
         self.done.append(name)
         yield
 
@@ -49,7 +49,7 @@ class Bench:
         self.go.set()
         await asyncio.to_thread(wait_for, lambda: not self.scheduler.running and not self.scheduler.waiting)
         self.scheduler.close(DOWN)
-        assert await asyncio.to_thread(self.scheduler.join, 5)
+        assert await asyncio.to_thread(self.scheduler.join, 60)
         return self.done[1:]
 
 
@@ -94,7 +94,7 @@ async def test_as_many_answers_as_allowed_are_written_at_once():
 
     go = threading.Event()
     first = Job("first", "first")
-    scheduler.submit(first, [Written(lambda: iter([go.wait(5)]))])
+    scheduler.submit(first, [Written(lambda: (go.wait(60) for _ in range(1)))])
     jobs = [Job(name, name) for name in "abcd"]
     for job in jobs:
         scheduler.submit(job, [Written(lambda job=job: work(job.id))])
@@ -313,7 +313,7 @@ def test_a_loop_that_is_gone_harms_nobody():
         job = Job("x", "a")
 
         def work():
-            assert closed.wait(5)
+            assert closed.wait(60)
             job.emit(1)
             yield
 
@@ -331,4 +331,4 @@ def test_a_loop_that_is_gone_harms_nobody():
 
     assert asyncio.run(again()) == [1]
     scheduler.close(DOWN)
-    assert scheduler.join(5)
+    assert scheduler.join(60)

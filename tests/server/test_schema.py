@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import httpx
 import hypothesis
 import pytest
 import schemathesis
@@ -10,7 +9,7 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi.checks import positive_data_acceptance, unsupported_method
 
 from edgemistral.server import create_app
-from tests.serving import fake_model, serving, wait_for
+from tests.serving import HTTP, fake_model, serving, wait_for
 
 APP = create_app(lambda: fake_model(context=48), queue=1000)
 schema = schemathesis.openapi.from_dict(APP.openapi(), config=SchemathesisConfig.from_dict({
@@ -26,8 +25,8 @@ NOT_CHECKED = [positive_data_acceptance, unsupported_method]
 @pytest.fixture(scope="module")
 def url():
     with serving(APP) as url:
-        wait_for(lambda: httpx.get(f"{url}/health").status_code == 200)
-        assert httpx.get(f"{url}/openapi.json").json() == APP.openapi()
+        wait_for(lambda: HTTP.get(f"{url}/health").status_code == 200)
+        assert HTTP.get(f"{url}/openapi.json").json() == APP.openapi()
         yield url
 
 

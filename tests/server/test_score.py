@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import httpx
 import pytest
 
 from edgemistral import sample_json
 from edgemistral.server import create_app
-from tests.serving import fake_model, serving
+from tests.serving import HTTP, fake_model, serving
 
 SAMPLE = json.loads((Path(__file__).parents[1] / "data" / "sample-request.json").read_text(encoding="utf-8"))
 
@@ -34,7 +33,7 @@ def changed(**parameters):
 
 @pytest.mark.parametrize("path", ["/score", "/"])
 def test_the_cards_sample_has_one_answer(url, path):
-    answer = httpx.post(f"{url}{path}", json=SAMPLE, timeout=60)
+    answer = HTTP.post(f"{url}{path}", json=SAMPLE, timeout=60)
     assert answer.status_code == 200 and answer.headers["content-type"] == "application/json"
     [answers] = answer.json()
     assert list(answers) == ["0"] and isinstance(answers["0"], str)
@@ -42,7 +41,7 @@ def test_the_cards_sample_has_one_answer(url, path):
 
 
 def test_per_message_has_the_three_keys_of_the_cards_output(url):
-    [answers] = httpx.post(f"{url}/score", json=changed(per_message=True)).json()
+    [answers] = HTTP.post(f"{url}/score", json=changed(per_message=True)).json()
     assert list(answers) == ["0", "1", "2"]
 
 
@@ -50,7 +49,7 @@ def test_answers_are_those_of_the_python_api(url, model):
     for parameters in ({"do_sample": False}, {"seed": 7}, {"per_message": True, "seed": 7}, {"return_full_text": True,
                        "seed": 1}, {"seed": 1, "top_k": 3, "repetition_penalty": 1.2, "stop": ["a"]}):
         data = changed(**parameters)
-        assert httpx.post(f"{url}/score", json=data).json() == sample_json.answer(model, sample_json.parse(data))
+        assert HTTP.post(f"{url}/score", json=data).json() == sample_json.answer(model, sample_json.parse(data))
 
 
 def test_lists_of_prompts_and_of_conversations(url):
@@ -59,21 +58,21 @@ def test_lists_of_prompts_and_of_conversations(url):
     results = []
     for prompts in (["Hi", "Where?", "Hi"], [user, [{"role": "user", "content": "Where?"}], user]):
         body = {"input_data": {"input_string": prompts, "parameters": parameters}}
-        results.append(httpx.post(f"{url}/score", json=body).json())
+        results.append(HTTP.post(f"{url}/score", json=body).json())
     assert results[0] == results[1]
     assert list(results[0][0]) == ["0", "1", "2"] and results[0][0]["0"] == results[0][0]["2"]
 
 
 def test_safe_prompt_changes_the_prompt(url, model):
-    with_it, without = (httpx.post(f"{url}/score", json=changed(seed=1, safe_prompt=flag)).json() for flag in (True, False))
+    with_it, without = (HTTP.post(f"{url}/score", json=changed(seed=1, safe_prompt=flag)).json() for flag in (True, False))
     assert with_it != without
     wrong = changed(safe_prompt=True)
     wrong["input_data"]["input_string"] = [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]
-    assert httpx.post(f"{url}/score", json=wrong).json()["error"]["param"] == "input_data.input_string[1].role"
+    assert HTTP.post(f"{url}/score", json=wrong).json()["error"]["param"] == "input_data.input_string[1].role"
 
 
 def test_unknown_parameters_are_named_in_a_header(url):
-    answer = httpx.post(f"{url}/score", json=changed(num_beams=4))
+    answer = HTTP.post(f"{url}/score", json=changed(num_beams=4))
     assert answer.status_code == 200
     assert answer.headers["warnings"] == "input_data.parameters.num_beams is not known and was ignored"
 
@@ -92,12 +91,12 @@ def test_unknown_parameters_are_named_in_a_header(url):
     ],
 )
 def test_anything_else_names_the_field(url, body, field):
-    answer = httpx.post(f"{url}/score", json=body)
+    answer = HTTP.post(f"{url}/score", json=body)
     assert answer.status_code == 422
     assert answer.json()["error"]["param"] == field and field in answer.json()["error"]["message"]
 
 
 def test_a_prompt_over_the_context(url):
     body = {"input_data": {"input_string": ["word " * 3000]}}
-    answer = httpx.post(f"{url}/score", json=body)
+    answer = HTTP.post(f"{url}/score", json=body)
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import httpx
 import pytest
 
 from edgemistral.errors import BadRequest
@@ -12,7 +11,7 @@ from edgemistral.server import create_app
 from edgemistral.server.constraints import closed, constraint_of
 from edgemistral.server.tools import tools_of
 from edgemistral.spellings import normalised
-from tests.serving import CHAT, USER, fake_model, serving
+from tests.serving import CHAT, HTTP, USER, fake_model, serving
 
 SCHEMA = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
 TOOL = {"type": "function", "function": {"name": "book", "parameters": SCHEMA}}
@@ -25,7 +24,7 @@ def url():
 
 
 def ask(url, path=CHAT, **body):
-    return httpx.post(f"{url}{path}", json={"messages": USER, "max_tokens": 60, "seed": 1, **body}, timeout=30)
+    return HTTP.post(f"{url}{path}", json={"messages": USER, "max_tokens": 60, "seed": 1, **body}, timeout=30)
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [
@@ -58,7 +57,7 @@ def test_what_is_not_done_is_refused_by_name(url, field, value):
 def test_a_schema_is_obeyed_under_every_name(url, wanted):
     answer = ask(url, **wanted).json()["choices"][0]["message"]["content"]
     assert json.loads(answer)["city"] in ("Rome", "Oslo") and set(json.loads(answer)) == {"city"}
-    text = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 60, **wanted}).json()["choices"][0]["text"]
+    text = HTTP.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 60, **wanted}).json()["choices"][0]["text"]
     assert set(json.loads(text)) == {"city"}
 
 
@@ -140,7 +139,7 @@ def test_several_answers_are_those_of_several_seeds(url):
 
 def test_the_log_probabilities_of_a_prompt(url):
     body = {"prompt": "Where is it?", "echo": True, "logprobs": 2, "max_tokens": 1, "temperature": 0}
-    choice = httpx.post(f"{url}/v1/completions", json=body).json()["choices"][0]
+    choice = HTTP.post(f"{url}/v1/completions", json=body).json()["choices"][0]
     lengths = {len(values) for values in choice["logprobs"].values()}
     assert len(lengths) == 1 and lengths.pop() > 3 and "".join(choice["logprobs"]["tokens"]).strip().startswith("Where is it?")
 
@@ -148,11 +147,11 @@ def test_the_log_probabilities_of_a_prompt(url):
 def test_addresses_as_people_write_them(url):
     for path in ("/chat/completions", "/v1/chat/completions/"):
         assert ask(url, path=path, max_tokens=1).status_code == 200
-    assert httpx.head(f"{url}/health").status_code == 200 and not httpx.head(f"{url}/v1/models").content
-    error = httpx.post(f"{url}/v1/chat/completion", json={}).json()["error"]["message"]
+    assert HTTP.head(f"{url}/health").status_code == 200 and not HTTP.head(f"{url}/v1/models").content
+    error = HTTP.post(f"{url}/v1/chat/completion", json={}).json()["error"]["message"]
     assert "POST" in error and "/v1/chat/completions" in error
 
 
 def test_broken_json_is_told_with_its_place(url):
-    answer = httpx.post(f"{url}{CHAT}", content='{"messages":\n [],}', headers={"content-type": "application/json"})
+    answer = HTTP.post(f"{url}{CHAT}", content='{"messages":\n [],}', headers={"content-type": "application/json"})
     assert answer.status_code == 422 and "line 2 column" in answer.json()["error"]["message"]
