@@ -92,17 +92,31 @@ kv_budget_option = click.option(
 )
 
 
-def model_path(name: str | None) -> Path:
-    """The path of MODEL. Nothing and the word demo mean the demo model, which is made on first use."""
-    if name is None or name == DEMO:
+def model_path(name: str | None, runs: bool = False) -> Path:
+    """The path of MODEL. Nothing and the word demo mean the demo model, which is made on first use.
+
+    runs: the model will compute, so its kernels are compiled meanwhile.
+    """
+    is_demo = name is None or name == DEMO
+    path = Path(name or DEMO)
+    if not is_demo and not path.exists():
+        raise BadInput(f"there is no file {name} (MODEL is a path, or the word demo)")
+    if runs:
+        compile_ahead()
+    if is_demo:
         from edgemistral.demo import demo_model
 
         with compile_notice():
             return demo_model()
-    path = Path(name)
-    if not path.exists():
-        raise BadInput(f"there is no file {name} (MODEL is a path, or the word demo)")
     return path
+
+
+def compile_ahead() -> None:
+    """Until the command at hand ends, let all cores compile what is not in the cache."""
+    from edgemistral.runtime.compiling import helpers
+    from edgemistral.runtime.transformer import example_call
+
+    click.get_current_context().with_resource(helpers(*example_call()))
 
 
 def about_demo(name: str | None) -> None:

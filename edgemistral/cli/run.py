@@ -101,7 +101,7 @@ def run(
     _check_usage(sampling, prompt, json_source, raw, greedy, system, max_new_tokens)
     if session is not None and (raw or json_source is not None):
         raise click.UsageError("--session keeps a conversation: it goes with neither --raw nor --json")
-    path = model_path(model)
+    path = model_path(model, runs=True)
     if greedy:
         sampling["temperature"] = 0.0
     text = read_text("-").removesuffix("\n") if prompt == "-" else prompt

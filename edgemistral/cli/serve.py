@@ -77,7 +77,7 @@ def serve(
         about_demo(model)
         print(url, flush=True)
 
-    path = model_path(model)
+    path = model_path(model, runs=True)
     with compile_notice():
         with Blob.open(path) as blob:   # what is wrong is said before the port opens
             planned = plan(blob, context, int(kv_bits), threads, kv_budget, max_ram)

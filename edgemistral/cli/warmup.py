@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from edgemistral.cli.errors import Command
+from edgemistral.cli.options import compile_ahead
 from edgemistral.terminal import compile_notice
 
 
@@ -20,6 +21,7 @@ def warmup() -> None:
     """
     from edgemistral.warm_up import warm_up
 
+    compile_ahead()
     with compile_notice():
         folder = warm_up()
     click.echo(f"{folder}: ready")

@@ -29,7 +29,7 @@ from edgemistral.kernels.attention import AttentionScratch, Queries, Rows, atten
 from edgemistral.kernels.jit import entry, inner
 from edgemistral.kernels.kv_formats import append_key_value, quantize_query
 from edgemistral.kernels.kv_layout import POSITIONS, KVLayout
-from edgemistral.kernels.matmul import PAIR, STREAM, MatrixScratch, matrix_at, multiply_pairs, streams_of
+from edgemistral.kernels.matmul import PAIR, STREAM, MatrixAt, MatrixScratch, matrix_at, multiply_pairs, streams_of
 from edgemistral.kernels.rope import rotate
 from edgemistral.kernels.simd import add, load_bf16_as_f32, load_f32, store_f32
 from edgemistral.kernels.sync import Member, barrier, take
@@ -285,3 +285,24 @@ def forward(member, shape, weights, kv, rows, state, own):
         output = matrix_at(weights.matrices, 4 * shape.n_layers)
         rms_norm_in_two_digits(p, weights.norms[2 * shape.n_layers], output.zero_point)
         matmul(p, output, state.xq, 2 * n_logits, state.logits, PAIR * output.pairs, False)
+
+
+def parts_of(member, shape, weights, kv, rows, state, own):
+    """What `forward` consists of for these arguments, the most work first: (module, name, arguments) of inner functions.
+
+    None of them calls another, so several processes can compile them at once. What is missing here is compiled all the same.
+    """
+    p, result = Pass(member, shape, weights, kv, rows, state, own), own.matrix.result
+    w = MatrixAt(0, 0, 0, 0, 0, 0, 0)
+    panels = weights.blob, 0, 0, 0, 0, 0, 0, 0, state.xq, result
+    tiles = weights.blob, w, 0, 0, 0, state.xq, 1, own.matrix
+    return [
+        (__name__, "attention", (p, 0)),
+        (__name__, "rope_and_append", (p, 0)),
+        (multiply_pairs.__module__, "_multiply_tiles", tiles),
+        *((multiply_pairs.__module__, f"_panels_{bits}bit_{n}", panels) for n in (8, 4, 2, 1) for bits in (8, 4)),
+        (__name__, "rms_norm_in_two_digits", (p, 0, 0)),
+        (__name__, "rms_norm", (p, 0, 0)),
+        (__name__, "quantize_attn_out", (p, 0)),
+        (__name__, "embed", (p,)),
+    ]

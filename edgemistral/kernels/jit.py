@@ -2,7 +2,7 @@
 
 `@entry` makes a function that Python calls; its machine code is cached on disk. `@inner` makes one that only other jitted
 functions call; it becomes part of their code. Both release the GIL and leave floating point strict (no fast-math), because
-the same input must give the same bits whatever the compiler reorders.
+the same input must give the same bits whatever the compiler reorders. `parts` says how an entry is compiled.
 
 Under EDGEMISTRAL_SIMD=interpret nothing is compiled: kernels are the functions of their source files, for a debugger.
 
@@ -33,10 +33,12 @@ import numpy as np
 from numba.core import caching
 from numba.core.compiler import CompileResult
 
+from edgemistral.kernels import parts
 from edgemistral.kernels.lowering import choose, interpreted, prefetch_ahead
 from edgemistral.paths import cache_dir
 
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+# Without the wrapper for C, of which LLVM would make a second copy of every function.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 
 on_compile: Callable[[str], None] | None = None
 """Called with a function's name when it is about to be compiled because no cached code fits; for progress messages."""
@@ -50,6 +52,7 @@ def entry(function: Callable[..., Any]) -> Any:
         return _checking(function)
     dispatcher: Any = numba.njit(**_OPTIONS)(function)
     dispatcher._cache = _DiskCache(function)
+    dispatcher._compiler.compile = parts.as_entry(dispatcher._compiler.compile, function.__qualname__)
     return dispatcher
 
 
@@ -57,14 +60,25 @@ def inner(function: Callable[..., Any]) -> Any:
     """Jit a function that only jitted functions call."""
     if interpreted(function):
         return _plain(function)
-    return numba.njit(**_OPTIONS, no_cpython_wrapper=True)(function)  # type: ignore[call-overload]
+    return _part(function)
 
 
 def inlined(function: Callable[..., Any]) -> Any:
     """`inner` whose code becomes part of its caller's: passing named tuples of arrays takes hundreds of stores a call."""
     if interpreted(function):
         return _plain(function)
-    return numba.njit(**_OPTIONS, no_cpython_wrapper=True, forceinline=True)(function)  # type: ignore[call-overload]
+    return _part(function, forceinline=True)
+
+
+def _part(function: Callable[..., Any], **options: bool) -> Any:
+    dispatcher: Any = numba.njit(**_OPTIONS, no_cpython_wrapper=True, **options)(function)  # type: ignore[call-overload]
+    dispatcher._cache = parts.PartCache(function.__qualname__)
+    return dispatcher
+
+
+def is_cached(dispatcher: Any, signature: object) -> bool:
+    """Whether code of this entry for these types is in the cache folder."""
+    return isinstance(dispatcher._cache, _DiskCache) and dispatcher._cache.holds(signature, dispatcher.targetctx)
 
 
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,18 +125,13 @@ def _checked(argument: Any) -> Any:
     return argument
 
 
-def digest_of(*parts: object) -> str:
-    """A short hexadecimal name for the `str` of all parts."""
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
-
-
 @cache
 def _environment() -> str:
     """Whatever can change the code that is made from the same function."""
     here = Path(__file__).parent
     sources = [path.read_bytes() for path in (*sorted(here.glob("*.py")), here.parent / "files" / "layout.py")]
     versions = sys.implementation.cache_tag, numba.__version__, llvmlite.__version__, llvmlite.binding.llvm_version_info
-    return digest_of(*sources, *versions, type(choose()).__name__, *prefetch_ahead())
+    return parts.digest_of(*sources, *versions, type(choose()).__name__, *prefetch_ahead())
 
 
 class _DiskCache(caching._Cache):
@@ -133,7 +142,7 @@ class _DiskCache(caching._Cache):
             raise TypeError(f"{function.__qualname__} takes values from around it, which the key of its cached code lacks")
         self._name = function.__name__
         source = getattr(function, "__unrolled_source__", None) or Path(inspect.getfile(function)).read_bytes()
-        self._key = digest_of(_environment(), function.__module__, function.__qualname__, source)
+        self._key = parts.digest_of(_environment(), function.__module__, function.__qualname__, source)
         self._enabled = True
 
     @property
@@ -141,8 +150,11 @@ class _DiskCache(caching._Cache):
         return str(cache_dir() / "kernels")
 
     def _path(self, signature: object, codegen: Any) -> Path:
-        key = digest_of(self._key, signature, codegen.magic_tuple())
+        key = parts.digest_of(self._key, signature, codegen.magic_tuple())
         return Path(self.cache_path) / f"{self._name}-{key}.kernel"
+
+    def holds(self, signature: object, target_context: Any) -> bool:
+        return self._enabled and self._path(signature, target_context.codegen()).exists()
 
     def load_overload(self, sig: object, target_context: Any) -> Any:
         target_context.refresh()

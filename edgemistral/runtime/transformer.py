@@ -14,12 +14,13 @@ from edgemistral.files.blob import Blob
 from edgemistral.files.layout import ALIGNMENT, BLOCK, GROUP, GROUPS, round_up
 from edgemistral.kernels.activations import LONG, SHORT, Activations
 from edgemistral.kernels.attention import SPAN, AttentionScratch, Queries, Rows
-from edgemistral.kernels.forward import Own, Shape, State, forward
-from edgemistral.kernels.kv_layout import POSITIONS, ROWS
+from edgemistral.kernels.forward import Own, Shape, State, Weights, forward
+from edgemistral.kernels.kv_layout import POSITIONS, ROWS, KVLayout
 from edgemistral.kernels.matmul import PAIR, STREAMS, MatrixScratch
+from edgemistral.runtime.compiling import compile_forward
 from edgemistral.runtime.read_ahead import ReadAhead
 from edgemistral.runtime.segments import Row, SegmentPool
-from edgemistral.runtime.team import Team, compile_for
+from edgemistral.runtime.team import Team
 from edgemistral.runtime.weights import map_weights
 
 CHUNK = 256       # most tokens of one step: enough that reading the weights costs nothing beside computing
@@ -71,7 +72,7 @@ class Transformer:
         state.cos[: angles.size], state.sin[: angles.size] = np.cos(angles).reshape(-1), np.sin(angles).reshape(-1)
         common = (self._shape, self._weights, self.pool.layout, plan, state)
         if not self._ready:
-            compile_for(forward, common, self._own[0])
+            compile_forward(common, self._own[0])
             self._ready = True
         self._read_ahead.begin(len(plan.segments) * self.pool.segment_bytes)
         try:
@@ -148,6 +149,15 @@ def _shape(config: ModelConfig) -> Shape:
         round_up(config.q_dim, BLOCK), round_up(config.hidden_dim, BLOCK),
         round_up(config.q_dim + 2 * config.kv_dim, PAIR),
     )
+
+
+def example_call() -> tuple[tuple[Any, ...], Own]:
+    """Arguments of the types that every model's step has: what to compile `forward` for before there is a model."""
+    none, shape = np.zeros(0, np.int64), Shape(1, 1, 1, 1, 1, 1, 1, 1, 1.0, 1, 1, 1, 1)
+    state, own = _workspace(shape, 1, lambda _, dtype: np.zeros(0, dtype))
+    weights = Weights(np.frombuffer(b"\0", np.uint8), 0, none.reshape(0, 0), none)
+    rows = Rows(none, none, none, none, none, none, none, 0)
+    return (shape, weights, KVLayout(8, 1, 1, 1), rows, state), own[0]
 
 
 def workspace_bytes(config: ModelConfig, threads: int) -> int:

@@ -1,0 +1,192 @@
+"""How the functions that make up an entry are compiled: once, and if there are helpers, in several processes.
+
+numba makes machine code of every function that it compiles, and once more of all that end up in their caller. Nobody calls
+the inner functions of a kernel, so here only the entry becomes machine code. Its bits stay what they were.
+
+numba holds the interpreter's lock while it compiles, so more cores need more processes. They share a folder: a part is
+claimed by the process that makes it, and kept there as LLVM bitcode for the one that compiles the entry. See
+`runtime.compiling`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import hashlib
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from numba.core import caching
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import CompileResult
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
+
+
+def digest_of(*parts: object) -> str:
+    """A short hexadecimal name for the `str` of all parts."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
+
+
+# ---- no machine code but the entry's -------------------------------------------------------------------------------------
+
+class _Library(JITCodeLibrary):
+    """Code of one function. Only `entry` becomes machine code; the others are linked into it."""
+
+    entry = ""
+
+    def __init__(self, codegen: Any, name: str) -> None:
+        super().__init__(codegen, name)
+        self._is_entry = name == self.entry
+
+    def _finalize_final_module(self) -> None:
+        if self._is_entry:
+            super()._finalize_final_module()
+        else:
+            self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        return int(super().get_pointer_to_function(name)) if self._is_entry else 0
+
+    def serialize_using_object_code(self) -> Any:
+        return super().serialize_using_object_code() if self._is_entry else self.serialize_using_bitcode()
+
+    @property
+    def codegen(self) -> Any:
+        return super().codegen if self._is_entry else _NoCode
+
+
+class _NoCode:
+    """Stands for the engine where there is no machine code that an environment could be set in."""
+
+    @staticmethod
+    def set_env(*_: object) -> None:
+        pass
+
+
+@contextmanager
+def _only_entry_is_emitted(entry: str) -> Iterator[None]:
+    """While inside, numba makes machine code of functions of this qualified name only."""
+    with global_compiler_lock:
+        codegen = cpu_target.target_context.codegen()
+        before, collecting = (codegen._library_class, _Library.entry), gc.isenabled()
+        codegen._library_class, _Library.entry = _Library, entry
+        gc.disable()      # compiling makes millions of objects and hardly a cycle
+        try:
+            yield
+        finally:
+            codegen._library_class, _Library.entry = before
+            if collecting:
+                gc.enable()
+
+
+def as_entry(compile_: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """numba's function that compiles the entry `name`, changed to make machine code of that alone."""
+
+    @functools.wraps(compile_)
+    def compile_entry(*arguments: Any) -> Any:
+        with _only_entry_is_emitted(name):
+            return compile_(*arguments)
+
+    return compile_entry
+
+
+def compile_part(dispatcher: Any, signature: tuple[Any, ...]) -> None:
+    """Compile an inner function on its own, for the entry that will call it."""
+    with _only_entry_is_emitted(""):
+        dispatcher.compile(signature)
+
+
+# ---- parts that several processes make -----------------------------------------------------------------------------------
+
+class Workshop:
+    """A folder in which processes share the parts of an entry. `others_work()`: whether their claims are worth a wait."""
+
+    def __init__(self, folder: Path, others_work: Callable[[], bool]) -> None:
+        self.folder, self.others_work = folder, others_work
+
+    def claim(self, key: str) -> bool:
+        """Whether this process is the first to take this work."""
+        try:
+            (self.folder / f"{key}.claim").touch(exist_ok=False)
+        except OSError:
+            return False
+        return True
+
+    def wait_for(self, key: str, there: Callable[[], bool]) -> None:
+        """Until work that another process has claimed is done, or nobody is left to do it."""
+        while (self.folder / f"{key}.claim").exists() and not there() and self.others_work():
+            time.sleep(0.01)
+
+
+workshop: Workshop | None = None
+"""Where this process makes and finds parts; None: it compiles alone."""
+
+
+@contextmanager
+def working_in(shop: Workshop) -> Iterator[None]:
+    global workshop
+    before, workshop = workshop, shop
+    try:
+        yield
+    finally:
+        workshop = before
+
+
+def key_of(name: str, signature: object) -> str:
+    """The name of a part in the workshop."""
+    return f"part-{digest_of(name, signature)}"
+
+
+class PartCache(caching._Cache):
+    """What numba takes for the cache of an inner function: the workshop. Only what was claimed there is written."""
+
+    cache_path = ""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def load_overload(self, sig: object, target_context: Any) -> Any:
+        shop = workshop
+        if shop is None:
+            return None
+        key = key_of(self._name, sig)
+        path = shop.folder / key
+        if _made.get(key) is not shop:
+            shop.wait_for(key, path.exists)
+        with contextlib.suppress(OSError):
+            return CompileResult._rebuild(target_context, *pickle.loads(path.read_bytes()))
+        return None
+
+    def save_overload(self, sig: object, data: Any) -> None:
+        shop, key = workshop, key_of(self._name, sig)
+        if shop is None or _made.get(key) is not shop:
+            return
+        with contextlib.suppress(OSError):
+            partial = shop.folder / f"{key}.{os.getpid()}"
+            partial.write_bytes(pickle.dumps(data._reduce(), protocol=pickle.HIGHEST_PROTOCOL))
+            partial.replace(shop.folder / key)
+
+    def enable(self) -> None:
+        """Always as the workshop is."""
+
+    disable = flush = enable
+
+
+_made: dict[str, Workshop] = {}      # parts that this process has claimed
+
+
+def make_part(shop: Workshop, dispatcher: Any, signature: tuple[Any, ...]) -> bool:
+    """Compile a part if no other process does."""
+    key = key_of(dispatcher.py_func.__qualname__, signature)
+    if not shop.claim(key):
+        return False
+    _made[key] = shop
+    compile_part(dispatcher, signature)
+    return True
