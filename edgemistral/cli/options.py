@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from edgemistral.errors import BadInput
+from edgemistral.files import regular
 from edgemistral.terminal import compile_notice
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def read_text(source: str) -> str:
     """
     name = "standard input" if source == "-" else source
     try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        data = sys.stdin.buffer.read() if source == "-" else regular.read(Path(source), BadInput, pipes=True)
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise BadInput(f"{name} is no UTF-8 text (byte {error.start})") from None

@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
 from edgemistral.errors import BadBlob, BadConfig, BadInput, DamagedBlob
-from edgemistral.files import layout, strict_json
+from edgemistral.files import layout, regular, strict_json
 from edgemistral.files.layout import ALIGNMENT, Recipe, TensorSpec
 from edgemistral.files.safetensors import Header, read_header
 from edgemistral.text.spec import TextSpec
@@ -90,7 +90,7 @@ class Blob:
         if path.is_dir():
             raise BadBlob(f"{path}: a directory, not a blob; `edgemistral quantize` makes one of a checkpoint")
         try:
-            with path.open("rb") as file:
+            with regular.reading(path, BadBlob) as file:
                 return cls(path, file)
         except OSError as problem:
             raise BadBlob(f"{path}: cannot be read: {problem.strerror or problem}") from None

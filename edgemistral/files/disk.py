@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edgemistral.errors import BadSession
+from edgemistral.files import regular
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)      # there is no more room
 _LOCKED = 1 << 62                                     # Windows locks bytes, and these are read by nobody
@@ -34,6 +35,7 @@ class Disk:
         BadSession: it cannot be opened, is no regular file, or is in use.
         """
         flags = os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+        regular.check(path, BadSession)
         try:
             number = os.open(path, flags | (os.O_CREAT | os.O_EXCL if create else 0), 0o600)
         except OSError as error:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.errors import BadInput
-from edgemistral.files import records
+from edgemistral.files import records, regular
 from edgemistral.files.records import RECORD, SEGMENT, TRAILER, Geometry, Record
 
 NAME = re.compile(r"[0-9a-f]{64}\.kv")
@@ -142,11 +142,11 @@ class KVStore:
     def _load(self, path: Path, wanted: Record) -> mmap.mmap | None:
         """Map a file that is what it should be; one that is not is deleted."""
         try:
-            with path.open("rb") as file:
+            with regular.reading(path, BadInput) as file:
                 if os.fstat(file.fileno()).st_size != self.geometry.stride:
                     raise ValueError
                 mapping = mmap.mmap(file.fileno(), self.geometry.stride, access=mmap.ACCESS_READ)
-        except OSError:
+        except (BadInput, OSError):      # gone, or no file at all
             return None
         except ValueError:
             self._delete(path)
@@ -192,7 +192,7 @@ class KVStore:
     def _parent(self, path: Path, size: int) -> bytes:
         if path not in self._parents:
             parent = b""
-            with contextlib.suppress(OSError), path.open("rb") as file:
+            with contextlib.suppress(BadInput, OSError), regular.reading(path, BadInput) as file:
                 file.seek(max(0, size - TRAILER))
                 record = records.decode(file.read(RECORD))
                 parent = b"" if record is None else record.parent

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgemistral.errors import BadSession
-from edgemistral.files import records, strict_json
+from edgemistral.files import records, regular, strict_json
 from edgemistral.files.disk import Disk
 from edgemistral.files.layout import round_up
 from edgemistral.files.records import RECORD, SEGMENT, TRAILER, Geometry, Record
@@ -82,9 +82,9 @@ def read_header(disk: Disk) -> Header:
 def is_session(path: Path) -> bool:
     """Whether a file begins as a session does."""
     try:
-        with path.open("rb") as file:
+        with regular.reading(path, BadSession) as file:
             return file.read(len(MAGIC)) == MAGIC
-    except OSError:
+    except (BadSession, OSError):
         return False
 
 

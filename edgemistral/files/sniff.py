@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgemistral.errors import BadInput
+from edgemistral.files import regular
 
 SNIFFED = 512   # bytes that are looked at
 
@@ -63,7 +64,7 @@ def refuse_other_files(path: Path, error: type[BadInput]) -> None:
     if path.is_symlink() and not path.exists():
         raise error(f"{path}: a link to a file that is not there; is the download complete?")
     try:
-        with path.open("rb") as file:
+        with regular.reading(path, error) as file:
             what = describe(file.read(SNIFFED))
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror or problem}") from None

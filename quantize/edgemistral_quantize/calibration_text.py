@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.errors import BadInput
+from edgemistral.files import regular
 
 METHODS = ("none", "fast", "full")
 WINDOW = 512                                   # tokens that see each other, the first of them <s>
@@ -122,9 +123,7 @@ def _in_turn(kinds: Sequence[list[NDArray[np.int32]]]) -> Iterator[NDArray[np.in
 
 def _read(path: Path) -> str:
     try:
-        content = path.read_bytes().decode("utf-8")
-    except OSError as problem:
-        raise BadInput(f"{path}: cannot be read: {problem.strerror or problem}") from None
+        content = regular.read(path, BadInput).decode("utf-8")
     except UnicodeDecodeError as problem:
         raise BadInput(f"{path}: not UTF-8 text: byte {problem.start} is wrong") from None
     if not content.strip():

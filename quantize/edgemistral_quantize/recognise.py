@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from edgemistral.errors import BadCheckpoint
+from edgemistral.files import regular
 from edgemistral.files.safetensors import METADATA
 from edgemistral.files.sniff import SNIFFED, describe
 
@@ -72,7 +73,7 @@ def locate(source: Path) -> Path:
 def _check_file(path: Path) -> Path:
     """A GGUF file itself; a message for all others."""
     try:
-        with path.open("rb") as file:
+        with regular.reading(path, BadCheckpoint) as file:
             start = file.read(SNIFFED)
             length = int.from_bytes(start[:8], "little")
             header = start + file.read(max(0, min(length, 1 << 16) - SNIFFED)) if start[8:9] == b"{" else b""
@@ -96,7 +97,7 @@ def _snapshot(cache: Path) -> Path:
     snapshots = [path for path in visible(cache / "snapshots") if path.is_dir()] if (cache / "snapshots").is_dir() else []
     reference = cache / "refs" / "main"
     if reference.is_file():
-        wanted = reference.read_text("utf-8", "replace").strip()
+        wanted = regular.read(reference, BadCheckpoint).decode("utf-8", "replace").strip()
         for path in snapshots:
             if path.name == wanted:
                 return path
@@ -151,8 +152,8 @@ def instead_of_weights(folder: Path) -> str:
 def _base_of(folder: Path) -> str:
     """` for NAME`, the base model that adapter_config.json names."""
     try:
-        base = json.loads((folder / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        base = json.loads(regular.read(folder / ADAPTER_CONFIG, BadCheckpoint)).get("base_model_name_or_path")
+    except (ValueError, AttributeError, RecursionError):   # BadCheckpoint is a ValueError
         return ""
     return f" for {base[:80]!r}" if isinstance(base, str) else ""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemistral.errors import BadCheckpoint, BadInput
-from edgemistral.files import strict_json
+from edgemistral.files import regular, strict_json
 from edgemistral.generate.sampler import SamplingParams
 from edgemistral.text.chat import JinjaTemplate, end_of_turn, is_mistrals_own
 from edgemistral.text.spec import TextSpec
@@ -149,9 +149,9 @@ class _Found:
         """The checkpoint's templates by name."""
         jinja, as_json = self.directory / "chat_template.jinja", self.directory / "chat_template.json"
         value = self.tokenizer.get("chat_template")
-        if jinja.is_file():
+        if regular.there(jinja):
             self.template_file, value = jinja, _read_text(jinja)
-        elif value is None and as_json.is_file():
+        elif value is None and regular.there(as_json):
             self.template_file, value = as_json, self._object(as_json.name).get("chat_template")
         if isinstance(value, str):
             value = [{"name": "default", "template": value}]
@@ -166,7 +166,7 @@ class _Found:
 
     def _object(self, name: str) -> dict[str, Any]:
         path = self.directory / name
-        if not path.is_file():
+        if not regular.there(path):
             return {}
         fields = strict_json.parse(_read_bytes(path), str(path), BadCheckpoint)
         if not isinstance(fields, dict):
@@ -178,12 +178,12 @@ def _tokenizer_file(directory: Path) -> tuple[Any, Path, bytes]:
     as_json = directory / "tokenizer.json"
     for name in SENTENCEPIECE:
         path = directory / name
-        if path.is_file():
+        if regular.there(path):
             data = _read_bytes(path)
-            if as_json.is_file() and not _is_sentencepiece(data):     # such as Llama 3's, of another kind
+            if regular.there(as_json) and not _is_sentencepiece(data):     # such as Llama 3's, of another kind
                 break
             return "sentencepiece", path, data
-    if as_json.is_file():
+    if regular.there(as_json):
         return "tokenizers", as_json, _read_bytes(as_json)
     as_tekken = directory / tekken.NAME
     if as_tekken.is_file():
@@ -289,15 +289,10 @@ def _text(tokenizer: Tokenizer, token_id: int | None) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return regular.read(path, BadCheckpoint).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadCheckpoint(f"{path}: no UTF-8 text (byte {error.start})") from None
-    except OSError as problem:
-        raise BadCheckpoint(f"{path}: cannot be read: {problem.strerror or problem}") from None
 
 
 def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as problem:
-        raise BadCheckpoint(f"{path}: cannot be read: {problem.strerror or problem}") from None
+    return regular.read(path, BadCheckpoint)

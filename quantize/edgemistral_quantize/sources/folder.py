@@ -13,7 +13,7 @@ from typing import Any
 
 from edgemistral.config import ModelConfig
 from edgemistral.errors import BadCheckpoint, BadConfig, BadInput
-from edgemistral.files import strict_json
+from edgemistral.files import regular, strict_json
 from edgemistral.files.safetensors import read_header
 from edgemistral.files.sniff import refuse_other_files
 from edgemistral.text.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ def open_folder(folder: Path, chat_template: Path | None = None) -> Opened:
     Raises BadConfig for the config, BadCheckpoint for everything else, naming file and tensor; when both layouts are
     there and neither is whole, of Hugging Face's.
     """
-    present = [naming for naming in (HUGGING_FACE, MISTRAL) if (folder / naming.config).is_file()]
+    present = [naming for naming in (HUGGING_FACE, MISTRAL) if regular.there(folder / naming.config)]
     if not present:
         neither = "neither config.json (Hugging Face) nor params.json (Mistral) is there"
         raise BadCheckpoint(f"{folder}: {neither}{recognise.instead_of_weights(folder)}")
@@ -55,7 +55,7 @@ def _open(folder: Path, naming: Naming, shards: list[Path], chat_template: Path 
     refuse_other_files(config_file, BadConfig)
     fields = read_object(config_file, BadConfig)
     for name in TEXT_FILES:
-        if (folder / name).is_symlink() or (folder / name).is_file():
+        if regular.there(folder / name):
             refuse_other_files(folder / name, BadCheckpoint)
     text = read_text_files(folder, fields, chat_template)
     config, tokenizer = _read_config(folder, naming, fields, text)
@@ -102,7 +102,7 @@ def list_tensors(shards: list[Path]) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for path in shards:
         try:
-            with path.open("rb") as file:
+            with regular.reading(path, BadCheckpoint) as file:
                 header = read_header(file, path, BadCheckpoint)
         except OSError as problem:
             link = ": it links to a file that is not there" if path.is_symlink() else ""
@@ -118,7 +118,7 @@ def _find_weights(folder: Path, naming: Naming) -> list[Path]:
     """The files that hold the weights in one layout; none when there are none."""
     of_mistral = naming is MISTRAL
     index = folder / ("consolidated.safetensors.index.json" if of_mistral else "model.safetensors.index.json")
-    if index.is_file():
+    if regular.there(index):
         return sorted(_indexed(index))
     own = [path for path in recognise.visible(folder) if path.name.endswith(".safetensors")]
     if of_mistral:
@@ -147,10 +147,7 @@ def _indexed(index: Path) -> list[Path]:
 
 def read_bytes(path: Path) -> bytes:
     """The content; BadCheckpoint when it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as problem:
-        raise BadCheckpoint(f"{path}: cannot be read: {problem.strerror or problem}") from None
+    return regular.read(path, BadCheckpoint)
 
 
 def read_object(path: Path, error: type[BadInput]) -> dict[str, Any]:

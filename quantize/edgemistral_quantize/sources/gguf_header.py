@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from edgemistral.errors import BadCheckpoint
+from edgemistral.files import regular
 
 MAX_HEADER = 1 << 28    # bytes: the largest vocabularies take 20 MiB
 MAX_COUNT = 1 << 16     # of fields and of tensors
@@ -74,7 +75,7 @@ class GgufHeader:
 def read_gguf_header(path: Path) -> GgufHeader:
     """Read and check a header; BadCheckpoint names the file and what is wrong with it."""
     try:
-        with path.open("rb") as file:
+        with regular.reading(path, BadCheckpoint) as file:
             return _Reader(file, path, path.stat().st_size).header()
     except OSError as problem:
         raise BadCheckpoint(f"{path}: cannot be read: {problem.strerror or problem}") from None

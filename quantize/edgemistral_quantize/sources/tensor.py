@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.errors import BadCheckpoint
+from edgemistral.files import regular
 from edgemistral.files.safetensors import Entry
 
 Strip = NDArray[Any]   # rows of a tensor in the checkpoint's dtype; numpy has no bfloat16: its bits as uint16
@@ -114,7 +115,7 @@ def n_bytes(tensor: Tensor) -> int:
 def read_into(array: NDArray[Any], path: Path, offset: int, what: str) -> None:
     """Fill a contiguous array from a place in a file; `what` begins the message of an error."""
     try:
-        with path.open("rb") as file:
+        with regular.reading(path, BadCheckpoint) as file:
             file.seek(offset)
             n_read = file.readinto(array.data.cast("B"))
     except OSError as problem:
