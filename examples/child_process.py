@@ -3,28 +3,30 @@
 import json
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 
 model = sys.argv[1] if len(sys.argv) > 1 else "demo"
-command = [sys.executable, "-m", "edgemistral", "serve", model, "--port", "0"]       # port 0: any free one
-with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-    url = server.stdout.readline().strip()       # printed once the port is open
-    if not url:
+command = [
+    sys.executable, "-m", "edgemistral", "serve", model,
+    "--port", "0",          # any free one
+    "--announce",           # one line of JSON, once requests are answered
+    "--parent-watch",       # it ends with us, also if we crash: our end of its standard input closes then
+]
+with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    line = server.stdout.readline()
+    if not line:            # it has said why on standard error
         sys.exit("the server did not start")
-    try:
-        while True:                              # the model loads meanwhile
-            try:
-                urllib.request.urlopen(url + "/health").close()
-                break
-            except urllib.error.HTTPError:
-                time.sleep(0.1)
-        body = {"messages": [{"role": "user", "content": "What should I see in Paris?"}], "max_tokens": 40, "seed": 1}
-        request = urllib.request.Request(
-            url + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request) as response:
-            print(json.load(response)["choices"][0]["message"]["content"])
-    finally:
-        server.terminate()
+    told = json.loads(line)
+    messages = [{"role": "user", "content": "What should I see in Paris?"}]
+    request = urllib.request.Request(
+        told["url"] + "/v1/chat/completions",
+        json.dumps({"messages": messages, "max_tokens": 40, "seed": 1, "stream": True}).encode(),
+        {"Content-Type": "application/json", "Authorization": f"Bearer {told['key']}"},
+    )
+    with urllib.request.urlopen(request) as response:
+        for event in response:                                   # server-sent events: lines of "data: {...}"
+            if event.startswith(b"data: {"):
+                choices = json.loads(event[6:])["choices"]
+                print(choices[0]["delta"].get("content") or "" if choices else "", end="", flush=True)
+    print()
+    server.stdin.close()    # the polite way to end it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
               help="Answers that are written at once; each step computes a token of every one.")
 @click.option("--session-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
               help="Keep conversations here whose requests name a session.")
+@click.option("--announce", is_flag=True,
+              help="Print one line of JSON when requests are answered: url, key (made up without --api-key), pid, protocol.")
+@click.option("--parent-watch", is_flag=True, help="End when the parent process dies or closes standard input.")
 @context_option
 @kv_bits_option
 @kv_budget_option
@@ -56,18 +60,25 @@ if TYPE_CHECKING:
 def serve(
     model: str | None, host: str, port: int, context: int | None, kv_bits: str, threads: Threads,
     max_ram: int | None, kv_budget: int | None, no_lookup: bool, on_overflow: OnOverflow, kv_store: Path | None,
-    kv_store_quota: int, **settings: Any,
+    kv_store_quota: int, announce: bool, parent_watch: bool, api_key: str | None, **settings: Any,
 ) -> None:
     """Serve MODEL over HTTP on this computer: a chat page, the OpenAI interface, and the model card's sample JSON.
 
     MODEL is the path of a quantized model, or the word demo (also what no MODEL means). The URL is printed on standard
     output once the port is open; /health tells when the model is loaded. Ctrl-C stops within five seconds.
 
+    An application that runs this as its child process starts it with --port 0 --announce --parent-watch and keeps its
+    standard input open: docs/embedding.md.
+
     \b
     Example:
       edgemistral serve mistral-q4.safetensors
       edgemistral serve mistral-q4.safetensors --host 0.0.0.0 --api-key "$(openssl rand -hex 16)"
     """
+    from edgemistral.child import ParentWatch, announcement
+
+    parent = ParentWatch() if parent_watch else None     # first of all: what follows may take a while
+    key = secrets.token_hex(16) if announce and api_key is None else api_key
     from edgemistral.files.blob import Blob
     from edgemistral.model import load
     from edgemistral.runtime.plan import plan
@@ -75,7 +86,12 @@ def serve(
 
     def listening(url: str) -> None:
         about_demo(model)
-        print(url, flush=True)
+        if not announce:
+            print(url, flush=True)
+
+    def ready(url: str) -> None:
+        if announce:
+            print(announcement(url, key or ""), flush=True)
 
     path = model_path(model, runs=True)
     with compile_notice():
@@ -88,5 +104,5 @@ def serve(
                 on_overflow=on_overflow, kv_store=kv_store, kv_store_quota=kv_store_quota,
             ),
             host, port,
-            listening=listening, **settings,
+            listening=listening, ready=ready, parent=parent, api_key=key, **settings,
         )

@@ -46,12 +46,14 @@ def create_app(
     max_body: int = 4 << 20,
     session_dir: Path | None = None,
     review: Review | None = None,
+    on_load: Callable[[], None] = lambda: None,
     on_failed_load: Callable[[BaseException], None] = lambda error: None,
 ) -> FastAPI:
     """The application for one model, which stays the caller's to close.
 
     model: loaded, or a function that loads it, which is called on a thread when the application starts; until it
-    returns, /health says "loading" and the rest answers 503. on_failed_load: called on that thread if it raises.
+    returns, /health says "loading" and the rest answers 503. on_load: called on that thread when requests are answered;
+    on_failed_load: if it raises.
     api_key: must come with every request but those for the page, /docs and /health. allow_hosts: Host names besides
     those of this computer. allow_origins: origins whose pages may call this, such as "https://app.example.com".
     queue: requests that may wait. parallel: answers that are written at once. max_body: bytes of a request.
@@ -71,7 +73,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         if callable(model):
-            service.load(model, on_failed_load)
+            service.load(model, on_load, on_failed_load)
         yield
         await asyncio.to_thread(service.close)
 

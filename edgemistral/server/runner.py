@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from edgemistral.child import ParentWatch, only_user_of
 from edgemistral.errors import BadRequest, EdgeMistralError
 from edgemistral.model import Model
 from edgemistral.server.app import create_app
@@ -26,6 +27,7 @@ from edgemistral.server.service import Service
 GRACE = 3.0             # for an answer at work to end by itself
 LINGER = 3.5            # for clients to read to the end
 STOP = 4.7              # for all of it
+ORPHAN_STOP = 1.2       # seconds from the parent's death on: nobody reads any more
 HEAD_SECONDS = 10.0     # for the head of a request to arrive
 MAX_CONNECTIONS = 512
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -40,14 +42,17 @@ def serve(
     *,
     insecure: bool = False,
     listening: Callable[[str], None] = lambda url: None,
+    ready: Callable[[str], None] = lambda url: None,
+    parent: ParentWatch | None = None,
     **settings: Any,
 ) -> None:
     """Serve the model that `loader` gives until Ctrl-C or SIGTERM.
 
-    port: 0 takes a free one. listening: called with the URL. settings: as for `create_app`. Main thread only.
-    Raises BadRequest for a host beyond loopback without an API key (unless `insecure`) and for wrong settings,
-    EdgeMistralError when the port cannot be had, and what the loader raises. Ends the process when work is under way
-    that cannot be stopped in time.
+    port: 0 takes a free one. listening: called with the URL. ready: the same, once requests are answered. parent: the server
+    ends with it. settings: as for `create_app`. Main thread only.
+    Raises BadRequest for a host beyond loopback without an API key (unless `insecure`) and for wrong settings, BadInput when
+    another server uses the folder of sessions, EdgeMistralError when the port cannot be had, and what the loader raises.
+    Ends the process when work is under way that cannot be stopped in time.
     """
     if not _is_loopback(host) and not settings.get("api_key") and not insecure:
         raise BadRequest(f"--host {host} lets others in: it needs --api-key (or --insecure)", "host")
@@ -60,12 +65,15 @@ def serve(
         next(model.generate([model.config.bos_id], 1, temperature=0), None)   # compiles, or loads compiled kernels
         return model
 
+    def on_load() -> None:
+        ready(url)
+
     def on_failed_load(error: BaseException) -> None:
         failed.append(error)
         server.should_exit = True
 
     try:
-        app = create_app(load, on_failed_load=on_failed_load, **settings)
+        app = create_app(load, on_load=on_load, on_failed_load=on_failed_load, **settings)
     except ValueError as error:
         raise BadRequest(str(error)) from None
     service: Service = app.state.service
@@ -73,10 +81,13 @@ def serve(
         app, http=_Protocol, ws="none", log_level="error", access_log=False, server_header=False, proxy_headers=False,
         limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=round(STOP),
     )
-    with _listen(host, port) as listener:
+    with only_user_of(settings.get("session_dir")), _listen(host, port) as listener:
+        url = _url(host, listener.getsockname()[1])
         server = _Server(config, service)
+        if parent is not None:
+            parent.on_gone = server.orphan
         with server.handling_signals():
-            listening(_url(host, listener.getsockname()[1]))
+            listening(url)
             server.run(sockets=[listener])
             if not failed and (not service.close(timeout=0.0) or service.loading):
                 _exit()   # a thread is inside a long chunk, or loads: a regular exit would take away what it uses
@@ -98,8 +109,20 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
-        self._last_resort = threading.Timer(STOP, _exit)   # threads that tokenize or compile a grammar cannot be stopped
-        self._last_resort.daemon = True
+        self._grace = GRACE
+        self._last_resort = self._exit_in(STOP)   # threads that tokenize or compile a grammar cannot be stopped
+
+    @staticmethod
+    def _exit_in(seconds: float) -> threading.Timer:
+        timer = threading.Timer(seconds, _exit)
+        timer.daemon = True
+        return timer
+
+    def orphan(self) -> None:
+        """Stop at once, on whatever thread this is called."""
+        self._grace = 0.0
+        self._exit_in(ORPHAN_STOP).start()
+        self.should_exit = True
 
     @contextlib.contextmanager
     def handling_signals(self) -> Iterator[None]:
@@ -126,8 +149,8 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._last_resort.start()
-        self._service.shut_down(grace=GRACE)
-        asyncio.get_running_loop().call_later(LINGER, self._hang_up)
+        self._service.shut_down(grace=self._grace)
+        asyncio.get_running_loop().call_later(LINGER if self._grace else 0.0, self._hang_up)
         await super().shutdown(sockets)
 
     def _hang_up(self) -> None:

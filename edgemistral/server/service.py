@@ -115,12 +115,15 @@ class Service:
     def reviewed(self) -> bool:
         return self._review is not None
 
-    def load(self, loader: Callable[[], Model], failed: Callable[[BaseException], None]) -> None:
-        """Load the model on a thread of its own; `failed` is called there if it cannot be."""
+    def load(
+        self, loader: Callable[[], Model], loaded: Callable[[], None], failed: Callable[[BaseException], None]
+    ) -> None:
+        """Load the model on a thread of its own; `loaded` is called there when it is, `failed` if it cannot be."""
         def work() -> None:
             try:
                 model = loader()
                 self.name, self._model = model_name(model), model
+                loaded()
             except BaseException as problem:
                 failed(problem)
 
