@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from edgemistral.demo import checkpoint_dir, demo_model
@@ -12,11 +15,28 @@ from edgemistral.model import load
 from edgemistral.paths import cache_dir
 
 
-def warm_up() -> Path:
+@contextlib.contextmanager
+def _cache_in(folder: Path) -> Iterator[None]:
+    """Let the cache be in another folder for a while."""
+    before = os.environ.get("EDGEMISTRAL_CACHE")
+    os.environ["EDGEMISTRAL_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["EDGEMISTRAL_CACHE"]
+        if before is not None:
+            os.environ["EDGEMISTRAL_CACHE"] = before
+
+
+def warm_up(into: Path | None = None) -> Path:
     """Compile all kernels for this processor and make the demo model; returns the folder where they are kept.
 
+    into: a folder to put them, in place of the user's cache, for an application that is to be frozen with them.
     Half a minute the first time, a second when everything is there. Raises BadInput when the folder cannot be written.
     """
+    if into is not None:
+        with _cache_in(into):
+            return warm_up()
     from edgemistral_quantize import quantize
 
     blob = demo_model()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from edgemistral.cli.errors import Command
@@ -10,7 +12,9 @@ from edgemistral.terminal import compile_notice
 
 
 @click.command(cls=Command)
-def warmup() -> None:
+@click.option("--into", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+              help="Put them here, for an application that is frozen with them (docs/embedding.md).")
+def warmup(into: Path | None) -> None:
     """Compile for this processor and make the demo model now, so that no later command has to.
 
     Both are kept in the user's cache folder, or in the one that EDGEMISTRAL_CACHE names.
@@ -23,5 +27,5 @@ def warmup() -> None:
 
     compile_ahead()
     with compile_notice():
-        folder = warm_up()
+        folder = warm_up(into)
     click.echo(f"{folder}: ready")

@@ -12,7 +12,7 @@ from pathlib import Path
 import edgemistral
 from edgemistral.errors import BadBlob, BadInput
 from edgemistral.files.blob import Blob
-from edgemistral.paths import cache_dir
+from edgemistral.paths import bundled_dir, cache_dir
 
 REVISION = 3     # counts changes of the quantizer between releases, so that no older file in a cache is taken for its work
 HEAD = 1 << 16   # bytes of weights that tell one training from another: header and first embeddings
@@ -35,8 +35,10 @@ def demo_model() -> Path:
     with (source / "model.safetensors").open("rb") as file:
         training = hashlib.sha256(file.read(HEAD)).hexdigest()[:8]
     blob = cache_dir() / f"demo-{edgemistral.__version__}-{REVISION}-{training}.safetensors"
-    if _is_blob(blob):
-        return blob
+    bundled = bundled_dir()
+    for made in (blob, *([bundled / blob.name] if bundled is not None else [])):
+        if _is_blob(made):
+            return made
     from edgemistral_quantize import quantize  # only when there is something to make: it loads numba
 
     try:

@@ -35,7 +35,7 @@ from numba.core.compiler import CompileResult
 
 from edgemistral.kernels import parts
 from edgemistral.kernels.lowering import choose, interpreted, prefetch_ahead
-from edgemistral.paths import cache_dir
+from edgemistral.paths import bundled_dir, cache_dir
 
 # Without the wrapper for C, of which LLVM would make a second copy of every function.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
@@ -134,6 +134,11 @@ def _environment() -> str:
     return parts.digest_of(*sources, *versions, type(choose()).__name__, *prefetch_ahead())
 
 
+def _source_file(function: Callable[..., Any]) -> Path:
+    """Where a function's source is. A frozen application's modules have the names of compiled files beside it."""
+    return Path(inspect.getfile(sys.modules[function.__module__])).with_suffix(".py")
+
+
 class _DiskCache(caching._Cache):
     """One file for every overload of one function: a checksum, then the pickled compile result."""
 
@@ -141,7 +146,7 @@ class _DiskCache(caching._Cache):
         if function.__closure__:
             raise TypeError(f"{function.__qualname__} takes values from around it, which the key of its cached code lacks")
         self._name = function.__name__
-        source = getattr(function, "__unrolled_source__", None) or Path(inspect.getfile(function)).read_bytes()
+        source = getattr(function, "__unrolled_source__", None) or _source_file(function).read_bytes()
         self._key = parts.digest_of(_environment(), function.__module__, function.__qualname__, source)
         self._enabled = True
 
@@ -149,21 +154,29 @@ class _DiskCache(caching._Cache):
     def cache_path(self) -> str:
         return str(cache_dir() / "kernels")
 
-    def _path(self, signature: object, codegen: Any) -> Path:
-        key = parts.digest_of(self._key, signature, codegen.magic_tuple())
-        return Path(self.cache_path) / f"{self._name}-{key}.kernel"
+    def _file_name(self, signature: object, codegen: Any) -> str:
+        return f"{self._name}-{parts.digest_of(self._key, signature, codegen.magic_tuple())}.kernel"
+
+    def _read(self, signature: object, codegen: Any) -> bytes:
+        """The pickled result for a signature: from the cache, or from what was put into the bundle of a frozen application."""
+        if not self._enabled:
+            return b""
+        name, bundled = self._file_name(signature, codegen), bundled_dir()
+        for folder in (Path(self.cache_path), *([bundled / "kernels"] if bundled is not None else [])):
+            data = b""
+            with contextlib.suppress(OSError):
+                data = (folder / name).read_bytes()
+            if data[:32] == hashlib.sha256(data[32:]).digest():
+                return data[32:]
+        return b""
 
     def holds(self, signature: object, target_context: Any) -> bool:
-        return self._enabled and self._path(signature, target_context.codegen()).exists()
+        return bool(self._read(signature, target_context.codegen()))
 
     def load_overload(self, sig: object, target_context: Any) -> Any:
         target_context.refresh()
-        data = b""
-        if self._enabled:
-            with contextlib.suppress(OSError):
-                data = self._path(sig, target_context.codegen()).read_bytes()
-        if data[:32] == hashlib.sha256(data[32:]).digest():
-            return CompileResult._rebuild(target_context, *pickle.loads(data[32:]))
+        if data := self._read(sig, target_context.codegen()):
+            return CompileResult._rebuild(target_context, *pickle.loads(data))
         if on_compile is not None:
             on_compile(self._name)
         return None
@@ -173,7 +186,8 @@ class _DiskCache(caching._Cache):
             on_compiled()
         if not self._enabled:
             return
-        path, body = self._path(sig, data.codegen), pickle.dumps(data._reduce(), protocol=pickle.HIGHEST_PROTOCOL)
+        path = Path(self.cache_path) / self._file_name(sig, data.codegen)
+        body = pickle.dumps(data._reduce(), protocol=pickle.HIGHEST_PROTOCOL)
         with contextlib.suppress(OSError):          # a full disk or a read-only home costs the next start its time, no more
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")

@@ -34,6 +34,8 @@ STRIP_BYTES = 1 << 24   # of rows as float32: large enough to keep all threads b
 STRIPS_IN_WORK = 8      # strips' worth of memory at any time: two being read and widened, one being quantized, copies
 WINDOWS_AT_ONCE = 8     # most windows of calibration that pass a layer together: it is read anew for the next ones
 
+Progress = Callable[[int, int], object]
+
 LOSS = {8: "little", 4: "much"}
 
 T = TypeVar("T")
@@ -49,7 +51,7 @@ def quantize(
     max_ram: int = 2 << 30,
     resume: bool = False,
     force: bool = False,
-    progress: bool = True,
+    progress: bool | Progress = True,
     calibrate: str = "fast",
     calibration_text: str | os.PathLike[str] | None = None,
     chat_template: str | os.PathLike[str] | None = None,
@@ -73,7 +75,9 @@ def quantize(
     an existing DST.
 
     chat_template: a file with the Jinja template to use instead of the checkpoint's own. lora: the folder of a PEFT
-    adapter that is merged into the weights. `notice` is called with one line about what the user should know.
+    adapter that is merged into the weights. `progress`: a bar on the terminal, or a function that is called as
+    progress(done, total), in bytes, now and then and from any thread; what it raises ends the work. `notice` is called
+    with one line about what the user should know.
 
     Raises BadConfig and BadCheckpoint when the checkpoint cannot be used (before anything is written, but for a NaN, an
     infinity or an unreadable file in the middle), BadInput for everything about DST and the arguments, a full disk too.
@@ -106,7 +110,7 @@ def quantized_twice(types: str, source_bits: float, bits: int) -> str:
 
 def convert(
     checkpoint: Checkpoint, dst: Path, recipe: Recipe, calibration: Calibration | None, max_ram: int, resume: bool = False,
-    force: bool = False, progress: bool = True,
+    force: bool = False, progress: bool | Progress = True,
 ) -> Path:
     """`quantize` behind the reading of its arguments: for tokens that come from elsewhere."""
     if dst.exists() and any(dst.samefile(file) for file in checkpoint.files):
@@ -124,16 +128,17 @@ def convert(
         ) as writer,
         tqdm(
             total=checkpoint.n_bytes * (1 + rounds), desc=dst.name, unit="B", unit_scale=True, unit_divisor=1024,
-            disable=None if progress else True,   # None: only where a terminal shows it
+            disable=None if progress is True else True,   # None: only where a terminal shows it
         ) as bar,
         # Threads are ours, each with its own products: so sums have one order, and no idle worker of BLAS spins.
         threadpool_limits(1, user_api="blas"),
         contextlib.ExitStack() as stack,
     ):
-        conversion = _Conversion(checkpoint, writer, strip_bytes, bar.update)
+        update = _telling(progress, checkpoint.n_bytes * (1 + rounds)) if callable(progress) else bar.update
+        conversion = _Conversion(checkpoint, writer, strip_bytes, update)
         states = None
         if calibration is not None:
-            states = CalibrationPass(checkpoint, calibration.windows, at_once, strip_bytes, bar.update)
+            states = CalibrationPass(checkpoint, calibration.windows, at_once, strip_bytes, update)
             stack.callback(states.close)
         changes, moments = _NO_CHANGES, None
         for spec in writer.tensors.values():
@@ -153,6 +158,20 @@ def convert(
             elif spec.name not in in_matrices:
                 conversion.write_plain(spec, changes.norms.get(part))
         return writer.finish()
+
+
+def _telling(progress: Progress, total: int) -> Callable[[int], object]:
+    """A function that counts bytes and tells how far it is, at every hundredth part."""
+    done = told = 0
+
+    def update(n: int) -> None:
+        nonlocal done, told
+        done += n
+        if done * 100 // total > told:
+            told = done * 100 // total
+            progress(min(done, total), total)
+
+    return update
 
 
 def _share_memory(

@@ -1,0 +1,33 @@
+"""PyInstaller's hook for edgemistral: what a frozen application needs and PyInstaller cannot see.
+
+* Kernels are compiled on the user's machine from their sources, so these lie in the bundle beside the compiled modules.
+* The demo model's checkpoint, the server's pages and the calibration texts are data.
+* Much is imported when it is first used.
+* `edgemistral warmup --into DIR`, then EDGEMISTRAL_BUNDLE=DIR pyinstaller ...: compiled kernels and the demo model, too.
+"""
+
+import os
+from pathlib import Path
+
+from PyInstaller.utils.hooks import collect_data_files, collect_dynamic_libs, collect_submodules
+
+from edgemistral.demo import checkpoint_dir
+from edgemistral.paths import BUNDLED
+
+hiddenimports = [
+    name for package in ("edgemistral", "edgemistral_quantize")
+    for name in collect_submodules(package, lambda name: "frozen" not in name, on_error="ignore")
+]
+excludedimports = ["torch", "transformers", "matplotlib", "IPython"]      # what libraries use if they find it
+module_collection_mode = {"edgemistral": "pyz+py", "edgemistral_quantize": "pyz+py"}
+datas = [
+    *collect_data_files("edgemistral"),
+    *collect_data_files("edgemistral_quantize"),
+    *((str(path), "edgemistral/demo/checkpoint") for path in checkpoint_dir().iterdir() if path.suffix != ".png"),
+]
+binaries = collect_dynamic_libs("llvmlite")
+
+if bundle := os.environ.get("EDGEMISTRAL_BUNDLE"):
+    if not (Path(bundle) / "kernels").is_dir():
+        raise SystemExit(f"EDGEMISTRAL_BUNDLE is {bundle}, which holds no kernels: edgemistral warmup --into {bundle}")
+    datas.append((bundle, f"edgemistral/{BUNDLED}"))
