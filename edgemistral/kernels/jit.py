@@ -14,14 +14,9 @@ aside and renamed.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
-import inspect
-import os
 import pickle
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -33,9 +28,9 @@ import numpy as np
 from numba.core import caching
 from numba.core.compiler import CompileResult
 
-from edgemistral.kernels import parts
+from edgemistral.kernels import parts, stored
 from edgemistral.kernels.lowering import choose, interpreted, prefetch_ahead
-from edgemistral.paths import bundled_dir, cache_dir
+from edgemistral.kernels.unroll import source_file
 
 # Without the wrapper for C, of which LLVM would make a second copy of every function.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
@@ -131,12 +126,7 @@ def _environment() -> str:
     here = Path(__file__).parent
     sources = [path.read_bytes() for path in (*sorted(here.glob("*.py")), here.parent / "files" / "layout.py")]
     versions = sys.implementation.cache_tag, numba.__version__, llvmlite.__version__, llvmlite.binding.llvm_version_info
-    return parts.digest_of(*sources, *versions, type(choose()).__name__, *prefetch_ahead())
-
-
-def _source_file(function: Callable[..., Any]) -> Path:
-    """Where a function's source is. A frozen application's modules have the names of compiled files beside it."""
-    return Path(inspect.getfile(sys.modules[function.__module__])).with_suffix(".py")
+    return stored.digest_of(*sources, *versions, type(choose()).__name__, *prefetch_ahead())
 
 
 class _DiskCache(caching._Cache):
@@ -146,36 +136,26 @@ class _DiskCache(caching._Cache):
         if function.__closure__:
             raise TypeError(f"{function.__qualname__} takes values from around it, which the key of its cached code lacks")
         self._name = function.__name__
-        source = getattr(function, "__unrolled_source__", None) or _source_file(function).read_bytes()
-        self._key = parts.digest_of(_environment(), function.__module__, function.__qualname__, source)
+        source = getattr(function, "__unrolled_source__", None) or source_file(function).read_bytes()
+        self._key = stored.digest_of(_environment(), function.__module__, function.__qualname__, source)
         self._enabled = True
 
     @property
     def cache_path(self) -> str:
-        return str(cache_dir() / "kernels")
+        return str(stored.folder())
 
     def _file_name(self, signature: object, codegen: Any) -> str:
-        return f"{self._name}-{parts.digest_of(self._key, signature, codegen.magic_tuple())}.kernel"
+        return f"{self._name}-{stored.digest_of(self._key, signature, codegen.magic_tuple())}.kernel"
 
-    def _read(self, signature: object, codegen: Any) -> bytes:
-        """The pickled result for a signature: from the cache, or from what was put into the bundle of a frozen application."""
-        if not self._enabled:
-            return b""
-        name, bundled = self._file_name(signature, codegen), bundled_dir()
-        for folder in (Path(self.cache_path), *([bundled / "kernels"] if bundled is not None else [])):
-            data = b""
-            with contextlib.suppress(OSError):
-                data = (folder / name).read_bytes()
-            if data[:32] == hashlib.sha256(data[32:]).digest():
-                return data[32:]
-        return b""
+    def _read(self, signature: object, target_context: Any) -> bytes:
+        return stored.read(self._file_name(signature, target_context.codegen())) if self._enabled else b""
 
     def holds(self, signature: object, target_context: Any) -> bool:
-        return bool(self._read(signature, target_context.codegen()))
+        return bool(self._read(signature, target_context))
 
     def load_overload(self, sig: object, target_context: Any) -> Any:
-        target_context.refresh()
-        if data := self._read(sig, target_context.codegen()):
+        if data := self._read(sig, target_context):
+            # Without target_context.refresh(): it imports what compiling needs, for 0.3 s. Compiling calls it itself.
             return CompileResult._rebuild(target_context, *pickle.loads(data))
         if on_compile is not None:
             on_compile(self._name)
@@ -184,20 +164,9 @@ class _DiskCache(caching._Cache):
     def save_overload(self, sig: object, data: Any) -> None:
         if on_compiled is not None:
             on_compiled()
-        if not self._enabled:
-            return
-        path = Path(self.cache_path) / self._file_name(sig, data.codegen)
-        body = pickle.dumps(data._reduce(), protocol=pickle.HIGHEST_PROTOCOL)
-        with contextlib.suppress(OSError):          # a full disk or a read-only home costs the next start its time, no more
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(hashlib.sha256(body).digest() + body)
-                Path(partial).replace(path)
-            except OSError:
-                Path(partial).unlink()
-                raise
+        if self._enabled:
+            body = pickle.dumps(data._reduce(), protocol=pickle.HIGHEST_PROTOCOL)
+            stored.write(self._file_name(sig, data.codegen), body)
 
     def enable(self) -> None:
         self._enabled = True

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import hashlib
 import os
 import pickle
 import time
@@ -28,10 +27,7 @@ from numba.core.compiler import CompileResult
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
-
-def digest_of(*parts: object) -> str:
-    """A short hexadecimal name for the `str` of all parts."""
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
+from edgemistral.kernels.stored import digest_of
 
 
 # ---- no machine code but the entry's -------------------------------------------------------------------------------------
