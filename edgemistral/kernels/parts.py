@@ -29,7 +29,6 @@ from numba.core.registry import cpu_target
 
 from edgemistral.kernels.stored import digest_of
 
-
 # ---- no machine code but the entry's -------------------------------------------------------------------------------------
 
 class _Library(JITCodeLibrary):
