@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint coverage docs bench clean
+.PHONY: demo test test-slow lint coverage docs site bench clean
 
 demo: $(VENV)/.installed  ## quantize the demo model, ask it something, and how to go on
 	$(BIN)/python -m training.show_demo
@@ -24,6 +24,9 @@ coverage: $(VENV)/.installed-test  ## which lines and branches the fast tests re
 docs: $(VENV)/.installed-test  ## docs/help.md, after an option has changed
 	$(BIN)/python -m docs.make_help
 
+site: $(VENV)/.installed-docs  ## the documents as web pages, in site/; broken links are errors
+	$(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.installed-bench $(VENV)-avx2/.installed  ## all figures of bench/RESULTS.md and bench/results/
 	$(BIN)/python -m bench.run_all --avx2 $(VENV)-avx2/bin/python \
 		$(or $(WORK),$(error WORK names a folder with 40 GB free for large files: make bench WORK=folder))
@@ -40,6 +43,10 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
 	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install -q -e '.[docs]'
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/bin/python pyproject.toml

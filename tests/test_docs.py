@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,49 @@ def test_the_readme_is_short_and_its_speeds_are_measured():
         summary = json.loads((ROOT / "bench" / "results" / folder / "peers_q4.json").read_text())["summary"]
         cells = [f"{s['ours']:.1f} | {s['theirs']:.1f} | {s['ratio']:.2f} x" for s in (summary["decode"], summary["prefill"])]
         assert f"| {name} | {' | '.join(cells)} |" in text
+
+
+def test_the_readme_has_its_order_and_its_picture():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.*)", text, re.M) == [
+        "Install", "Three commands", "What you can rely on", "What it reads", "Where it runs", "How fast", "From Python",
+        "The server", "More",
+    ]
+    assert text.index("](docs/chat.png)") < text.index("## Install")
+    assert (ROOT / "docs" / "chat.png").stat().st_size < 200_000
+
+
+def test_every_page_can_be_reached():
+    """In the menu of the site, or from the list of decisions."""
+    menu = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert {name for name in menu if "/" not in name} == pages, "list it in mkdocs.yml"
+    for name in menu:
+        assert (ROOT / "docs" / name).exists(), name
+
+
+def test_commands_in_the_documents_exist():
+    """Each `edgemistral COMMAND --option` of README and docs/."""
+    from edgemistral.cli import main
+
+    named = 0
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        if path.name != "help.md":
+            text = path.read_text(encoding="utf-8")
+            for line in re.findall(r"^ *edgemistral (.+)$|`edgemistral ([^`]+)`", text, re.M):
+                words = "".join(line).split("#")[0].split()
+                command = main.commands[words[0]]
+                options = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+                assert {word for word in words if word.startswith("--")} <= options, line
+                named += 1
+    assert named > 15
+
+
+def test_the_site_has_no_broken_links(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("material")
+    pytest.importorskip("mkdocstrings")
+    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Map a blob and make ready to run it" in (tmp_path / "python" / "index.html").read_text("utf-8")
