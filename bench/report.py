@@ -92,6 +92,8 @@ def _startup(r: Results) -> list[str]:
         ("first run ever of a blob: kernels are compiled", f"{r['first_run_seconds']:.1f}"),
         ("first run ever of the demo: quantizer and kernels are compiled, the model is made",
          f"{r['first_demo_seconds']:.1f}"),
+        *([("`edgemistral warmup` with an empty cache: everything is compiled", f"{r['warm_up_seconds']:.1f}")]
+          if "warm_up_seconds" in r else []),
     ])
 
 
