@@ -30,7 +30,7 @@ def numbers(text: str) -> tuple[int, ...]:
 @model_argument
 @click.option("--prompts", type=numbers, default="512", show_default=True, help="Sizes of prompts to read, in tokens.")
 @click.option("--depths", type=numbers, default="0", show_default=True, help="Positions the cache holds before.")
-@click.option("--rounds", type=click.IntRange(1, 1000), default=5, show_default=True, help="Medians are over so many.")
+@click.option("--rounds", type=click.IntRange(1, 1000), default=5, show_default=True, help="Rounds to take medians over.")
 @kv_bits_option
 @threads_option
 @json_flag
