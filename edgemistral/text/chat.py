@@ -10,7 +10,7 @@ its weights were trained on:
             <s> [INST] {user} [/INST] {assistant} </s> [INST] {user} [/INST] ...
             a system text and a blank line stand before the last user text; assistant texts lose their trailing spaces
             tools, calls and results have a place (text/mistral_tools.py)
-    v7 ...  Mistral's models with a tekken.json since Small 3: as v3, but a system text has a block of its own
+    v7 ...  Mistral's models with a tekken.json since Small 3: as v3, but each system text has a block of its own
             <s> [SYSTEM_PROMPT] {system} [/SYSTEM_PROMPT] [INST] {user} [/INST] {assistant} </s> ...
 
 Any other checkpoint brings its own, a Jinja template. It is rendered as transformers renders it, in jinja2's immutable sandbox.
@@ -20,6 +20,7 @@ replaced by a private-use character that occurs nowhere, and given back when the
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import traceback
@@ -82,10 +83,13 @@ class MistralTemplate:
         last_user = max(i for i, (role, _) in enumerate(turns) if role == "user")
         system_at = last_user if tokenizer.inst_ids else 0
         ids = [tokenizer.bos_id or 0]
-        if self._system_block and system:
-            control = {text: token_id for token_id, text in tokenizer.control.items()}
-            ids += [control["[SYSTEM_PROMPT]"], *tokenizer.encode(system), control["[/SYSTEM_PROMPT]"]]
-            system = ""
+        if self._system_block:
+            control, system = {text: token_id for token_id, text in tokenizer.control.items()}, ""
+            blocks = list(itertools.takewhile(lambda message: message["role"] in ("system", "developer"), messages))
+            for block in blocks:
+                ids += [control["[SYSTEM_PROMPT]"], *tokenizer.encode(block["content"]), control["[/SYSTEM_PROMPT]"]]
+            if len(blocks) == len(messages) or messages[len(blocks)]["role"] != "user":
+                turns = turns[1:]      # the empty turn of a user's that the older templates need
         for i, (role, text) in enumerate(turns):
             if role == "user":
                 ids += self._user_turn(tokenizer, system + BLANK_LINE + text if system and i == system_at else text)

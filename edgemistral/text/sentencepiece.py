@@ -61,7 +61,8 @@ class SentencePieceTokenizer(Tokenizer):
         self._legacy = legacy
         begin, end = (self._model.piece_to_id(piece) for piece in ("[INST]", "[/INST]"))
         self.inst_ids = (begin, end) if self._model.is_control(begin) and self._model.is_control(end) else None
-        own: ChatTemplate = MistralTemplate(self.control.values())
+        system = self._model.piece_to_id("[SYSTEM_PROMPT]")
+        own: ChatTemplate = MistralTemplate(self.control.values(), 7 if self._model.is_control(system) else None)
         self.chat = chat or own
         self.answers_begin_with_space = isinstance(self.chat, MistralTemplate)
 

@@ -17,7 +17,7 @@ from edgemistral.text.spec import TextSpec
 from edgemistral.text.tokenizer import Tokenizer
 from edgemistral_quantize import tekken
 
-SENTENCEPIECE = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
+SENTENCEPIECE = ("tokenizer.model", *(f"tokenizer.model.{version}" for version in ("v7m1", "v7", "v3", "v2", "v1")))
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 MAX_TEMPLATE = 1 << 18     # characters

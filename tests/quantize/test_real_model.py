@@ -116,6 +116,13 @@ def ask_llama_cpp(gguf_file: Path, **questions: list[Any]) -> dict[str, list[lis
     return answers
 
 
+@pytest.fixture(scope="module")
+def their_answers(tokenizer: Tokenizer, gguf_file: Path) -> list[list[int]]:
+    """llama.cpp's first tokens for each question."""
+    prompts = [tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
+    return ask_llama_cpp(gguf_file, prompts=prompts)["prompts"]
+
+
 def varied_texts(special: list[str], n: int = 500) -> list[str]:
     """Scripts, emoji, code, runs of white space, digits, texts of control tokens; alone and run together."""
     rng = random.Random(16)
@@ -155,12 +162,11 @@ def test_it_knows_the_capital_of_france(model: edgemistral.Model) -> None:
     assert "Paris" in answer
 
 
-def test_most_greedy_answers_begin_as_those_of_llama_cpp(model: edgemistral.Model, gguf_file: Path) -> None:
+def test_most_greedy_answers_begin_as_those_of_llama_cpp(model: edgemistral.Model, their_answers: list[list[int]]) -> None:
     """Most, not all: both programs round activations, each in its own way. Without any rounding 43 of these 60 agree."""
     prompts = [model.tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
-    theirs = ask_llama_cpp(gguf_file, prompts=prompts)["prompts"]
     ours = [list(model.generate(prompt, max_new_tokens=TOKENS, temperature=0.0)) for prompt in prompts]
-    equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    equal = sum(a == b for a, b in zip(ours, their_answers, strict=True))
     print(f"\n{equal} of {len(QUESTIONS)} answers agree in their first {TOKENS} tokens")
     assert equal > len(QUESTIONS) // 2
 

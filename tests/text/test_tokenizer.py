@@ -26,6 +26,7 @@ MODELS = {
     "v1": "tokenizer.model.v1",   # Mistral-7B v0.1 and v0.2
     "v2": "mistral_instruct_tokenizer_240216.model.v2",
     "v3": "mistral_instruct_tokenizer_240323.model.v3",   # Mistral-7B v0.3
+    "v7": "mistral_instruct_tokenizer_241114.model.v7",
 }
 PARIS = [
     {"role": "user", "content": "I am going to Paris, what should I see?"},
