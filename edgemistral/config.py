@@ -140,6 +140,10 @@ class ModelConfig:
         is_llama = _hf_architecture(fields) == "llama"
         _refuse_unless(fields, "hidden_act", "silu")
         _refuse_quantized(fields)
+        kinds = fields.get("layer_types")
+        if isinstance(kinds, list) and any(kind != kinds[0] for kind in kinds):
+            raise BadConfig(f"layer_types mixes {' and '.join(sorted({str(kind)[:40] for kind in kinds}))}; supported are "
+                            "models whose layers are all alike")
         for name in ("attention_bias", "mlp_bias"):
             if fields.get(name):
                 raise BadConfig(f"{name} is {str(fields[name])[:80]}; supported are models without biases")

@@ -59,6 +59,15 @@ def describe_text(start: bytes) -> str | None:
     return what
 
 
+def describe_file(path: Path) -> str | None:
+    """`describe` of the beginning of a file; None too where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return describe(file.read(SNIFFED))
+    except OSError:
+        return None
+
+
 def refuse_other_files(path: Path, error: type[BadInput]) -> None:
     """Raise `error` for a file that is certainly something else than its name says, or a link to nothing."""
     if path.is_symlink() and not path.exists():

@@ -48,12 +48,19 @@ class BPETokenizer(Tokenizer):
 
         try:
             fields = json.loads(data)
+            kind = fields["model"].get("type", "BPE")
+            if kind != "BPE":
+                raise BadInput(f"a model of type {kind!r:.20}; supported is BPE")
             known = {int(t["id"]): (str(t["content"]), bool(t["special"])) for t in fields.get("added_tokens") or []}
             whole = Library.from_str(json.dumps(fields))
             self._plain = Library.from_str(json.dumps(_without_markup(fields)))
         except Exception as error:     # the library raises bare Exceptions
             raise BadInput(f"{name} is no tokenizer.json: {' '.join(str(error).split())[:120]}") from None
         self._ids: dict[str, int] = whole.get_vocab(with_added_tokens=True)
+        if vocab_size is not None:     # added tokens without a row in the embeddings
+            beyond = {text for token_id, (text, _) in known.items() if token_id >= vocab_size}
+            known = {token_id: token for token_id, token in known.items() if token_id < vocab_size}
+            self._ids = {piece: token_id for piece, token_id in self._ids.items() if piece not in beyond}
         pieces = {token_id: piece for piece, token_id in self._ids.items()}
         added = {**known, **{i: t for i, t in (added or {}).items() if i not in pieces or i in known}}
         for token_id, (text, _) in added.items():

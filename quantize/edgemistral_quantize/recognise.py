@@ -6,6 +6,7 @@ that can be read; `already_quantized` tells by tensors who quantized them.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from edgemistral.files.sniff import SNIFFED, describe
 
 CONFIGS = ("config.json", "params.json")
 ADAPTER_CONFIG = "adapter_config.json"
+NUMBERED = re.compile(r"(.*-)(\d{1,6})-of-(\d{1,6})(\..*)")
 SPECIAL = re.compile(r"(consolidated|adapter_model|lora).*\.safetensors")   # not weights in Hugging Face layout
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".download", ".tmp", ".aria2__temp")
 PICKLES = (".bin", ".pth", ".pt", ".pkl", ".ckpt")
@@ -27,6 +29,7 @@ OTHERS = {
     " read", ".mlmodel": "a Core ML file, which is not read", ".tflite": "a TensorFlow Lite file, which is not read",
     ".xml": "an OpenVINO model, which is not read", ".engine": "a TensorRT engine, which is not read",
 }
+IN_FOLDERS = {".safetensors": "give that folder", ".distcp": "a part that FSDP wrote; accelerate merge-weights joins them"}
 QUANTIZED_BY = (   # a pattern of tensor names that only this method has
     (r"\.(weight_packed|weight_zero_point)$", "compressed-tensors"),
     (r"\.(qweight|qzeros|g_idx)$", "GPTQ or AWQ"),
@@ -52,7 +55,7 @@ def locate(source: Path) -> Path:
         raise BadCheckpoint(f"{source}: a link to a file that is not there; is the download complete?")
     if not source.exists():
         name = not source.is_absolute() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not source.parent.exists()
-        hint = "; nothing is downloaded here: give the folder that holds the model" if name else ""
+        hint = "; nothing is downloaded here: give the folder that holds the model" if name else _similar(source)
         raise BadCheckpoint(f"{source}: no such directory or file{hint}")
     if source.is_file():
         return _check_file(source)
@@ -68,6 +71,16 @@ def locate(source: Path) -> Path:
             return _snapshot(source / cached[0])
         raise BadCheckpoint(f"{source}: a cache of {len(cached)} models; give the folder of one, as {cached[0]}")
     return source
+
+
+def _similar(missing: Path) -> str:
+    """The end of a message: what is there under nearly the same name."""
+    try:
+        names = [path.name for path in missing.parent.iterdir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(missing.name, names, 1, 0.8)
+    return f"; {close[0]} is there" if close else ""
 
 
 def _check_file(path: Path) -> Path:
@@ -131,6 +144,7 @@ def unfinished(folder: Path) -> str:
 def instead_of_weights(folder: Path) -> str:
     """The end of a message about a folder without a config or without weights: what it holds instead."""
     names = [path.name for path in visible(folder)]
+    configs = [name for name in names if name in CONFIGS]
     if ADAPTER_CONFIG in names or any(name.startswith("adapter_model.") for name in names):
         return f": this is a LoRA adapter{_base_of(folder)}; use quantize BASE DST --lora {folder}"
     if hint := unfinished(folder):
@@ -142,11 +156,25 @@ def instead_of_weights(folder: Path) -> str:
     pickles = [name for name in names if name.endswith(PICKLES) and not name.startswith(("training_args", "optimizer"))]
     if pickles:
         return f"; {pickles[0]} has a format that is not read (a pickle, which can run code): get the safetensors files"
-    if not any(name in names for name in CONFIGS):
+    if "zero_to_fp32.py" in names:
+        return "; DeepSpeed's own parts are there: run its zero_to_fp32.py, which makes safetensors files of them"
+    if not configs:
+        if renamed := next((name for name in names if re.fullmatch(r"(config|params)( ?\(\d+\))?\.json(\.\w+)?", name)), None):
+            return f"; {renamed} is there: rename it"
         inner = [path.name for path in visible(folder) if path.is_dir() and any((path / c).is_file() for c in CONFIGS)]
         if inner:
             return f"; its folder {inner[0]} has one: give that"
-    return ""
+        return ""
+    weights = next((name for name in names if name.lower().endswith(".safetensors")), None)
+    if weights is not None:     # in the other layout than the config
+        other = next(name for name in CONFIGS if name not in configs)
+        return f"; {weights} belongs to the layout with {other}, which is not there" if len(configs) == 1 else ""
+    for inner_folder in (path for path in visible(folder) if path.is_dir()):
+        for path in visible(inner_folder):
+            if path.name.endswith((*OTHERS, *PICKLES, *IN_FOLDERS)):
+                what = IN_FOLDERS.get(path.suffix, "a format that is not read; get the safetensors files")
+                return f"; its folder {inner_folder.name} has {path.name}: {what}"
+    return "; is the download complete?"
 
 
 def _base_of(folder: Path) -> str:
@@ -175,7 +203,7 @@ def numbered_gap(paths: list[Path]) -> str | None:
     """The first name that is missing of files ...-00001-of-0000N..., or what else is wrong with their numbers."""
     groups: dict[tuple[str, str, str], dict[int, Path]] = {}
     for path in paths:
-        if match := re.fullmatch(r"(.*-)(\d{1,6})-of-(\d{1,6})(\..*)", path.name):
+        if match := NUMBERED.fullmatch(path.name):
             stem, number, total, end = match.groups()
             groups.setdefault((stem, total, end), {})[int(number)] = path
     for (stem, total, end), found in groups.items():

@@ -111,6 +111,30 @@ def read_text_files(directory: Path, config: Mapping[str, Any], chat_template: P
     return TextFiles(spec, data, path, tokenizer.bos_id, eos_id)
 
 
+def within_vocabulary(text: TextFiles, vocab_size: int) -> TextSpec:
+    """The spec without added tokens for which the embeddings have no row: a model whose tokenizer grew and whose embeddings
+    did not can neither read nor write them. BadCheckpoint: its template does, or an end of turn is outside the vocabulary.
+    """
+    spec, where = text.spec, text.path.parent
+    added = {token_id: content for token_id, content, _ in spec.added}
+    if spec.kind == "tokenizers":
+        added |= {token_id: content for content, token_id in _vocabulary(text.data).items()}
+    beyond = {token_id: content for token_id, content in added.items() if token_id >= vocab_size}
+    templates = (spec.chat_template or "") + (spec.tool_template or "")
+    for token_id, content in beyond.items():
+        if content in templates:
+            raise BadCheckpoint(f"{where}: the chat template uses {content[:40]!r}, token {token_id}, but the embeddings have "
+                                f"{vocab_size} rows; they were not resized for the added tokens")
+    ends = [token_id for token_id in spec.end_ids if token_id not in beyond]
+    if outside := [token_id for token_id in ends if token_id >= vocab_size]:
+        raise BadCheckpoint(f"{where}: eos_token_id {outside[0]} in config.json or generation_config.json is outside the "
+                            f"vocabulary of {vocab_size}")
+    return dataclasses.replace(
+        spec, added=tuple(token for token in spec.added if token[0] < vocab_size), end_ids=tuple(ends),
+        turn_end_id=None if spec.turn_end_id in beyond else spec.turn_end_id,
+    )
+
+
 class _Found:
     """The JSON files beside the tokenizer, empty where they are missing."""
 
@@ -158,6 +182,8 @@ class _Found:
         elif isinstance(value, Mapping):
             value = [{"name": name, "template": template} for name, template in value.items()]
         found: dict[str, str] = {}
+        for path in sorted((self.directory / "additional_chat_templates").glob("*.jinja")):    # as transformers 5 saves them
+            found[path.stem] = _read_text(path)
         for item in value or []:
             if not isinstance(item, Mapping) or not isinstance(item.get("template"), str):
                 raise BadCheckpoint(f"{self.template_file}: chat_template is neither a text nor a list of named texts")
@@ -188,8 +214,10 @@ def _tokenizer_file(directory: Path) -> tuple[Any, Path, bytes]:
     as_tekken = directory / tekken.NAME
     if as_tekken.is_file():
         return "tokenizers", as_tekken, _read_bytes(as_tekken)
+    hint = "; vocab.json alone is not read: transformers' save_pretrained makes a tokenizer.json of it" if (
+        directory / "vocab.json").is_file() else ""
     raise BadCheckpoint(f"{directory}: no tokenizer.model, tokenizer.json or {tekken.NAME}: copy it from the base (original) "
-                        "model")
+                        f"model{hint}")
 
 
 def _is_sentencepiece(data: bytes) -> bool:
@@ -206,7 +234,10 @@ def _templates(found: _Found, given: Path | None) -> tuple[str | None, str | Non
     """The template for chats, and one for chats with tools where that is another."""
     if given is not None:
         return read_template(given), None
-    templates = found.templates()
+    templates = {name: text for name, text in found.templates().items() if text.strip()}
+    if len(templates) > 1 and "default" not in templates:
+        raise BadCheckpoint(f"{found.template_file}: chat templates named {', '.join(templates)[:100]} and none named default; "
+                            "choose one with quantize --chat-template FILE")
     chosen = templates.get("default", next(iter(templates.values()), None))
     tools = templates.get("tool_use")
     return (
@@ -239,10 +270,10 @@ def _defaults(generation: Mapping[str, Any], path: Path) -> dict[str, float]:
 
 
 def _ids(value: Any, what: str) -> list[int]:
-    """None, one id or a list of them."""
-    values = [] if value is None else value if isinstance(value, list) else [value]
+    """None, one id or a list of them; -1 is None."""
+    values = [] if value is None or value == -1 else value if isinstance(value, list) else [value]
     if any(type(each) is not int or each < 0 for each in values):
-        raise BadCheckpoint(f"{what} is {str(value)[:60]}: it must be a token id or a list of them")
+        raise BadCheckpoint(f"{what} is {value!r:.60}: it must be a token id or a list of them")
     return values
 
 

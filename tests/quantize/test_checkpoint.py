@@ -177,7 +177,11 @@ def only_torch(directory: Path) -> None:
 
 
 def index(weight_map: object) -> Callable[[Path], object]:
-    return add_file("model.safetensors.index.json", json.dumps({"weight_map": weight_map}).encode())
+    def spoil(directory: Path) -> None:
+        (directory / "model.safetensors").rename(directory / "weights.safetensors")
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return spoil
 
 
 def with_integers(directory: Path) -> None:
@@ -196,7 +200,7 @@ def in_two_files(directory: Path) -> None:
         (shutil.rmtree, BadCheckpoint, "no such directory"),
         (remove("config.json"), BadCheckpoint, "neither config.json"),
         (remove("tokenizer.model"), BadCheckpoint, "no tokenizer.model"),
-        (remove("model.safetensors"), BadCheckpoint, "no safetensors files with weights$"),
+        (remove("model.safetensors"), BadCheckpoint, "no safetensors files with weights; is the download complete"),
         (only_torch, BadCheckpoint, "pytorch_model.bin has a format that is not read"),
         (add_file("tokenizer.model", b"\x00\x01"), BadCheckpoint, "tokenizer.model is not a SentencePiece model"),
         (add_file("config.json", b"{"), BadConfig, "config.json is not usable JSON"),
@@ -215,7 +219,7 @@ def in_two_files(directory: Path) -> None:
         (with_integers, BadCheckpoint, "tensor lm_head.weight has dtype I8; supported are BF16, F16, F32"),
         (in_two_files, BadCheckpoint, "tensor .* is in copy.safetensors too"),
         (index({"x": "model-1.safetensors"}), BadCheckpoint, "lists 'model-1.safetensors', which is not there"),
-        (index({"x": "../c/model.safetensors"}), BadCheckpoint, "which is not there"),
+        (index({"x": "../c/weights.safetensors"}), BadCheckpoint, "which is not there"),
         (index({"x": 3}), BadCheckpoint, "no weight_map of file names"),
         (index([]), BadCheckpoint, "no weight_map of file names"),
     ],

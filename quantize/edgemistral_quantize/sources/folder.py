@@ -8,6 +8,7 @@ A folder is in Hugging Face layout when it has a config.json and weights in `*.s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from edgemistral.config import ModelConfig
 from edgemistral.errors import BadCheckpoint, BadConfig, BadInput
 from edgemistral.files import regular, strict_json
 from edgemistral.files.safetensors import read_header
-from edgemistral.files.sniff import refuse_other_files
+from edgemistral.files.sniff import describe_file, refuse_other_files
 from edgemistral.text.tokenizer import Tokenizer
 from edgemistral_quantize import recognise
 from edgemistral_quantize.sources.names import HUGGING_FACE, MISTRAL, Naming, expected_tensors, match, without_prefix
 from edgemistral_quantize.sources.opened import Opened
 from edgemistral_quantize.sources.tensor import DTYPES, HalvedPairs, StoredTensor, Tensor
-from edgemistral_quantize.text_files import SENTENCEPIECE, TextFiles, read_text_files
+from edgemistral_quantize.text_files import SENTENCEPIECE, TextFiles, read_text_files, within_vocabulary
 
 TEXT_FILES = (*SENTENCEPIECE, "tokenizer.json", "tekken.json", "tokenizer_config.json", "special_tokens_map.json",
               "added_tokens.json", "generation_config.json", "chat_template.json", "chat_template.jinja")
@@ -58,7 +59,7 @@ def _open(folder: Path, naming: Naming, shards: list[Path], chat_template: Path 
         if regular.there(folder / name):
             refuse_other_files(folder / name, BadCheckpoint)
     text = read_text_files(folder, fields, chat_template)
-    config, tokenizer = _read_config(folder, naming, fields, text)
+    config, text, tokenizer = _read_config(folder, naming, fields, text)
     stored = list_tensors(shards)
     quantized = recognise.already_quantized((name, tensor.entry.dtype) for name, tensor in stored.items())
     if quantized:
@@ -82,19 +83,22 @@ def _open(folder: Path, naming: Naming, shards: list[Path], chat_template: Path 
 
 def _read_config(
     folder: Path, naming: Naming, fields: Mapping[str, Any], text: TextFiles
-) -> tuple[ModelConfig, Tokenizer]:
+) -> tuple[ModelConfig, TextFiles, Tokenizer]:
     bos_id = text.eos_id if text.bos_id is None else text.bos_id   # never used where there is none
     try:
         if naming is HUGGING_FACE:
             config = ModelConfig.from_hf({**fields, "bos_token_id": bos_id, "eos_token_id": text.eos_id})
         else:
             config = ModelConfig.from_mistral(fields, bos_id, text.eos_id)
+        text = replace(text, spec=within_vocabulary(text, config.vocab_size))
         tokenizer = text.spec.tokenizer(text.data, config.vocab_size, text.path.name, text.eos_id)
     except BadConfig as problem:
         raise BadConfig(f"{folder / naming.config}: {problem}") from None
+    except BadCheckpoint:
+        raise
     except BadInput as problem:
         raise BadCheckpoint(f"{folder}: {problem}") from None
-    return config, tokenizer
+    return config, text, tokenizer
 
 
 def list_tensors(shards: list[Path]) -> dict[str, StoredTensor]:
@@ -109,7 +113,7 @@ def list_tensors(shards: list[Path]) -> dict[str, StoredTensor]:
             raise BadCheckpoint(f"{path}: cannot be read: {problem.strerror or problem}{link}") from None
         for name, entry in header.tensors.items():
             if name in found:
-                raise BadCheckpoint(f"{path}: tensor {name} is in {found[name].path.name} too")
+                raise BadCheckpoint(f"{path}: tensor {name} is in {found[name].path.name} too; leave only one of the files")
             found[name] = StoredTensor(name, path, entry)
     return found
 
@@ -118,9 +122,13 @@ def _find_weights(folder: Path, naming: Naming) -> list[Path]:
     """The files that hold the weights in one layout; none when there are none."""
     of_mistral = naming is MISTRAL
     index = folder / ("consolidated.safetensors.index.json" if of_mistral else "model.safetensors.index.json")
+    whole = folder / ("consolidated.safetensors" if of_mistral else "model.safetensors")
     if regular.there(index):
-        return sorted(_indexed(index))
-    own = [path for path in recognise.visible(folder) if path.name.endswith(".safetensors")]
+        # transformers reads model.safetensors first, whatever an index beside it lists.
+        return [whole] if whole.is_file() and not describe_file(whole) else sorted(_indexed(index))
+    own = [path for path in recognise.visible(folder) if path.name.lower().endswith(".safetensors")]
+    if whole in own and any(recognise.NUMBERED.fullmatch(path.name) for path in own):
+        own = [path for path in own if not recognise.NUMBERED.fullmatch(path.name)]
     if of_mistral:
         own = [path for path in own if path.name.startswith("consolidated")]
     else:

@@ -141,9 +141,12 @@ def match(
         used.add(theirs)
     for name, tensor in found.items():
         if name not in used and not CONSTANTS.fullmatch(name):
-            what = "a LoRA adapter's; merge it first, or" if ".lora_" in name else ""
-            raise BadCheckpoint(f"{tensor} does not belong to a model with this config{what and ': it is ' + what}"
-                                f"{' give the adapter with --lora' if what else ''}")
+            what = ""
+            if ".lora_" in name:
+                what = ": it is a LoRA adapter's; merge it first, or give the adapter with --lora"
+            elif name.endswith(".bias"):
+                what = ": supported are models without biases"
+            raise BadCheckpoint(f"{tensor} does not belong to a model with this config{what}")
     return matched
 
 

@@ -73,6 +73,8 @@ class StoredTensor:
             with np.errstate(over="ignore"):   # too large for float32: an infinity, which is refused below
                 strip = strip.astype(np.float32)
         check_finite(strip, begin, str(self))
+        if len(self.shape) == 1 and strip.size and not strip.any():     # a norm: such a model would answer nothing
+            raise BadCheckpoint(f"{self} is nothing but zeros; was the download finished?")
         return strip
 
 
