@@ -38,8 +38,10 @@ TABLES_HEAD = """# All tables
 
 Written by `python -m bench.run_all --report`. [RESULTS.md](../RESULTS.md) has the summary.
 """
-# sections that RESULTS.md repeats once they are measured
-ESSENTIAL = ("parallel", "lookup", "restart", "small_memory", "real_model", "quality", "kv_bits")
+# Sections that RESULTS.md repeats once they are measured.
+ESSENTIAL = (
+    "parallel", "lookup", "restart", "small_memory", "real_model", "quality", "kv_accuracy_demo", "kv_accuracy_SmolLM2-135M",
+)
 Results = dict[str, Any]
 
 
@@ -276,16 +278,19 @@ def _real_model(r: Results) -> list[str]:
     ]
 
 
-def _kv_bits(r: Results) -> list[str]:
-    exact = {row["program"]: row["perplexity"] for row in reversed(r["rows"])}      # its first row has 16 bits
+def _kv_accuracy(r: Results) -> list[str]:
     return [
-        f"Each against the same program's 16 bits: {r['model']}, heads of {r['head_dim']}, {r['tokens']:,} tokens of prose.",
+        f"Heads of {r['head_dim']}, {r['tokens']:,} tokens of prose. Both programs with float32 weights: each cache against the"
+        " same program's 16 bits. With 8-bit weights, whose activations are rounded too: against the float32 model.",
         "",
         *_table(("keys and values", "bits", "perplexity", "change", "mean KL", "top-1"), (
-            (f"{row['program']}, {row['kv']}", f"{row['bits']:.2f}", f"{row['perplexity']:.3f}",
-             f"{row['perplexity'] / exact[row['program']] - 1:+.2%}", f"{row['mean_kl']:.1e}", f"{row['top1_agreement']:.1%}")
+            (f"{row['program']}, {row['kv']}", f"{row['bits']:.2f}", f"{row['perplexity']:.3f}", f"{row['change']:+.2%}",
+             f"{row['mean_kl']:.1e}", f"{row['top1_agreement']:.1%}")
             for row in r["rows"]
         )),
+        "",
+        *(f"{each['same']} of {each['questions']} greedy answers with {each['kv_bits']} bits are those with 16, "
+          f"{each['same_beginning']} in their first 16 tokens.  " for each in r["answers"]),
     ]
 
 
@@ -387,7 +392,11 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ("Quality: a trained model, beside llama.cpp's types", "quality", "python bench/quality.py", _quality),
     ("Quality: a real pretrained model, beside llama.cpp's types", "real_model",
      "python bench/real_model.py WORK", _real_model),
-    ("Quality: few bits of keys and values, beside llama.cpp", "kv_bits", "python bench/kv_bits.py", _kv_bits),
+    *(
+        (f"Quality: few bits of keys and values of {model}, beside llama.cpp", f"kv_accuracy_{model}",
+         f"python bench/kv_accuracy.py WORK --model {model}", _kv_accuracy)
+        for model in ("demo", "SmolLM2-135M")
+    ),
     ("Quality: random models, beside Q4_0", "quality_random", "python bench/quality_random.py", _quality_random),
     ("Error of the quantizers", "quantization_error", "python bench/quantization_error.py", _quantization_error),
 ]
