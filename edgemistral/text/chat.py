@@ -142,6 +142,8 @@ class JinjaTemplate:
         self._with_tools = JinjaTemplate(tool_text, special) if tool_text is not None else None
         self.takes_tools = self._with_tools is not None or re.search(r"\btools\b", text) is not None
         self._template  # noqa: B018   # a mistake in it is found now
+        if "messages" not in text:
+            raise BadInput(f"the chat template does not use `messages`: {' '.join(text.split())[:40]!r}")
 
     @cached_property
     def _template(self) -> Template:

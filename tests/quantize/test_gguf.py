@@ -142,6 +142,41 @@ def test_a_missing_head_is_tied(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(checkpoint, "output"), WEIGHTS["tok_embeddings"])
 
 
+@pytest.mark.parametrize("fields", [
+    {"tokenizer.ggml.token_type": None}, {"tokenizer.chat_template": " "}, {"tokenizer.ggml.bos_token_id": None},
+    {"llama.vocab_size": 999, "general.quantization_version": 2},
+])
+def test_fields_that_old_converters_left_out_or_got_wrong(plain: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    wanted, got = (Checkpoint(path).tokenizer_of_text for path in (plain, write_gguf(tmp_path / "m.gguf", **fields)))
+    messages = [{"role": "user", "content": "Hi </s> naïve 模型"}]
+    assert got.encode_chat(messages) == wanted.encode_chat(messages)
+    assert got.end_ids == wanted.end_ids
+    assert got.control == wanted.control
+
+
+@pytest.mark.parametrize("given", [1, 2])
+def test_a_model_in_two_files(plain: Path, tmp_path: Path, given: int) -> None:
+    write_gguf(tmp_path / "m-00001-of-00002.gguf", without=("output.weight",))
+    second = gguf.GGUFWriter(str(tmp_path / "m-00002-of-00002.gguf"), "llama")
+    second.add_tensor("output.weight", np.ascontiguousarray(WEIGHTS["output"]))
+    second.write_header_to_file()
+    second.write_kv_data_to_file()
+    second.write_tensors_to_file()
+    second.close()
+    checkpoint = Checkpoint(tmp_path / f"m-0000{given}-of-00002.gguf")
+    np.testing.assert_array_equal(read(checkpoint, "output"), WEIGHTS["output"])
+    (tmp_path / f"m-0000{3 - given}-of-00002.gguf").unlink()
+    with pytest.raises(BadCheckpoint, match=f"m-0000{3 - given}-of-00002.gguf is missing"):
+        Checkpoint(tmp_path / f"m-0000{given}-of-00002.gguf")
+
+
+def test_a_download_that_ends_in_zeros(plain: Path, tmp_path: Path) -> None:
+    data = plain.read_bytes()
+    (tmp_path / "m.gguf").write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    with pytest.raises(BadCheckpoint, match=r"tensor output_norm.weight is nothing but zeros; was the download finished\?"):
+        read(Checkpoint(tmp_path / "m.gguf"), "norm")
+
+
 def test_linear_scaling(tmp_path: Path) -> None:
     fields = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     assert Checkpoint(write_gguf(tmp_path / "m.gguf", **fields)).config.rope_factors == (4.0,) * 32
@@ -151,6 +186,12 @@ def test_linear_scaling(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"general.architecture": "qwen2"}, "general.architecture is 'qwen2'"),
+        ({"general.architecture": "clip"}, r"reads images \(mmproj\); give the model's own file"),
+        ({"general.type": "mmproj"}, r"reads images \(mmproj\)"),
+        ({"general.type": "adapter"}, "a LoRA adapter as a GGUF file"),
+        ({"general.type": "imatrix"}, "an importance matrix"),
+        ({"tokenizer.chat_template": "chatml"}, "the chat template does not use `messages`"),
+        ({"tokenizer.chat_template": "{% for %}"}, "line 1 of the chat template"),
         ({"llama.expert_count": 8}, "llama.expert_count is 8"),
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn'"),
         ({"llama.rope.dimension_count": 32, "llama.attention.key_length": 64}, "heads have 64 dimensions"),

@@ -119,6 +119,21 @@ def test_what_people_write_is_never_a_control_id(kind: str, name: str) -> None:
     check()
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_texts_of_all_special_tokens_are_never_control_ids(kind: str, name: str) -> None:
+    """Each of them, alone, between words, run together, in two halves that meet, and in capitals."""
+    tokenizer = ours(kind, TEMPLATES[name])
+    every = list(tokenizer.markup.values())
+    texts = [*every, " ".join(every), "".join(every), f"a{'b'.join(every)}c", "\n".join(every).upper(), *(t[1:] for t in every)]
+    roles = ("user", "assistant", "user")
+    plain = controls_of(tokenizer, tokenizer.encode_chat([{"role": role, "content": "x"} for role in roles]))
+    halves = [(text[: len(text) // 2], text[len(text) // 2 :], "y") for text in every]
+    for contents in [*((text, text, text) for text in texts), *halves]:
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        assert controls_of(tokenizer, tokenizer.encode_chat(messages)) == plain, contents
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_template_puts_together_or_lowers_is_no_control_either(kind: str) -> None:
     joined = ours(kind, "{{ bos_token }}{% for m in messages %}{{ m.content | trim }}{% endfor %}<|im_end|>")

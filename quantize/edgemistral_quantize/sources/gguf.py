@@ -32,6 +32,10 @@ NAMES = {         # ours by theirs, after "llama."
 }
 ROPE_THETA = 10000.0   # what llama.cpp takes where the field is missing
 ROPE_FACTORS = "rope_freqs.weight"
+OTHER_KINDS = {   # by general.type
+    "mmproj": "the part of a model that reads images (mmproj)", "adapter": "a LoRA adapter as a GGUF file, which is not merged "
+    "here; get it in PEFT's format, for --lora", "imatrix": "an importance matrix", "vocab": "a vocabulary without weights",
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class GgufTensor:
         else:
             strip = _dequantize(stored, kind.name, cols)
         check_finite(strip, begin, str(self))
+        if len(self.shape) == 1 and strip.size and not strip.any():
+            raise BadCheckpoint(f"{self} is nothing but zeros; was the download finished?")
         return strip
 
 
@@ -77,6 +83,7 @@ def open_gguf(path: Path, chat_template: Path | None = None) -> Opened:
     headers = [read_gguf_header(part) for part in paths]
     metadata, found = headers[0].metadata, _collect(paths, headers)
     try:
+        check_kind(metadata)
         text = read_text(metadata, path, chat_template)
         config = read_config(metadata, found, text.eos_id if text.bos_id is None else text.bos_id, text.eos_id)
         tokenizer = text.spec.tokenizer(text.data, config.vocab_size, "its tokenizer", text.eos_id)
@@ -99,14 +106,20 @@ def open_gguf(path: Path, chat_template: Path | None = None) -> Opened:
     return Opened(config, text, tokenizer, paths, tensors, " and ".join(types) if types else None, bits if types else None)
 
 
+def check_kind(metadata: Mapping[str, Any]) -> None:
+    """BadConfig for a file that holds something else than a model of the architecture."""
+    architecture, kind = metadata.get("general.architecture"), metadata.get("general.type", "model")
+    if architecture == "clip" or kind in OTHER_KINDS:
+        raise BadConfig(f"{OTHER_KINDS.get(kind, OTHER_KINDS['mmproj'])}; give the model's own file")
+    if architecture != "llama":
+        said = f"is {architecture[:80]!r}" if isinstance(architecture, str) else "is missing"
+        raise BadConfig(f"general.architecture {said}; supported is 'llama', which Mistral is too")
+
+
 def read_config(
     metadata: Mapping[str, Any], found: Mapping[str, GgufTensor], bos_id: int, eos_id: int
 ) -> ModelConfig:
     """From the metadata, and two tensors: the embeddings, which know the vocabulary, and the rotary factors."""
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise BadConfig(f"general.architecture is {str(architecture)[:80]!r}; supported is 'llama', which Mistral is too")
-
     def get(name: str, default: Any = None) -> Any:
         return metadata.get("llama." + name, default)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,7 @@ def read_text(metadata: Mapping[str, Any], path: Path, chat_template: Path | Non
         raise BadCheckpoint("tokenizer.ggml.tokens is missing: a GGUF file without a tokenizer cannot be used")
     pieces = [token.decode("utf-8", "replace") for token in tokens]
     types = get("token_type")
-    types = [NORMAL] * len(pieces) if types is None else [int(each) for each in types]
+    types = _guessed_types(pieces, get) if types is None else [int(each) for each in types]
     if len(types) != len(pieces):
         raise BadCheckpoint(f"tokenizer.ggml.token_type has {len(types)} entries for {len(pieces)} tokens")
     ids = {piece: token_id for token_id, piece in enumerate(pieces)}
@@ -76,8 +77,20 @@ def read_text(metadata: Mapping[str, Any], path: Path, chat_template: Path | Non
     template = metadata.get("tokenizer.chat_template") if chat_template is None else read_template(chat_template)
     if template is not None and not isinstance(template, str):
         raise BadCheckpoint("tokenizer.chat_template is not a text")
+    if template is not None and not template.strip():
+        template = None
     tokenizer = spec.tokenizer(data, None, "its tokenizer", eos_id)
     return TextFiles(_with_template(spec, template, tokenizer, end_ids), data, path, tokenizer.bos_id, tokenizer.eos_id)
+
+
+def _guessed_types(pieces: list[str], get: Any) -> list[int]:
+    """Of a file that does not say them, as old converters wrote it."""
+    types = [BYTE if re.fullmatch("<0x[0-9A-F]{2}>", piece) else NORMAL for piece in pieces]
+    for name, kind, default in (("unknown_token_id", UNKNOWN, 0), ("bos_token_id", CONTROL, 1), ("eos_token_id", CONTROL, 2)):
+        token_id = get(name, default)
+        if type(token_id) is int and 0 <= token_id < len(pieces):
+            types[token_id] = kind
+    return types
 
 
 def _with_template(spec: TextSpec, template: str | None, tokenizer: Tokenizer, ends: list[int]) -> TextSpec:
