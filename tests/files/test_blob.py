@@ -20,6 +20,7 @@ from edgemistral.errors import BadBlob, DamagedBlob
 from edgemistral.files.blob import NO_DIGEST, Blob
 from edgemistral.files.blob_writer import BlobWriter
 from edgemistral.files.layout import ALIGNMENT
+from edgemistral.text.spec import TextSpec
 from tests.files.written import CONFIG, RECIPE, SOURCE, TOKENIZER, content
 
 
@@ -236,6 +237,20 @@ def test_unaligned_data_is_refused(path: Path, tmp_path: Path) -> None:
         changed = with_header(path, tmp_path / "changed", metadata("note", "x" * 17), step=8)
     with pytest.raises(BadBlob, match="not at a multiple of 64"):
         Blob.open(changed)
+
+
+def test_format_1_is_still_read(path: Path, tmp_path: Path) -> None:
+    """It has no `text`: Mistral's own template, a SentencePiece model, no further tokens."""
+    def change(header: dict[str, Any]) -> None:
+        header["__metadata__"]["format_version"] = "1"
+        del header["__metadata__"]["text"]
+
+    with Blob.open(path) as blob, Blob.open(with_header(path, tmp_path / "old", change)) as old:
+        assert old.text == TextSpec()
+        assert (old.config, old.recipe, old.tensors) == (blob.config, blob.recipe, blob.tensors)
+        old.verify()
+        for name in blob.tensors:
+            np.testing.assert_array_equal(old.array(name), blob.array(name))
 
 
 def test_unknown_metadata_and_another_order_of_names_are_fine(path: Path, tmp_path: Path) -> None:

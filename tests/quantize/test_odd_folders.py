@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from edgemistral_quantize import quantize
 from edgemistral_quantize.checkpoint import Checkpoint
 from safetensors.numpy import save_file
 
@@ -216,6 +217,16 @@ def test_added_tokens_without_a_row_in_the_embeddings(tmp_path: Path, kind: str)
     put(folder, "tokenizer_config.json", {"chat_template": TEMPLATES["chatml"], "bos_token": "<s>", "eos_token": "</s>"})
     with pytest.raises(BadInput, match=rf"uses '<\|im_start\|>', token {rows}, but the embeddings have {rows} rows"):
         Checkpoint(folder)
+
+
+def test_the_same_source_gives_the_same_bytes(tmp_path: Path) -> None:
+    config = small_config(n_layers=1)
+    folder = write_hf(tmp_path / "c", config, random_weights(config), eos_token_id=[2, 2049])
+    put(folder, "added_tokens.json", ADDED)
+    put(folder, "generation_config.json", {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2049, 2]})
+    put(folder, "tokenizer_config.json", {"chat_template": TEMPLATES["chatml"], "eos_token": "<|im_end|>"})
+    first, second = (quantize(folder, tmp_path / name, calibrate="none", progress=False).read_bytes() for name in "ab")
+    assert first == second
 
 
 def test_the_head_of_a_value_model_is_named(folder: Path) -> None:
