@@ -25,6 +25,7 @@ import numpy as np
 from bench import harness, memory_cgroup
 from bench.filled_session import write_filled
 from edgemistral.files.blob import Blob
+from edgemistral.files.records import KV_VERSION
 from edgemistral.runtime.plan import plan
 
 CONVERSATION = 32_000
@@ -111,7 +112,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 @click.option("--kv-bits", type=click.Choice(["4", "8"]), default="8", show_default=True)
 @click.option("--tokens", default=TOKENS, show_default=True)
 def main(work: Path, limits: tuple[int, ...], kv_bits: str, tokens: int) -> None:
-    blob, session = work / "7b-q4.safetensors", work / f"32000-kv{kv_bits}.session"
+    blob, session = work / "7b-q4.safetensors", work / f"32000-kv{kv_bits}-v{KV_VERSION}.session"
     if not blob.exists():
         raise click.ClickException(f"{blob} is missing: python bench/seven_b.py {work} --only quantize makes it")
     try:
