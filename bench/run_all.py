@@ -41,6 +41,7 @@ COMMANDS = (     # as bench/report.py names them beside its sections
     "python bench/server_load.py",
     "python bench/quality.py",
     "python bench/real_model.py WORK",
+    "python bench/calibration_cost.py WORK",
     "python bench/kv_accuracy.py WORK --model demo",
     "python bench/kv_accuracy.py WORK --model SmolLM2-135M",
     "python bench/quality_random.py",

@@ -48,6 +48,8 @@ def inspect(model: str, as_json: bool) -> None:
     click.echo(f"bits per weight     {bits['layers']:.3f} in the layers, {bits['file']:.3f} in the whole file")
     recipe = facts["recipe"]
     click.echo(f"recipe              {recipe['bits']} bits in the layers, {recipe['output_bits']} in the output head")
+    if eight := recipe.get("eight"):
+        click.echo(f"in 8 bits           {', '.join(eight)}")
     if calibration := facts["calibration"]:
         about = f"{calibration['method']}, {calibration['tokens']:,} tokens of text {calibration['text_sha256'][:16]}"
     click.echo(f"calibration         {about if calibration else 'none'}")
@@ -168,7 +170,7 @@ def describe(blob: Blob) -> dict[str, Any]:
             "file": 8 * blob.data.nbytes / sum(weights.values()),
         },
         "format_version": blob.metadata["format_version"],
-        "recipe": dataclasses.asdict(blob.recipe),
+        "recipe": blob.recipe.to_dict(),
         "text": _describe_text(blob),
         "calibration": _calibration(blob),
         "config": config.to_dict(),

@@ -16,7 +16,8 @@ from edgemistral.terminal import compile_notice, human_bytes
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option(
-    "--bits", type=click.Choice(["4", "8"]), help="Bits of a weight.  [default: 4; 8 for a GGUF that is quantized already]"
+    "--bits", type=float, metavar="BITS",
+    help="Bits of a weight: 4, 8, or an average such as 4.5.  [default: 4; 8 for a GGUF that is quantized already]",
 )
 @click.option(
     "--lora", type=click.Path(path_type=Path), metavar="FOLDER", help="Merge this LoRA adapter (PEFT) into the weights."
@@ -35,7 +36,7 @@ from edgemistral.terminal import compile_notice, human_bytes
 @click.option("--resume", is_flag=True, help="Go on with the tensors that an interrupted run has written.")
 @click.option("--force", is_flag=True, help="Replace DST, and start over.")
 def quantize(
-    source: Path, destination: Path, bits: str | None, lora: Path | None, calibrate: str, calibration_text: Path | None,
+    source: Path, destination: Path, bits: float | None, lora: Path | None, calibrate: str, calibration_text: Path | None,
     chat_template: Path | None, max_ram: int, resume: bool, force: bool,
 ) -> None:
     """Make one quantized model file DST of the checkpoint SRC.
@@ -52,7 +53,7 @@ def quantize(
     try:
         with compile_notice():
             path = make(
-                source, destination, bits=None if bits is None else int(bits), max_ram=max_ram, resume=resume, force=force,
+                source, destination, bits=bits, max_ram=max_ram, resume=resume, force=force,
                 calibrate=calibrate,
                 calibration_text=calibration_text, chat_template=chat_template, lora=lora,
                 notice=lambda text: click.echo(text, err=True),

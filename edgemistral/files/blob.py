@@ -9,14 +9,15 @@ A blob is a valid safetensors file (safetensors.py shows the bytes). What it add
       format             "edgemistral"
       format_version     "2", or "1", in which `text` is missing and means its defaults
       config             the JSON of `ModelConfig.to_dict`
-      recipe             the JSON of `Recipe`: {"bits": 4, "output_bits": 8}
+      recipe             the JSON of `Recipe`: {"bits": 4, "output_bits": 8}; with "eight": [NAME, ...] where some of the
+                         layers' matrices take 8 bits instead of 4
       text               the JSON of `TextSpec.to_dict`: the kind of tokenizer, chat template, ends of turn, ...
       sha256:NAME        of the stored bytes of tensor NAME, 64 hexadecimal digits
       source_sha256:NAME of the values that NAME was made of: the rows of the checkpoint's tensors in the order in which
                          NAME stores them, without padding, in the checkpoint's own dtype; rotary pairs as
                          (i, i + head_dim / 2), so that it does not depend on the layout of the checkpoint
-      calibration        how the weights were prepared, when they were: the JSON of {"method": "fast", "text_sha256": …,
-                         "tokens": …}; nothing that reads the weights needs it
+      calibration        how the weights were prepared, when they were: the JSON of {"method": "fast", "version": 2,
+                         "text_sha256": …, "tokens": …}; nothing that reads the weights needs it
       header_sha256      of the whole header (padding included) with these 64 digits replaced by zeros
 * Unknown metadata is ignored.
 
@@ -153,13 +154,13 @@ def _read_config(header: Header, path: Path) -> ModelConfig:
 
 def _read_recipe(header: Header, path: Path) -> Recipe:
     fields = strict_json.parse(header.metadata.get("recipe", ""), f"{path}: recipe", BadBlob)
-    if (
-        not isinstance(fields, dict)
-        or set(fields) != {"bits", "output_bits"}
-        or not all(type(bits) is int and bits in layout.BLOCK_BYTES for bits in fields.values())
-    ):
-        raise BadBlob(f"{path}: recipe is {str(fields)[:80]}, not bits and output_bits of 4 or 8")
-    return Recipe(**fields)
+    try:
+        recipe = Recipe.from_dict(fields)
+    except ValueError as problem:
+        raise BadBlob(f"{path}: recipe is {str(fields)[:80]}, {problem}") from None
+    if strangers := [name for name in recipe.eight if name not in header.tensors]:
+        raise BadBlob(f"{path}: recipe names {strangers[0][:80]}, which the file does not hold")
+    return recipe
 
 
 def _read_text(header: Header, path: Path) -> TextSpec:

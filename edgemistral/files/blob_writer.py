@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +180,7 @@ def _blank_header(
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "config": json.dumps(config.to_dict()),
-        "recipe": json.dumps(asdict(recipe)),
+        "recipe": json.dumps(recipe.to_dict()),
         "text": json.dumps(text.to_dict()),
         **({} if calibration is None else {"calibration": json.dumps(calibration)}),
         SEAL: NO_DIGEST,

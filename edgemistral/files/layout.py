@@ -17,8 +17,10 @@ Levels are kept within 0..127, so that no instruction set's 16-bit intermediate 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +79,8 @@ class TensorSpec:
     def n_bytes(self) -> int:
         return int(np.prod(self.shape)) * {"U8": 1, "BF16": 2, "F32": 4}[self.dtype]
 
+_LAYER_MATRIX = re.compile(r"layers\.[0-9]+\.(wqkv|wo|w13|w2)")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -84,9 +88,33 @@ class Recipe:
 
     bits: int = 4
     output_bits: int = 8
+    eight: tuple[str, ...] = ()   # matrices of the layers that take 8 bits where `bits` is 4, in file order
+
+    def bits_of(self, name: str) -> int:
+        """Of a matrix of the layers."""
+        return 8 if name in self.eight else self.bits
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> Recipe:
+        """Of what `to_dict` gives. Raises ValueError with a few words."""
+        if not isinstance(fields, dict) or not {"bits", "output_bits"} <= set(fields) <= {"bits", "output_bits", "eight"}:
+            raise ValueError("not bits and output_bits of 4 or 8")
+        if not all(type(fields[name]) is int and fields[name] in BLOCK_BYTES for name in ("bits", "output_bits")):
+            raise ValueError("not bits and output_bits of 4 or 8")
+        eight = fields.get("eight", [])
+        if not isinstance(eight, list) or not all(isinstance(name, str) and _LAYER_MATRIX.fullmatch(name) for name in eight):
+            raise ValueError('its "eight" is not a list of names of the layers\' matrices')
+        if "eight" in fields and (fields["bits"] != 4 or not eight or len(set(eight)) < len(eight)):
+            raise ValueError('its "eight" must name different matrices, of a model whose bits are 4')
+        return cls(fields["bits"], fields["output_bits"], tuple(eight))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a blob's metadata has it."""
+        fields: dict[str, Any] = {"bits": self.bits, "output_bits": self.output_bits}
+        return fields | ({"eight": list(self.eight)} if self.eight else {})
 
 
-def layer_matrices(config: ModelConfig, layer: int, bits: int) -> tuple[Matrix, Matrix, Matrix, Matrix]:
+def layer_matrices(config: ModelConfig, layer: int, recipe: Recipe) -> tuple[Matrix, Matrix, Matrix, Matrix]:
     """wqkv, wo, w13, w2 of one layer.
 
     wqkv: the rows of wq, wk, wv one after another, rotary pairs as (i, i + head_dim / 2).
@@ -94,11 +122,15 @@ def layer_matrices(config: ModelConfig, layer: int, bits: int) -> tuple[Matrix, 
     so that whoever computes a pair of panels can apply SwiGLU to it at once.
     """
     c, at = config, f"layers.{layer}."
+
+    def matrix(name: str, rows: int, cols: int) -> Matrix:
+        return Matrix(at + name, rows, cols, recipe.bits_of(at + name))
+
     return (
-        Matrix(at + "wqkv", c.q_dim + 2 * c.kv_dim, c.dim, bits),
-        Matrix(at + "wo", c.dim, c.q_dim, bits),
-        Matrix(at + "w13", 2 * round_up(c.hidden_dim, BLOCK), c.dim, bits),
-        Matrix(at + "w2", c.dim, c.hidden_dim, bits),
+        matrix("wqkv", c.q_dim + 2 * c.kv_dim, c.dim),
+        matrix("wo", c.dim, c.q_dim),
+        matrix("w13", 2 * round_up(c.hidden_dim, BLOCK), c.dim),
+        matrix("w2", c.dim, c.hidden_dim),
     )
 
 
@@ -110,7 +142,7 @@ def output_matrix(config: ModelConfig, recipe: Recipe) -> Matrix:
 def matrices(config: ModelConfig, recipe: Recipe) -> Iterator[Matrix]:
     """All matrices in file order."""
     for layer in range(config.n_layers):
-        yield from layer_matrices(config, layer, recipe.bits)
+        yield from layer_matrices(config, layer, recipe)
     yield output_matrix(config, recipe)
 
 
@@ -126,7 +158,7 @@ def tensors(config: ModelConfig, recipe: Recipe, tokenizer_bytes: int) -> Iterat
     """Every tensor of a blob in file order, which is the order of use; the tokenizer's odd size comes last."""
     yield TensorSpec("tok_embeddings", "BF16", (config.vocab_size, config.dim))
     for layer in range(config.n_layers):
-        wqkv, wo, w13, w2 = layer_matrices(config, layer, recipe.bits)
+        wqkv, wo, w13, w2 = layer_matrices(config, layer, recipe)
         yield TensorSpec(f"layers.{layer}.attention_norm", "F32", (config.dim,))
         yield from matrix_tensors(wqkv)
         yield from matrix_tensors(wo)

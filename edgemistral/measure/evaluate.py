@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from edgemistral.measure.reference import Reference
 
 WINDOW = 512   # tokens, as llama.cpp's perplexity tool has it
 ROWS = 64      # positions compared at once, in float64
+PERCENTILES = (50, 90, 99, 100)   # of the tokens' KL that are reported; 100 is the largest
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total): "reference" counts its layers of windows, "model" its windows."""
@@ -37,19 +38,60 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over `n_tokens` predicted tokens; the last two are None without a reference."""
+    """Means over `n_tokens` predicted tokens; those behind `n_tokens` are None without a reference."""
 
     perplexity: float               # e ** nll
     nll: float                      # negative log likelihood of the text's next token, in nats
     n_tokens: int
     mean_kl: float | None           # KL(reference || model) of the next-token distributions, in nats
     top1_agreement: float | None    # share of positions where both would say the same token
+    flipped: float | None = None    # share of positions where they would not
+    kl_percentiles: dict[str, float] | None = None   # of the tokens' KL, by "50", "90", "99", "100"
+
+
+@dataclass
+class Tally:
+    """What an evaluation is made of; those of several texts can be put together."""
+
+    nll: float = 0.0                # a sum, in nats
+    n_tokens: int = 0
+    kl: list[NDArray[np.float64]] = field(default_factory=list)   # of each token, in parts
+    agreed: int = 0
+
+    def add(self, log_q: NDArray[np.float64], target: NDArray[np.int32], log_p: NDArray[np.float64] | None) -> None:
+        """Some positions: the model's log probabilities (n, vocab_size), the tokens (n,) that came, the reference's."""
+        self.nll -= float(np.take_along_axis(log_q, target[:, None], axis=1).sum())
+        self.n_tokens += len(target)
+        if log_p is not None:
+            self.kl.append((np.exp(log_p) * (log_p - log_q)).sum(axis=1))
+            self.agreed += int((log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum())
+
+    def result(self) -> Evaluation:
+        """Of at least one token."""
+        nll, kl = self.nll / self.n_tokens, np.concatenate(self.kl) if self.kl else None
+        perplexity = math.exp(min(nll, 700.0))   # e ** 709 is the largest float
+        if kl is None:
+            return Evaluation(perplexity, nll, self.n_tokens, None, None)
+        percentiles = {str(p): float(np.percentile(kl, p)) for p in PERCENTILES}
+        agreement = self.agreed / self.n_tokens
+        return Evaluation(perplexity, nll, self.n_tokens, float(kl.mean()), agreement, 1 - agreement, percentiles)
+
+    @classmethod
+    def of(cls, tallies: Iterable[Tally]) -> Tally:
+        """Several texts as one."""
+        whole = cls()
+        for each in tallies:
+            whole.nll += each.nll
+            whole.n_tokens += each.n_tokens
+            whole.agreed += each.agreed
+            whole.kl += each.kl
+        return whole
 
 
 def evaluate(
     model: Model,
     ids: Ids,
-    reference: Reference | None = None,
+    reference: Reference | Model | None = None,
     window: int = WINDOW,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -57,22 +99,16 @@ def evaluate(
 
     Every window starts with <s> and knows nothing of the one before; each of its tokens is predicted from those before
     it, the first from <s> alone. `window` is cut to the model's context. With a `reference`, the same windows go
-    through the source checkpoint in float32.
+    through the source checkpoint in float32, or through another model as it runs.
     Raises BadRequest (`field` names the argument) for no or bad ids, a bad window, or a reference of another shape.
     """
-    text = check_ids(ids, model.config.vocab_size)
-    if type(window) is not int or window < 1:
-        raise BadRequest(f"window is {window!r}: it must be a whole number, at least 1", "window")
-    size = min(window, model.context)
-    bos = np.array([model.config.bos_id], np.int32)
-    windows = [np.concatenate([bos, text[start : start + size]]) for start in range(0, len(text), size)]
-    return evaluate_windows(model, windows, reference, progress)
+    return tally(model, cut(model, ids, window), reference, progress).result()
 
 
 def evaluate_windows(
     model: Model,
     windows: Sequence[NDArray[np.int32]],
-    reference: Reference | None = None,
+    reference: Reference | Model | None = None,
     progress: Progress | None = None,
     starts: Sequence[int] | None = None,
 ) -> Evaluation:
@@ -81,34 +117,50 @@ def evaluate_windows(
     `starts`: of each window the first token that counts, where what comes before is only there to be read; by default 1.
     Raises BadRequest for a reference of another shape.
     """
+    return tally(model, windows, reference, progress, starts).result()
+
+
+def cut(model: Model, ids: Ids, window: int = WINDOW) -> list[NDArray[np.int32]]:
+    """The windows of a text, as `evaluate` has them. Raises BadRequest as it does."""
+    text = check_ids(ids, model.config.vocab_size)
+    if type(window) is not int or window < 1:
+        raise BadRequest(f"window is {window!r}: it must be a whole number, at least 1", "window")
+    size = min(window, model.context)
+    bos = np.array([model.config.bos_id], np.int32)
+    return [np.concatenate([bos, text[start : start + size]]) for start in range(0, len(text), size)]
+
+
+def tally(
+    model: Model,
+    windows: Sequence[NDArray[np.int32]],
+    reference: Reference | Model | None = None,
+    progress: Progress | None = None,
+    starts: Sequence[int] | None = None,
+) -> Tally:
+    """`evaluate_windows`, before its means are taken."""
     if reference is not None and (difference := _difference(reference.config, model.config)):
         raise BadRequest(f"the reference is of another model: {difference}", "reference")
 
     def tell(what: str) -> Callable[[int, int], None]:
         return lambda done, total: progress(what, done, total) if progress is not None else None
 
-    states = [] if reference is None else reference.hidden_states([ids[:-1] for ids in windows], tell("reference"))
-    nll = kl = agreed = 0.0
-    starts = [1] * len(windows) if starts is None else starts
-    for i, (ids, start) in enumerate(zip(windows, starts, strict=True)):
+    in_float = reference if isinstance(reference, Reference) else None
+    as_it_runs = None if isinstance(reference, Reference) else reference
+    states = [] if in_float is None else in_float.hidden_states([ids[:-1] for ids in windows], tell("reference"))
+    found = Tally()
+    for i, (ids, start) in enumerate(zip(windows, [1] * len(windows) if starts is None else starts, strict=True)):
         logits, target = model.logits(ids[:-1]), ids[1:]
+        peer = None if as_it_runs is None else as_it_runs.logits(ids[:-1])
         for row in range(start - 1, len(target), ROWS):
             rows = slice(row, row + ROWS)
-            log_q = log_softmax(logits[rows])
-            nll -= float(np.take_along_axis(log_q, target[rows, None], axis=1).sum())
-            if reference is not None:
-                log_p = log_softmax(reference.logits(states[i][rows]))
-                kl += float((np.exp(log_p) * (log_p - log_q)).sum())
-                agreed += int((log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum())
+            log_p = None
+            if peer is not None:
+                log_p = log_softmax(peer[rows])
+            elif in_float is not None:
+                log_p = log_softmax(in_float.logits(states[i][rows]))
+            found.add(log_softmax(logits[rows]), target[rows], log_p)
         tell("model")(i + 1, len(windows))
-    n = sum(len(ids) - start for ids, start in zip(windows, starts, strict=True))
-    return Evaluation(
-        perplexity=math.exp(min(nll / n, 700.0)),   # e ** 709 is the largest float
-        nll=nll / n,
-        n_tokens=n,
-        mean_kl=None if reference is None else kl / n,
-        top1_agreement=None if reference is None else agreed / n,
-    )
+    return found
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -122,7 +174,7 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 def _difference(reference: ModelConfig, model: ModelConfig) -> str:
     """The first field in which two configs describe different models, in words; empty when there is none."""
     ours, theirs = model.to_dict(), reference.to_dict()
-    for field in ours:
-        if field != "context" and ours[field] != theirs[field]:
-            return f"its {field} is {theirs[field]}, the blob's {ours[field]}"
+    for name in ours:
+        if name != "context" and ours[name] != theirs[name]:
+            return f"its {name} is {theirs[name]}, the blob's {ours[name]}"
     return ""

@@ -60,10 +60,13 @@ class CalibrationPass:
 
     def __init__(
         self, source: Source, windows: Sequence[NDArray[np.int32]], at_once: int, strip_bytes: int,
-        progress: Callable[[int], object], threads: int | None = None,
+        progress: Callable[[int], object], threads: int | None = None, relative: bool = True,
     ) -> None:
-        """windows: token ids (n,) each. at_once: windows that pass a matrix together, while it is in memory."""
-        self._source, self._config = source, source.config
+        """windows: token ids (n,) each. at_once: windows that pass a matrix together, while it is in memory.
+
+        relative: divide what wo and w2 meet by the size of the state that they add to (see `_over_size`).
+        """
+        self._source, self._config, self._relative = source, source.config, relative
         self._at_once, self._strip_bytes, self._progress = at_once, strip_bytes, progress
         self._pool = ThreadPoolExecutor(threads or os.cpu_count() or 1)
         self.states = self._embed(windows)
@@ -80,11 +83,16 @@ class CalibrationPass:
         sums: dict[str, F64] = {}
 
         def meet(matrix: str, inputs: list[F32]) -> list[F32]:
+            outputs = self._times(inputs, at + matrix, rows[matrix])
+            if matrix in ("wo", "w2"):   # their outputs are added to the states, and a norm comes next
+                add(states, outputs)
+                if self._relative:
+                    self._each(_over_size, inputs, states)
             for squares in self._pool.map(_sum_of_squares, inputs):   # in the windows' order, whatever the threads
                 sums[matrix] = sums[matrix] + squares if matrix in sums else squares
             if collect is not None:
                 collect(matrix, inputs)
-            return self._times(inputs, at + matrix, rows[matrix])
+            return outputs
 
         def add(states: Iterable[F32], more: Iterable[F32]) -> None:
             for x, y in zip(states, more, strict=True):
@@ -94,10 +102,10 @@ class CalibrationPass:
             states = self.states[first : first + self._at_once]
             h = meet("wqkv", self._each(lambda x: rms_norm(x, norms["attention_norm"], c.norm_eps), states))
             h = self._each(lambda qkv: attend(c, rotated(c, qkv, np.arange(len(qkv))), np.arange(len(qkv))), h)
-            add(states, meet("wo", h))
+            meet("wo", h)
             h = meet("w13", self._each(lambda x: rms_norm(x, norms["ffn_norm"], c.norm_eps), states))
             h = self._each(_swiglu, h)
-            add(states, meet("w2", h))
+            meet("w2", h)
         return Inputs({name: total / self.tokens for name, total in sums.items()})
 
     def pass_norm(self) -> Inputs:
@@ -115,8 +123,8 @@ class CalibrationPass:
         """As Python's own, in the pass's threads."""
         return self._pool.map(function, *arrays)
 
-    def _each(self, function: Callable[[F32], F32], arrays: Iterable[F32]) -> list[F32]:
-        return list(self._pool.map(function, arrays))
+    def _each(self, function: Callable[..., F32], *arrays: Iterable[F32]) -> list[F32]:
+        return list(self._pool.map(function, *arrays))
 
     def _times(self, inputs: list[F32], name: str, rows: int) -> list[F32]:
         """x W^T of each input x (tokens, cols) by the matrix W (rows, cols) -> (tokens, rows)."""
@@ -172,6 +180,17 @@ def tiled(strips: Iterable[NDArray[Any]]) -> Iterator[F32]:
 
 def _multiply(w: F32, columns: slice, x: F32, y: F32) -> None:
     y[:, columns] = x @ w.T
+
+
+def _over_size(x: F32, states: F32) -> F32:
+    """Divide each token's inputs, in place, by the size of its state: the next norm divides their error by that.
+
+    Without it a few tokens with huge states, the first one of a text above all, would outweigh all others.
+    """
+    for first in range(0, len(x), TOKENS):
+        rows = slice(first, first + TOKENS)
+        x[rows] /= np.sqrt(np.square(states[rows]).mean(axis=1, keepdims=True) + np.float32(1e-12))
+    return x
 
 
 def _swiglu(gate_up: F32) -> F32:

@@ -19,8 +19,9 @@ from edgemistral.errors import BadInput
 from edgemistral.files import regular
 
 METHODS = ("none", "fast", "full")
+VERSION = 2                                    # of what the methods do: a run of another version cannot go on with its file
 WINDOW = 512                                   # tokens that see each other, the first of them <s>
-WINDOWS = {"none": 0, "fast": 16, "full": 32}   # at most
+WINDOWS = {"none": 0, "fast": 8, "full": 32}   # at most
 FOLDER = Path(__file__).parent / "calibration"
 ORDER = ("prose", "chat", "code", "languages")   # windows are taken from these in turn
 SPEAKERS = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -51,9 +52,15 @@ class Calibration:
     windows: list[NDArray[np.int32]]     # ids (n,), each beginning with <s>
     text_sha256: str                     # of the text before it was cut in tokens
 
+    @property
+    def different(self) -> int:
+        """Of the tokens: how many inputs of the first layer are no repetition, and so how much a statistic is worth."""
+        return len(np.unique(np.concatenate(self.windows)))
+
     def describe(self) -> dict[str, Any]:
         """As a blob's metadata has it."""
-        return {"method": self.method, "text_sha256": self.text_sha256, "tokens": sum(map(len, self.windows))}
+        tokens = sum(map(len, self.windows))
+        return {"method": self.method, "version": VERSION, "text_sha256": self.text_sha256, "tokens": tokens}
 
 
 def read_calibration(method: str, text: Path | None, tokenizer: Tokenizer, context: int) -> Calibration | None:

@@ -23,8 +23,8 @@ from edgemistral.errors import BadInput
 from edgemistral.files.bf16 import to_bf16, widen
 from edgemistral.files.blob_writer import BlobWriter
 from edgemistral.files.layout import BLOCK_BYTES, PANEL, Matrix, Recipe, TensorSpec, matrices, matrix_tensors
-from edgemistral_quantize import gptq
-from edgemistral_quantize.calibrate import CalibrationPass, tiled, work_bytes
+from edgemistral_quantize import gptq, sensitivity
+from edgemistral_quantize.calibrate import MATRICES, CalibrationPass, tiled, work_bytes
 from edgemistral_quantize.calibration_text import Calibration, read_calibration
 from edgemistral_quantize.checkpoint import Checkpoint, Strip
 from edgemistral_quantize.equalise import Change, Changes, layer_changes, output_changes
@@ -36,8 +36,6 @@ WINDOWS_AT_ONCE = 8     # most windows of calibration that pass a layer together
 
 Progress = Callable[[int, int], object]
 
-LOSS = {8: "little", 4: "much"}
-
 T = TypeVar("T")
 
 _NO_CHANGES = Changes({}, {})
@@ -46,7 +44,7 @@ _NO_CHANGES = Changes({}, {})
 def quantize(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
-    bits: int | None = None,
+    bits: float | None = None,
     output_bits: int = 8,
     max_ram: int = 2 << 30,
     resume: bool = False,
@@ -61,13 +59,15 @@ def quantize(
     """Make a blob of a checkpoint directory in Hugging Face or Mistral layout, or of a GGUF file; returns its path.
 
     `bits` (4 or 8; None: 4, or 8 for a GGUF that is quantized already) are those of the layers'
-    matrices, `output_bits` those of the output head; embeddings become bfloat16.
+    matrices, `output_bits` those of the output head; embeddings become bfloat16. Bits between, such as 4.5, are an
+    average that the layers keep to, scales included: matrices that lose most in 4 bits take 8 (`sensitivity.py`).
     `max_ram` bounds the bytes of working memory, beside what Python and the compiled kernels take.
 
     `calibrate`: "fast" measures on a text what each column of the matrices carries, weighs its rounding errors by that
-    and evens the columns out; "full" also lets later columns make up for the errors of earlier ones (GPTQ; 4 bits only)
-    and reads more text, which takes several times as long; "none" does none of it. The text is the package's own or, in
-    UTF-8, `calibration_text`. The method and the text's sha256 are kept in the blob.
+    and evens the columns out; with 4 bits later columns make up for the errors of earlier ones (GPTQ), in parts of 512
+    columns. "full" does so over all columns, reads more text and betters the result, which takes several times as long;
+    it changes 8 bits little. "none" does none of it. The text is the package's own or, in UTF-8, `calibration_text`. The
+    method and the text's sha256 are kept in the blob.
 
     The blob grows as DST.partial and gets its name when it is whole and on the disk. After a crash or an error
     `resume=True` goes on behind the tensors that are already in DST.partial, once their checksums and those of their
@@ -82,9 +82,12 @@ def quantize(
     Raises BadConfig and BadCheckpoint when the checkpoint cannot be used (before anything is written, but for a NaN, an
     infinity or an unreadable file in the middle), BadInput for everything about DST and the arguments, a full disk too.
     """
-    for name, value in (("bits", 4 if bits is None else bits), ("output_bits", output_bits)):
-        if value not in BLOCK_BYTES:
-            raise BadInput(f"{name} is {value}; supported are {' and '.join(map(str, BLOCK_BYTES))}")
+    if output_bits not in BLOCK_BYTES:
+        raise BadInput(f"output_bits is {output_bits}; supported are {' and '.join(map(str, BLOCK_BYTES))}")
+    if bits is not None and bits not in BLOCK_BYTES:
+        sensitivity.check_bits(bits)
+        if calibrate == "none":
+            raise BadInput(f"bits is {bits} and calibrate is 'none': which matrices deserve 8 bits takes a calibration")
     checkpoint = Checkpoint(
         Path(src), None if chat_template is None else Path(chat_template), None if lora is None else Path(lora)
     )
@@ -96,14 +99,34 @@ def quantize(
     calibration = read_calibration(
         calibrate, None if calibration_text is None else Path(calibration_text), checkpoint.tokenizer_of_text, config.context
     )
-    return convert(checkpoint, Path(dst), Recipe(bits, output_bits), calibration, max_ram, resume, force, progress)
+    if bits in BLOCK_BYTES or calibration is None:
+        recipe = Recipe(int(bits), output_bits)
+    else:
+        recipe = _choose(checkpoint, calibration, bits, output_bits, max_ram, progress)
+    return convert(checkpoint, Path(dst), recipe, calibration, max_ram, resume, force, progress)
 
 
-def quantized_twice(types: str, source_bits: float, bits: int) -> str:
+def _choose(
+    checkpoint: Checkpoint, calibration: Calibration, bits: float, output_bits: int, max_ram: int, progress: bool | Progress
+) -> Recipe:
+    few = dataclasses.replace(calibration, method="fast", windows=calibration.windows[: sensitivity.WINDOWS])
+    strip_bytes, some, _ = _share_memory(checkpoint, few, max_ram)
+    assert some is not None
+    runs = 1 + len(MATRICES)
+    with (
+        tqdm(total=checkpoint.n_bytes * runs, desc="sensitivity", unit="B", unit_scale=True, unit_divisor=1024,
+             disable=None if progress is True else True) as bar,
+        threadpool_limits(1, user_api="blas"),
+    ):
+        update = _telling(progress, checkpoint.n_bytes * runs) if callable(progress) else bar.update
+        return sensitivity.choose(checkpoint, some.windows, bits, output_bits, strip_bytes, update)
+
+
+def quantized_twice(types: str, source_bits: float, bits: float) -> str:
     """What to know before weights that are quantized already are quantized once more."""
     return (
-        f"note: SRC is quantized already ({types}, {source_bits:.1f} bits per weight). Quantizing it again to {bits} bits "
-        f"loses again: {LOSS[bits]}. The original model gives a better file"
+        f"note: SRC is quantized already ({types}, {source_bits:.1f} bits per weight). Quantizing it again to {bits:g} bits "
+        f"loses again: {'little' if bits == 8 else 'much'}. The original model gives a better file"
         f"{'' if bits == 8 else '; --bits 8 keeps nearly all of this one'}."
     )
 
@@ -135,7 +158,8 @@ def convert(
         contextlib.ExitStack() as stack,
     ):
         update = _telling(progress, checkpoint.n_bytes * (1 + rounds)) if callable(progress) else bar.update
-        conversion = _Conversion(checkpoint, writer, strip_bytes, update)
+        samples = 1 if calibration is None else calibration.different
+        conversion = _Conversion(checkpoint, writer, strip_bytes, samples, update)
         states = None
         if calibration is not None:
             states = CalibrationPass(checkpoint, calibration.windows, at_once, strip_bytes, update)
@@ -147,9 +171,9 @@ def convert(
                 moments = _moments(config, recipe, calibration, writer, at)
                 add = None if moments is None else partial(_add_moments, moments, states.map)
                 inputs = states.pass_layer(int(at.removeprefix("layers.")), add)
-                changes = layer_changes(config, inputs.mean_squares, recipe.bits)
+                changes = layer_changes(config, inputs.mean_squares, recipe.bits, samples)
             elif part == "norm" and states is not None:
-                changes = output_changes(states.pass_norm().mean_squares["output"], recipe.output_bits)
+                changes = output_changes(states.pass_norm().mean_squares["output"], recipe.output_bits, samples)
             if spec.name in by_name:
                 change, met = changes.matrices.get(part, Change()), None if moments is None else moments.pop(part, None)
                 conversion.write_matrix(by_name[spec.name], change, met)
@@ -185,10 +209,9 @@ def _share_memory(
         return min(STRIP_BYTES, max_ram // STRIPS_IN_WORK), None, 0
     window, n = max(map(len, calibration.windows)), len(calibration.windows)
     free = max_ram - needed
-    if calibration.method == "full":
-        free -= gptq.work_bytes(checkpoint.config)
-        if free < 0:
-            raise BadInput(f"max_ram is {max_ram} bytes; a full calibration of this checkpoint needs {max_ram - free} or more")
+    free -= gptq.work_bytes(checkpoint.config, calibration.method)
+    if free < 0:
+        raise BadInput(f"max_ram is {max_ram} bytes; to calibrate this checkpoint needs {max_ram - free} or more")
 
     def taken(n: int, at_once: int) -> int:
         return work_bytes(checkpoint.config, window, n, at_once)
@@ -206,28 +229,30 @@ def _moments(
     config: ModelConfig, recipe: Recipe, calibration: Calibration | None, writer: BlobWriter, layer: str
 ) -> dict[str, gptq.Moments] | None:
     """For each matrix of a layer what a full calibration collects; None where nothing is to be collected."""
-    if calibration is None or calibration.method != "full" or recipe.bits != 4:
+    if calibration is None or recipe.bits != 4:
         return None
     cols = {"wqkv": config.dim, "wo": config.q_dim, "w13": config.dim, "w2": config.hidden_dim}
     if all(writer.done(f"{layer}.{part}") for part in cols):   # by an earlier run
         return None
-    return {part: gptq.Moments(n) for part, n in cols.items()}
+    return {part: gptq.Moments(n, calibration.method) for part, n in cols.items() if recipe.bits_of(f"{layer}.{part}") == 4}
 
 
 def _add_moments(
     moments: dict[str, gptq.Moments], map_: gptq.Map, matrix: str, inputs: Sequence[NDArray[np.float32]]
 ) -> None:
-    for x in inputs:
-        moments[matrix].add(x, map_)
+    if matrix in moments:   # not for 8 bits
+        for x in inputs:
+            moments[matrix].add(x, map_)
 
 
 class _Conversion:
     """Writes single tensors of a blob, unless an earlier run did."""
 
     def __init__(
-        self, checkpoint: Checkpoint, writer: BlobWriter, strip_bytes: int, progress: Callable[[int], object]
+        self, checkpoint: Checkpoint, writer: BlobWriter, strip_bytes: int, samples: int, progress: Callable[[int], object]
     ) -> None:
         self.checkpoint, self.writer, self.strip_bytes, self.progress = checkpoint, writer, strip_bytes, progress
+        self.samples = samples     # different inputs that the calibration is made of
 
     def write_matrix(self, matrix: Matrix, change: Change, moments: gptq.Moments | None = None) -> None:
         """Codes, row scales and levels of one matrix, which `change` prepares; by GPTQ if there are `moments`."""
@@ -265,8 +290,9 @@ class _Conversion:
                 yield quantize_rows(change.apply(strip, n_rows), matrix.bits, levels, change.importance)
                 n_rows += len(strip)
             return
-        factors, tiles = gptq.Factors.of(moments, change.columns), tiled(strips)
-        with ThreadPoolExecutor(threads := os.cpu_count() or 1) as pool:
+        factors, tiles = gptq.Factors.of(moments, change.columns, self.samples), tiled(strips)
+        threads = gptq.tiles_at_once(self.checkpoint.config, matrix.cols, os.cpu_count() or 1)
+        with ThreadPoolExecutor(threads) as pool:
             while some := list(itertools.islice(tiles, threads)):
                 changed = []
                 for tile in some:

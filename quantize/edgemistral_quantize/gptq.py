@@ -3,10 +3,13 @@
 For a matrix W whose inputs have the second moments H = E[x x^T], the columns are rounded in their order. The error of a
 column, over the diagonal of the factor U (H^-1 = U^T U, U upper), is fed forward: column k loses  error * U[j, k]. The scale
 of each group of 32 columns is searched when its turn comes, on weights that are corrected already, with H's diagonal as the
-weight of each column's error. Codes and scales are those of `groups.py`: 4 bits, whole scales on the row's unit.
+weight of each column's error. Codes and scales are those of `groups.py`: 4 bits, whole scales on the row's unit. Then every
+group is bettered in turn, `SWEEPS` times over all columns: its scale by least squares, each of its codes while the others
+stay. No step raises the error  tr((W - Q) H (W - Q)^T).
 
-Matrices wider than `MOST_COLUMNS` are cut in parts, whose errors stay within them: a factor of all the 14,336 columns of a
-7B's w2 would not fit the memory.
+A matrix is cut in parts of columns, whose errors stay within them. Parts of `MOST_COLUMNS["fast"]` cost little more than
+no feedback at all, and have most of its use. Those of "full" are as large as the memory bears: a factor of all the 14,336
+columns of a 7B's w2 would not fit.
 """
 
 from __future__ import annotations
@@ -21,31 +24,37 @@ from numpy.typing import NDArray
 from edgemistral.config import ModelConfig
 from edgemistral.files import layout
 from edgemistral.files.layout import BLOCK, GROUP, LEVEL_ZERO, PANEL, round_up
-from edgemistral_quantize.scale_search import LIMIT_4, MAX_SCALE, round_group, search_groups
+from edgemistral_quantize.column_search import better_group, round_group
+from edgemistral_quantize.scale_search import LIMIT_4, MAX_SCALE
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
+I8 = NDArray[np.int8]
 
-MOST_COLUMNS = 4096
+MOST_COLUMNS = {"fast": 512, "full": 4096}   # of a part
+SWEEPS = {"fast": 0, "full": 3}
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)   # of the mean diagonal, added to it; the next one where Cholesky fails
+ENOUGH = 1024                           # different tokens, for any number of columns: their contexts differ, too
 ROWS = 256                              # of a matrix in one product, whatever the memory and the threads
+COPIES = 6                              # of its rows that rounding them takes, at most
+TILES = 4                               # of so many rows, of the widest matrix, that there is memory for
 
 Map = Callable[..., Iterable[object]]   # as Python's own, in several threads
 
 
-def parts(cols: int) -> list[slice]:
+def parts(cols: int, method: str) -> list[slice]:
     """The columns of a matrix in equal parts of whole groups, at most `MOST_COLUMNS` each."""
-    n = -(-cols // MOST_COLUMNS)
+    n = -(-cols // MOST_COLUMNS[method])
     bounds = [cols // GROUP * i // n * GROUP for i in range(n + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 class Moments:
-    """Sums of x^T x over the inputs x of one matrix, in its parts."""
+    """Sums of x^T x over the inputs x of one matrix, in its parts; below the diagonal only `whole` fills them in."""
 
-    def __init__(self, cols: int) -> None:
-        self.parts = parts(cols)
+    def __init__(self, cols: int, method: str) -> None:
+        self.method, self.parts = method, parts(cols, method)
         self.sums = [np.zeros((part.stop - part.start,) * 2, np.float32) for part in self.parts]
 
     def add(self, x: F32, map_: Map) -> None:
@@ -54,54 +63,100 @@ class Moments:
             inputs = np.ascontiguousarray(x[:, part])
 
             def add(first: int, inputs: F32 = inputs, total: F32 = total) -> None:
-                total[first : first + ROWS] += inputs[:, first : first + ROWS].T @ inputs
+                total[first : first + ROWS, first:] += inputs[:, first : first + ROWS].T @ inputs[:, first:]
 
             list(map_(add, range(0, len(total), ROWS)))
 
 
+    def whole(self) -> list[F32]:
+        """The sums, symmetric."""
+        for total in self.sums:
+            for first in range(0, len(total), ROWS):
+                last = first + ROWS
+                total[last:, first:last] = total[first:last, last:].T
+        return self.sums
+
+
 @dataclass(frozen=True)
 class Factors:
-    """What rounding a matrix needs of its moments: of each part U, float32; and of each column H's diagonal, (cols,)."""
+    """What rounding a matrix needs of its moments: of each part U and H, damped; and of each column H's diagonal, (cols,)."""
 
     parts: Sequence[slice]
     upper: Sequence[F32]
+    h: Sequence[F32]
     diagonal: F32
+    sweeps: int
 
     @classmethod
-    def of(cls, moments: Moments, columns: F32) -> Factors:
-        """For inputs that are divided by `columns` (cols,)."""
+    def of(cls, moments: Moments, columns: F32, samples: float) -> Factors:
+        """For inputs that are divided by `columns` (cols,), measured on `samples` different ones. Uses the moments up."""
         upper: list[F32] = []
         diagonal: list[F32] = []
-        for part, total in zip(moments.parts, moments.sums, strict=True):
-            h = total / (columns[part, None] * columns[part])
+        for part, h in zip(moments.parts, moments.whole(), strict=True):
+            h /= columns[part, None]
+            h /= columns[part]
             diagonal.append(np.diagonal(h).astype(np.float32))
+            _shrink(h, samples)
             upper.append(_factor(h))
-        return cls(moments.parts, upper, np.concatenate(diagonal))
+        return cls(moments.parts, upper, moments.sums, np.concatenate(diagonal), SWEEPS[moments.method])
+
+
+def _shrink(h: F32, samples: float) -> None:
+    """Bring the columns' products, in place, nearer to 0 by the share of them that is chance.
+
+    The share is that of Ledoit and Wolf ("A well-conditioned estimator for large-dimensional covariance matrices", 2004)
+    for normal inputs and the diagonal as the target. Columns that belong together in a trained model hardly move; those
+    of random weights, which a text with few different tokens makes look alike, come apart. With fewer samples
+    than columns nothing is known of the products.
+    """
+    diagonal = np.diagonal(h).astype(np.float64)
+    if samples < min(len(h), ENOUGH):
+        h[:] = 0
+        np.fill_diagonal(h, diagonal)
+        return
+    of_all = float(np.einsum("ij,ij->", h, h, dtype=np.float64))
+    of_products = of_all - float((diagonal**2).sum())
+    if of_products > 0:
+        chance = (float(diagonal.sum()) ** 2 + of_all) / samples
+        h *= np.float32(max(0.0, 1 - chance / of_products))
+        np.fill_diagonal(h, diagonal)
 
 
 def _factor(h: F32) -> F32:
-    """U, upper, with U^T U the inverse of h, damped."""
-    mean = float(np.diagonal(h).mean(dtype=np.float64))
+    """U, upper, with U^T U the inverse of h; h becomes 1 in the mean of its diagonal, and is damped."""
+    mean = np.diagonal(h).mean(dtype=np.float64)
     if not mean > 0:   # nothing ever came in
+        h[:] = 0
+        np.fill_diagonal(h, 1)
         return np.eye(len(h), dtype=np.float32)
-    turned = h[::-1, ::-1].astype(np.float64) / mean
+    h /= np.float32(mean)
+    turned = h[::-1, ::-1].astype(np.float64)
     diagonal = np.diagonal(turned).copy()
     for damping in DAMPING:
         np.fill_diagonal(turned, diagonal + damping)
         try:   # turning rows and columns round makes the lower factor of h the upper one of its inverse
-            return np.ascontiguousarray(np.linalg.inv(np.linalg.cholesky(turned))[::-1, ::-1], np.float32)
+            upper = np.ascontiguousarray(np.linalg.inv(np.linalg.cholesky(turned))[::-1, ::-1], np.float32)
         except np.linalg.LinAlgError:
             continue
+        np.fill_diagonal(h, np.diagonal(h) + np.float32(damping))
+        return upper
+    h[:] = 0
+    np.fill_diagonal(h, 1)
     return np.eye(len(h), dtype=np.float32)
 
 
-def work_bytes(config: ModelConfig) -> int:
+def work_bytes(config: ModelConfig, method: str) -> int:
     """Memory of a layer's moments and of the largest factor while it is made, with what one matrix needs to be rounded."""
     widths = (config.dim, config.q_dim, config.dim, config.hidden_dim)
-    sizes: list[list[int]] = [[part.stop - part.start for part in parts(cols)] for cols in widths]
+    sizes: list[list[int]] = [[part.stop - part.start for part in parts(cols, method)] for cols in widths]
     largest = max(max(matrix) for matrix in sizes)
     moments, factors = sum(n * n for matrix in sizes for n in matrix), max(sum(n * n for n in matrix) for matrix in sizes)
-    return 4 * (moments + factors) + 28 * largest * largest
+    return 4 * (moments + factors) + 28 * largest * largest + 4 * TILES * COPIES * ROWS * max(widths)
+
+
+def tiles_at_once(config: ModelConfig, cols: int, threads: int) -> int:
+    """How many threads may round rows of a matrix within `work_bytes`."""
+    return max(1, min(threads, TILES * max(config.dim, config.q_dim, config.hidden_dim) // cols))
 
 
 def quantize_rows(w: F32, levels: U8, factors: Factors) -> tuple[U8, F32]:
@@ -113,13 +168,14 @@ def quantize_rows(w: F32, levels: U8, factors: Factors) -> tuple[U8, F32]:
     padded_rows, padded_cols = round_up(rows, PANEL), round_up(cols, BLOCK)
     values = levels[:16].astype(np.float32) - LEVEL_ZERO
     peaks = np.abs(w).max(axis=1)
-    rest = w / np.where(peaks > 0, peaks, np.float32(1))[:, None]
+    exact = w / np.where(peaks > 0, peaks, np.float32(1))[:, None]
+    rest = exact.copy()
     weights = _column_weights(factors.diagonal)
     scales = np.zeros((padded_rows, padded_cols // GROUP), np.int8)
     codes = np.full((padded_rows, padded_cols), np.abs(values).argmin(), np.uint8)
-    top = search_groups(rest, weights, values)
+    top = 1 / min(abs(values[0]), values[-1])   # the row's peak, which is 1 here, at the nearer end of the levels
     with np.errstate(divide="ignore", over="ignore"):
-        unit = np.minimum(top / np.float32(MAX_SCALE), np.where(peaks > 0, LIMIT_4 / peaks, np.float32(np.inf)))
+        unit = np.minimum(np.float32(top / MAX_SCALE), np.where(peaks > 0, LIMIT_4 / peaks, np.float32(0)))
     unit = unit.astype(np.float32)
     for part, upper in zip(factors.parts, factors.upper, strict=True):
         own = rest[:, part]
@@ -135,9 +191,32 @@ def quantize_rows(w: F32, levels: U8, factors: Factors) -> tuple[U8, F32]:
                 )
                 own[:, last:end] -= error @ upper[first:last, last:end]
             own[:, end:] -= errors @ upper[block:end, end:]
+    for part, h in zip(factors.parts, factors.h, strict=True):
+        groups = slice(part.start // GROUP, part.stop // GROUP)
+        _better(exact[:, part], codes[:rows, part], scales[:rows, groups], values, unit, h, factors.sweeps)
     row_scales = np.zeros(padded_rows, np.float32)
     row_scales[:rows] = unit * peaks
     return layout.pack(codes, scales, 4), row_scales
+
+
+def _better(exact: F32, codes: U8, scales: I8, values: F32, unit: F32, h: F32, sweeps: int) -> None:
+    """Codes and whole scales of one part of the rows, changed in place."""
+    if not sweeps:
+        return
+    gradient = (exact - values[codes] * (np.repeat(scales.astype(np.float32), GROUP, axis=1) * unit[:, None])) @ h
+    for _ in range(sweeps):
+        for block in range(0, len(h), BLOCK):
+            end = min(block + BLOCK, len(h))
+            change = np.empty((len(exact), end - block), np.float32)
+            for first in range(block, end, GROUP):
+                own, whole = slice(first, first + GROUP), np.ascontiguousarray(scales[:, first // GROUP])
+                code = np.ascontiguousarray(codes[:, own])
+                near = better_group(code, whole, np.ascontiguousarray(gradient[:, own]),
+                                    np.ascontiguousarray(h[own, own]), values, unit)
+                codes[:, own], scales[:, first // GROUP], change[:, first - block : first - block + GROUP] = code, whole, near
+                gradient[:, block:end] -= near @ h[own, block:end]
+            gradient[:, :block] -= change @ h[block:end, :block]
+            gradient[:, end:] -= change @ h[block:end, end:]
 
 
 def _column_weights(diagonal: F32) -> F32:

@@ -298,6 +298,16 @@ def test_a_checkpoint_is_quantized_runs_and_is_compared_with_its_source(tmp_path
     result = json.loads(run("eval", blob, str(text), "--reference", source, "--json").stdout)
     assert 0 <= result["mean_kl"] < 0.01 and result["top1_agreement"] > 0.9
     assert "top-1 agreement" in run("eval", blob, str(text), "--reference", source).stdout
+    (tmp_path / "texts").mkdir()
+    assert "ends in .txt" in error_of("eval", blob, str(tmp_path / "texts"))
+    for name in ("a.txt", "b.md"):
+        (tmp_path / "texts" / name).write_text(f"{name}: nobody was awake.", encoding="utf-8")
+    itself = json.loads(run("eval", blob, str(tmp_path / "texts"), "--reference", blob, "--json").stdout)
+    assert list(itself["texts"]) == ["a.txt", "b.md"]
+    assert itself["n_tokens"] == sum(each["n_tokens"] for each in itself["texts"].values())
+    assert itself["flipped"] == 0 and max(itself["kl_percentiles"].values()) < 1e-9
+    shown = run("eval", blob, str(tmp_path / "texts"), "--reference", blob).stdout
+    assert "b.md" in shown and "flipped" in shown
     error_of("quantize", source, blob)   # exists
     error_of("quantize", str(tmp_path / "missing"), str(tmp_path / "x"))
     error_of("quantize", source, str(tmp_path / "x"), "--max-ram", "5")

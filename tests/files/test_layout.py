@@ -77,7 +77,7 @@ def test_shapes_are_padded_to_pairs_of_panels_and_blocks():
     assert Matrix("m", 33, 129, 4).shape == (4, 2, 1088)
     assert Matrix("m", 32, 128, 8).shape == (2, 1, 2112)
     config = blobs.config()     # dim 192, 6 + 2 + 2 heads of 32, hidden_dim 448, vocabulary 515
-    wqkv, wo, w13, w2 = layout.layer_matrices(config, 1, 4)
+    wqkv, wo, w13, w2 = layout.layer_matrices(config, 1, Recipe(4))
     assert (wqkv.name, wqkv.rows, wqkv.shape) == ("layers.1.wqkv", 320, (20, 2, 1088))
     assert (wo.name, wo.shape) == ("layers.1.wo", (12, 2, 1088))
     assert (w13.name, w13.rows, w13.shape) == ("layers.1.w13", 1024, (64, 2, 1088))    # whole blocks of w2's columns

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
 from edgemistral.errors import BadRequest
-from edgemistral.measure.evaluate import Evaluation, evaluate, evaluate_windows
+from edgemistral.measure.evaluate import Evaluation, Tally, cut, evaluate, evaluate_windows, tally
 from edgemistral.measure.reference import Reference
 from tests import naive
 from tests.checkpoints import write_hf
@@ -88,6 +88,26 @@ def test_distance_from_the_reference(reference: Reference) -> None:
     assert result.mean_kl == pytest.approx(naive.mean_kl(exact, got), rel=1e-4)
     assert result.mean_kl == pytest.approx(0.1**2 / 2, rel=0.1)   # of small normal noise: half its variance
     assert result.top1_agreement == naive.top1_agreement(exact, got) < 1
+
+
+def test_percentiles_and_flipped_tokens(reference: Reference) -> None:
+    """The same whether the reference is a checkpoint or another model; and of texts put together."""
+    model, ids = Exact(noise=0.1), [1, *TEXT[:-1]]
+    result, beside = evaluate(model, TEXT, reference), evaluate(model, TEXT, Exact())
+    p, q = (naive.log_softmax(each.logits(ids)).astype(np.float64) for each in (Exact(), model))
+    kl = (np.exp(p) * (p - q)).sum(axis=1)
+    for found in (result, beside):
+        assert found.kl_percentiles is not None
+        assert {n: pytest.approx(value, rel=1e-3) for n, value in found.kl_percentiles.items()} == {
+            "50": np.percentile(kl, 50), "90": np.percentile(kl, 90), "99": np.percentile(kl, 99), "100": kl.max(),
+        }
+        assert found.flipped == pytest.approx((p.argmax(axis=1) != q.argmax(axis=1)).mean())
+    parts = [tally(model, cut(model, part), reference) for part in (TEXT[:30], TEXT[30:])]
+    whole = Tally.of(parts).result()
+    assert whole.n_tokens == len(TEXT)
+    assert whole.nll == pytest.approx(sum(part.result().nll * part.n_tokens for part in parts) / len(TEXT))
+    assert whole.kl_percentiles is not None
+    assert whole.kl_percentiles["100"] == max(part.kl[0].max() for part in parts)
 
 
 def test_what_comes_before_a_start_is_only_read(reference: Reference) -> None:
