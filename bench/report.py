@@ -100,6 +100,15 @@ def _startup(r: Results) -> list[str]:
     ])
 
 
+def _first_token(r: Results) -> list[str]:
+    return _table((f"in the process, warm caches, blob of {r['blob_bytes'] / 1e9:.1f} GB", "seconds"), [
+        ("`import edgemistral`", f"{r['import_seconds']:.3f}"),
+        ("`load`", f"{r['load_seconds']:.2f}"),
+        (f"first token of a prompt of {r['prompt_tokens']:.0f} tokens", f"{r['first_token_after_load_seconds']:.2f}"),
+        ("all of it (target: 1.2)", f"{r['total_seconds']:.2f}"),
+    ])
+
+
 def _quantize(r: Results) -> list[str]:
     n_bytes, bits = r["checkpoint_bytes"], r["bits_per_weight"]
     source = "from the disk" if r["checkpoint_from_disk"] else "from the disk or the system's memory of it"
@@ -380,6 +389,7 @@ def _server_load(r: Results) -> list[str]:
 
 SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ("Start", "startup", "python bench/startup.py", _startup),
+    ("7B: from load to the first token", "first_token", "python bench/first_token.py WORK/7b-q4.safetensors", _first_token),
     ("7B: quantizing", "seven_b_quantize", "python bench/seven_b.py WORK", _quantize),
     ("7B: running", "seven_b_run", "python bench/seven_b.py WORK", _run),
     ("7B beside llama.cpp, 4 bits", "peers_q4", "python bench/peers.py WORK", _peers),

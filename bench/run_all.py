@@ -22,6 +22,7 @@ COMMANDS = (     # as bench/report.py names them beside its sections
     "python bench/startup.py",
     "python bench/seven_b.py WORK",
     "edgemistral quantize WORK/7b WORK/7b-q8.safetensors --bits 8 --force",
+    "python bench/first_token.py WORK/7b-q4.safetensors",
     "python bench/peers.py WORK",
     "python bench/peers.py WORK --bits 8",
     "python bench/peers.py WORK --avx2 PYTHON",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from PySide6.QtCore import QSize, Qt, QTimer, Signal
-from PySide6.QtGui import QResizeEvent, QTextDocument
+from PySide6.QtCore import Qt, QTimer, Signal
+from PySide6.QtGui import QResizeEvent, QTextBlockFormat, QTextCursor, QTextDocument
 from PySide6.QtWidgets import (
     QFrame,
     QGridLayout,
@@ -17,6 +17,7 @@ from PySide6.QtWidgets import (
 )
 
 COLUMN = 720           # most pixels of a line of text
+LINE = 125             # percent of its height: the distance of lines
 REDRAW = 40            # milliseconds: a fast model writes more often than anybody sees
 EXAMPLES = (
     "What should I see in Paris?",
@@ -27,11 +28,10 @@ EXAMPLES = (
 
 
 class Text(QTextBrowser):
-    """A text as high as it is. What a model writes is shown as Markdown, without HTML and without anything from elsewhere."""
+    """What a model writes, as high as it is: Markdown, without HTML and without anything from elsewhere."""
 
-    def __init__(self, markdown: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._markdown = markdown
         self.setOpenLinks(False)
         self.setVerticalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
         self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
@@ -39,18 +39,16 @@ class Text(QTextBrowser):
         self.document().documentLayout().documentSizeChanged.connect(self._fit)
 
     def show_text(self, text: str) -> None:
-        if self._markdown:
-            features = QTextDocument.MarkdownFeature
-            self.document().setMarkdown(text, features.MarkdownDialectGitHub | features.MarkdownNoHTML)
-        else:
-            self.setPlainText(text)
+        features = QTextDocument.MarkdownFeature
+        self.document().setMarkdown(text, features.MarkdownDialectGitHub | features.MarkdownNoHTML)
+        all_of_it, spaced = QTextCursor(self.document()), QTextBlockFormat()
+        all_of_it.select(QTextCursor.SelectionType.Document)
+        spaced.setLineHeight(LINE, QTextBlockFormat.LineHeightTypes.ProportionalHeight.value)
+        all_of_it.mergeBlockFormat(spaced)
         self._fit()
 
     def loadResource(self, kind: int, url: object) -> None:
         """No pictures: neither from the disk nor from the network."""
-
-    def sizeHint(self) -> QSize:
-        return QSize(int(self.document().idealWidth()) + 2, int(self.document().size().height()) + 2)
 
     def resizeEvent(self, event: QResizeEvent) -> None:
         super().resizeEvent(event)
@@ -101,23 +99,24 @@ class Conversation(QScrollArea):
             self._welcome.hide()
             self._welcome.deleteLater()
             self._welcome = None
-        bubble, shown = QFrame(objectName="asked"), Text(markdown=False)
+        bubble = QFrame(objectName="asked")
+        shown = QLabel(text, textFormat=Qt.TextFormat.PlainText, wordWrap=True,
+                       textInteractionFlags=Qt.TextInteractionFlag.TextSelectableByMouse)
         inside = QHBoxLayout(bubble)
         inside.setContentsMargins(16, 10, 16, 10)
         inside.addWidget(shown)
         line = QHBoxLayout()
         line.addStretch(1)
         line.addWidget(bubble)
-        width = min(shown.fontMetrics().horizontalAdvance(max(text.splitlines() or [""], key=len)) + 46, COLUMN - 100)
-        bubble.setMinimumWidth(max(width, 60))
-        bubble.setMaximumWidth(max(width, 60))
-        shown.show_text(text)
+        shown.ensurePolished()
+        wanted = max(shown.fontMetrics().horizontalAdvance(line) for line in text.splitlines())
+        bubble.setFixedWidth(min(wanted + 40, COLUMN - 100))
         self._column.insertLayout(self._column.count() - 1, line)
         self._follow = True
 
     def begin_answer(self, name: str) -> None:
         self._column.insertWidget(self._column.count() - 1, QLabel(name, objectName="who"))
-        self._text, self._answer = "", Text(markdown=True)
+        self._text, self._answer = "", Text()
         self._column.insertWidget(self._column.count() - 1, self._answer)
         self._answer.show_text("…")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from conversation import COLUMN, Conversation
 from library import Chat, Library
 from PySide6.QtCore import QEvent, QObject, Qt, QTimer, Signal
-from PySide6.QtGui import QCloseEvent, QKeyEvent, QKeySequence, QShortcut
+from PySide6.QtGui import QCloseEvent, QKeyEvent, QKeySequence, QPainter, QPaintEvent, QShortcut
 from PySide6.QtWidgets import (
     QCheckBox,
     QComboBox,
@@ -67,6 +67,15 @@ class Composer(QFrame):
         self.text.setFixedHeight(lines * self.text.fontMetrics().lineSpacing() + 14)
 
 
+class Picker(QComboBox):
+    """A box with an arrow, which style sheets take away."""
+
+    def paintEvent(self, event: QPaintEvent) -> None:
+        super().paintEvent(event)
+        place = self.rect().adjusted(0, 0, -12, 0)
+        QPainter(self).drawText(place, Qt.AlignmentFlag.AlignRight | Qt.AlignmentFlag.AlignVCenter, "▾")
+
+
 class Window(QMainWindow):
     def __init__(self, library: Library, model: str | None = None) -> None:
         super().__init__()
@@ -108,11 +117,12 @@ class Window(QMainWindow):
         new = QPushButton("New chat")
         new.clicked.connect(self.new_chat)
         self.chats = QListWidget(contextMenuPolicy=Qt.ContextMenuPolicy.CustomContextMenu)
+        self.chats.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
         self.chats.itemClicked.connect(lambda item: self.open_chat(item.data(Qt.ItemDataRole.UserRole)))
         self.chats.customContextMenuRequested.connect(self._chat_menu)
         self.making = QLabel("", objectName="faint", wordWrap=True, visible=False)
         self.made = QProgressBar(textVisible=False, visible=False)
-        self.half = QCheckBox("Half speed, for a cool and quiet computer")
+        self.half = QCheckBox("Half speed, cool and quiet")
         self.half.toggled.connect(self._set_duty)
         for part in (QLabel("edgemistral", objectName="name"), new, self.chats, self.making, self.made, self.half):
             column.addWidget(part)
@@ -125,7 +135,7 @@ class Window(QMainWindow):
         column.setSpacing(0)
         top = QHBoxLayout()
         top.setContentsMargins(24, 14, 24, 6)
-        self.picker = QComboBox()
+        self.picker = Picker()
         self.picker.activated.connect(self._pick)
         self.state = QLabel("", objectName="faint")
         top.addWidget(self.picker)
@@ -133,6 +143,9 @@ class Window(QMainWindow):
         top.addWidget(self.state)
         top.addStretch(1)
         self.load_bar = QProgressBar(textVisible=False)
+        stays = self.load_bar.sizePolicy()
+        stays.setRetainSizeWhenHidden(True)
+        self.load_bar.setSizePolicy(stays)
         self.conversation = Conversation()
         self.conversation.example.connect(self.ask)
         self.composer = Composer()
@@ -210,14 +223,14 @@ class Window(QMainWindow):
         self.work.quantize(source, self.library.models_folder / f"{source.name}-q4.safetensors")
 
     def _show_loading(self, stage: str, done: int, total: int) -> None:
+        self.load_bar.show()
         self.load_bar.setRange(0, total if stage == "reading" else 0)
         self.load_bar.setValue(done)
         self.state.setText("Loading …" if stage == "reading" or not total else "Preparing for this processor, this once …")
 
     def _show_loaded(self) -> None:
         self._ready = True
-        self.load_bar.setRange(0, 1)
-        self.load_bar.setValue(0)
+        self.load_bar.hide()
         self._set_duty(self.half.isChecked())
         self.state.setText("")
         self._show_buttons()
@@ -317,7 +330,7 @@ class Window(QMainWindow):
         for part in (self.making, self.made):
             part.hide()
         if what == "load":
-            self.load_bar.setRange(0, 1)
+            self.load_bar.hide()
             self.state.setText("No model is loaded")
         QMessageBox.warning(self, "edgemistral", why)
 
@@ -340,8 +353,9 @@ class Window(QMainWindow):
         self.context_text.setText(f"{tokens:,} of {model.context:,} tokens")
         stats = model.stats
         speed = f"{usage.decode_rate:.0f} tokens/s  ·  " if usage is not None and usage.decode_rate else ""
-        memory = (stats.weights_bytes + stats.work_bytes + stats.kv_bytes) / 2**30
-        self.speed.setText(f"{speed}{stats.threads} threads  ·  {memory:.1f} GiB")
+        memory = (stats.weights_bytes + stats.work_bytes + stats.kv_bytes) / 1e6
+        size = f"{memory:.0f} MB" if memory < 1000 else f"{memory / 1000:.1f} GB"
+        self.speed.setText(f"{speed}{stats.threads} threads  ·  {size}")
 
     def _set_duty(self, half: bool) -> None:
         if self.work.model is not None:

@@ -127,7 +127,7 @@ def test_what_goes_wrong_is_said(opened, tmp_path):
 def test_the_text_of_a_model_is_no_page(example):
     from conversation import Text
 
-    shown = Text(markdown=True)
+    shown = Text()
     shown.show_text("**bold** <b>tag</b> ![x](file:///etc/passwd)")
     assert "<b>tag</b>" in shown.toPlainText() and "bold" in shown.toPlainText()
     assert shown.loadResource(2, "file:///etc/passwd") is None

@@ -45,14 +45,14 @@ def test_the_hooks_are_found_where_the_entry_point_says():
 
 
 def test_what_lies_in_the_bundle_is_used_in_place_of_the_cache(tmp_path, monkeypatch):
-    bundled = tmp_path / paths.BUNDLED
+    bundled, demo = tmp_path / paths.BUNDLED, demo_model()
     monkeypatch.setenv("EDGEMISTRAL_CACHE", str(bundled))
 
     def plus_one(x):
         return x + 1
 
     assert jit.entry(plus_one)(1) == 2
-    shutil.copy(demo_model(), bundled)
+    shutil.copy(demo, bundled)
     monkeypatch.setenv("EDGEMISTRAL_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(paths, "__file__", str(tmp_path / "paths.py"))
     compiled = []
