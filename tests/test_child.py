@@ -82,7 +82,7 @@ def test_a_key_that_is_given_is_announced():
 
 
 @linux
-@pytest.mark.parametrize("stdin", ["pipe", "none"])
+@pytest.mark.parametrize("stdin", ["pipe", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_parent_that_is_killed_leaves_no_child(stdin):
     command = [sys.executable, "-c", PARENT, stdin, *SERVE, "--announce", "--parent-watch"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
