@@ -27,6 +27,7 @@ import numba
 import numpy as np
 from numba.core import caching
 from numba.core.compiler import CompileResult
+from numba.core.runtime.nrt import rtsys
 
 from edgemistral.kernels import parts, stored
 from edgemistral.kernels.lowering import choose, interpreted, prefetch_ahead
@@ -155,7 +156,9 @@ class _DiskCache(caching._Cache):
 
     def load_overload(self, sig: object, target_context: Any) -> Any:
         if data := self._read(sig, target_context):
-            # Without target_context.refresh(): it imports what compiling needs, for 0.3 s. Compiling calls it itself.
+            # Not target_context.refresh(): it also imports what compiling needs (0.3 s); compiling calls it itself. Made code
+            # needs the runtime only; without that, passing the first array would crash.
+            rtsys.initialize(target_context)
             return CompileResult._rebuild(target_context, *pickle.loads(data))
         if on_compile is not None:
             on_compile(self._name)
