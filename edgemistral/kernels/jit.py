@@ -159,7 +159,8 @@ class _DiskCache(caching._Cache):
             # Not target_context.refresh(): it also imports what compiling needs (0.3 s); compiling calls it itself. Made code
             # needs the runtime only; without that, passing the first array would crash.
             rtsys.initialize(target_context)
-            return CompileResult._rebuild(target_context, *pickle.loads(data))
+            with parts.everything_is_emitted():
+                return CompileResult._rebuild(target_context, *pickle.loads(data))
         if on_compile is not None:
             on_compile(self._name)
         return None

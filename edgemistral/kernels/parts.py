@@ -81,6 +81,18 @@ def _only_entry_is_emitted(entry: str) -> Iterator[None]:
                 gc.enable()
 
 
+@contextmanager
+def everything_is_emitted() -> Iterator[None]:
+    """While inside, numba does as it usually does: for an entry that another one calls, and that is in the cache."""
+    with global_compiler_lock:
+        codegen = cpu_target.target_context.codegen()
+        before, codegen._library_class = codegen._library_class, JITCodeLibrary
+        try:
+            yield
+        finally:
+            codegen._library_class = before
+
+
 def as_entry(compile_: Callable[..., Any], name: str) -> Callable[..., Any]:
     """numba's function that compiles the entry `name`, changed to make machine code of that alone."""
 

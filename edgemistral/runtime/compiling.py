@@ -86,7 +86,7 @@ class Helpers:
 
     def __init__(self, jobs: Sequence[Job], signature: tuple[Any, ...], n: int) -> None:
         self.jobs, self.signature = jobs, signature
-        self._folder = tempfile.TemporaryDirectory(prefix="edgemistral-")
+        self._folder = tempfile.TemporaryDirectory(prefix="edgemistral-", ignore_cleanup_errors=True)
         folder = Path(self._folder.name)
         (folder / "jobs").write_bytes(pickle.dumps((jobs, signature)))
         code = f"import json, sys; sys.path[:], folder = json.loads(sys.argv[1]); from {__name__} import *; help_out(folder)"

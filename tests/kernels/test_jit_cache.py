@@ -96,6 +96,18 @@ def test_processes_that_compile_at_once_leave_a_good_cache(cache, script):
     assert len(list(cache.iterdir())) == 1
 
 
+def test_an_entry_may_call_an_entry_that_is_in_the_cache(cache, script):
+    """It is called from Python afterwards, too."""
+    calling = SOURCE.replace("def main():", "@jit.entry\ndef caller(x):\n    return kernel(x) + 10\n\ndef main():")
+    script.write_text(calling, "utf-8")
+    assert run(script) == ["compiled kernel", "3.0"]
+    script.write_text(calling.replace("print(kernel(", "print(caller(np.arange(3.0) + 1), kernel("), "utf-8")
+    assert run(script) == ["compiled caller", "compiled kernel", "13.0 3.0"]
+    (path,) = cache.glob("caller-*")
+    path.unlink()
+    assert run(script) == ["compiled caller", "13.0 3.0"]
+
+
 def test_the_same_source_is_found_again_whatever_its_date(cache, script):
     run(script)
     os.utime(script, (1, 1))
