@@ -21,9 +21,9 @@ LINE = 125             # percent of its height: the distance of lines
 REDRAW = 40            # milliseconds: a fast model writes more often than anybody sees
 EXAMPLES = (
     "What should I see in Paris?",
-    "Plan a weekend in Rome for two.",
-    "Where can I hear good music in Vienna?",
     "What should I eat in Lisbon?",
+    "Which language do they speak in Vienna?",
+    "How do I pay in Prague?",
 )
 
 
@@ -110,7 +110,7 @@ class Conversation(QScrollArea):
         line.addWidget(bubble)
         shown.ensurePolished()
         wanted = max(shown.fontMetrics().horizontalAdvance(line) for line in text.splitlines())
-        bubble.setFixedWidth(min(wanted + 40, COLUMN - 100))
+        bubble.setFixedWidth(min(wanted + 35, COLUMN - 100))
         self._column.insertLayout(self._column.count() - 1, line)
         self._follow = True
 

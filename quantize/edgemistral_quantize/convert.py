@@ -149,7 +149,7 @@ def convert(
             dst, config, recipe, len(checkpoint.tokenizer), text=checkpoint.text, resume=resume, force=force,
             calibration=None if calibration is None else calibration.describe(),
         ) as writer,
-        tqdm(
+        _Bar(
             total=checkpoint.n_bytes * (1 + rounds), desc=dst.name, unit="B", unit_scale=True, unit_divisor=1024,
             disable=None if progress is True else True,   # None: only where a terminal shows it
         ) as bar,
@@ -182,6 +182,12 @@ def convert(
             elif spec.name not in in_matrices:
                 conversion.write_plain(spec, changes.norms.get(part))
         return writer.finish()
+
+
+class _Bar(tqdm):  # type: ignore[misc]
+    """A bar without the thread that tqdm starts to watch bars, and never ends."""
+
+    monitor_interval = 0
 
 
 def _telling(progress: Progress, total: int) -> Callable[[int], object]:
