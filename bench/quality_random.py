@@ -27,7 +27,7 @@ import edgemistral
 from bench.harness import RESULTS, save
 from edgemistral.config import ModelConfig
 from edgemistral.files.bf16 import widen
-from edgemistral.generate.engine import Ids
+from edgemistral.generate.ids import Ids
 from edgemistral.measure.evaluate import Evaluation, evaluate
 from edgemistral.measure.reference import Reference, ReferenceModel
 from tests.checkpoints import write_hf

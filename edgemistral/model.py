@@ -17,7 +17,8 @@ from edgemistral.async_reply import Threads as AnswerThreads
 from edgemistral.config import ModelConfig
 from edgemistral.errors import BadRequest
 from edgemistral.files.blob import Blob
-from edgemistral.generate.engine import Engine, Ids
+from edgemistral.generate.engine import Engine
+from edgemistral.generate.ids import Ids
 from edgemistral.generate.sampler import Logprobs, SamplingParams
 from edgemistral.generate.tasks import Cancel, Generation, Progress, Usage
 from edgemistral.loading import LoadProgress, told

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edgemistral.config import ModelConfig
 from edgemistral.errors import BadRequest, ContextOverflow, EdgeMistralError
 from edgemistral.files.kv_store import KVStore
+from edgemistral.generate.ids import Ids, check_ids
 from edgemistral.generate.pace import Duty, Pace
 from edgemistral.generate.sampler import Logprobs, Sampler, SamplingParams
 from edgemistral.generate.sequences import KeptSequences, common_prefix
@@ -29,7 +30,6 @@ from edgemistral.runtime.kv_store import StoredPrefixes
 from edgemistral.runtime.segments import Row, SegmentPool, segments_of
 
 Pinned = TypeVar("Pinned", bound=segments.Sequence)
-Ids = Sequence[int] | NDArray[np.integer]
 WORTH_WAITING = 16                      # tokens of a prefix that another task is about to compute
 MOST_DECODED = 8                        # tokens of a step that only decodes: more would wait for products, not for memory
 GATHERING = 0.002                       # seconds to wait for other threads' tasks before a step
@@ -391,20 +391,3 @@ class Engine:
     def _has_room(self, sequence: segments.Sequence, needed: int, promised: int, in_step: list[segments.Sequence]) -> bool:
         """Whether a sequence can have more segments beside those promised. Alone it may: one full context has room."""
         return not needed or self._kept.make_room(promised + needed, [sequence, *in_step]) or not in_step
-
-
-def check_ids(ids: Ids, vocab_size: int) -> NDArray[np.int32]:
-    """Token ids as int32 (n,), n >= 1; BadRequest (field "ids") unless all are whole numbers inside the vocabulary."""
-    if len(ids) == 0:
-        raise BadRequest("the prompt has no tokens", "ids")
-    try:
-        array = np.asarray(ids)
-    except ValueError:   # nested lists of different lengths
-        array = np.empty((0, 0))
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise BadRequest("token ids must be a flat list of whole numbers", "ids")
-    outside = np.flatnonzero((array < 0) | (array >= vocab_size))
-    if len(outside):
-        at = int(outside[0])
-        raise BadRequest(f"token id {array[at]} at position {at} is outside the vocabulary of {vocab_size}", "ids")
-    return np.ascontiguousarray(array, np.int32)

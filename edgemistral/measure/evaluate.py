@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
 from edgemistral.errors import BadRequest
-from edgemistral.generate.engine import Ids, check_ids
+from edgemistral.generate.ids import Ids, check_ids
 from edgemistral.measure.reference import Reference
 
 WINDOW = 512   # tokens, as llama.cpp's perplexity tool has it

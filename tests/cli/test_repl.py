@@ -1,4 +1,7 @@
-"""The chat: its commands over a scripted model, and the real program in a real terminal."""
+"""The chat: its commands over a scripted model, and the real program in a real terminal.
+
+Over 400 lines: one terminal and one scripted model serve all of it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The engine over a transformer that records its calls: nothing is computed twice, nothing is left inconsistent."""
+"""The engine over a transformer that records its calls: nothing is computed twice, nothing is left inconsistent.
+
+Over 400 lines: one recording transformer serves all of it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What people do with their chats: versions, changes, files in and out, drafts, and calls of tools; end to end in a browser."""
+"""What people do with their chats: versions, changes, files in and out, drafts, and calls of tools; end to end in a browser.
+
+Over 400 lines: one browser and one scripted model serve all of it.
+"""
 
 from __future__ import annotations
 

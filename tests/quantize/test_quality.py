@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 import edgemistral
 from edgemistral.files import layout
-from edgemistral.generate.engine import Ids
+from edgemistral.generate.ids import Ids
 from edgemistral.measure.evaluate import Evaluation, evaluate
 from edgemistral.measure.reference import Reference
 from tests import naive
