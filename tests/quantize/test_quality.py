@@ -57,7 +57,7 @@ def measured(kind: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, l
         folder = golden.write(write_hf, tmp_path_factory.mktemp(kind))
         reference, text = Reference.open(folder), golden.ids[1:]
         for bits in (8, 4):
-            blob = quantize(folder, folder / f"{bits}.blob", bits=bits, progress=False, calibrate="none")
+            blob = quantize(folder, folder / f"{bits}.blob", bits=bits, progress=False)
             with edgemistral.load(blob, threads=1) as model:
                 results[f"{bits} bits"].append(evaluate(model, text, reference))
         kept = ("tok_embeddings", "output")

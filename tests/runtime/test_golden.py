@@ -32,10 +32,8 @@ def checkpoint(golden: GoldenModel, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def blobs(golden: GoldenModel, checkpoint: Path) -> dict[int, Path]:
-    """By bits. Without calibration, which no text serves on random weights: the bars here are on the format and its search."""
-    return {
-        bits: quantize(checkpoint, checkpoint / f"{bits}.blob", bits=bits, progress=False, calibrate="none") for bits in (4, 8)
-    }
+    """By bits. Calibrated as by default: that no text can say much of random weights must cost them nothing."""
+    return {bits: quantize(checkpoint, checkpoint / f"{bits}.blob", bits=bits, progress=False) for bits in (4, 8)}
 
 
 def logits(blob: Path, ids: NDArray[np.int32], kv_bits: int = 8) -> NDArray[np.float32]:
@@ -68,7 +66,7 @@ def test_reference_reads_both_layouts(golden: GoldenModel, write: object, tmp_pa
 def test_both_layouts_give_the_same_blob(golden: GoldenModel, blobs: dict[int, Path], tmp_path: Path) -> None:
     mistral = golden.write(write_mistral, tmp_path / "checkpoint")
     for bits, blob in blobs.items():
-        same = quantize(mistral, tmp_path / f"{bits}.blob", bits=bits, progress=False, calibrate="none")
+        same = quantize(mistral, tmp_path / f"{bits}.blob", bits=bits, progress=False)
         assert same.read_bytes() == blob.read_bytes()
 
 
