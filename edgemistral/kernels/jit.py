@@ -48,7 +48,8 @@ def entry(function: Callable[..., Any]) -> Any:
         return _checking(function)
     dispatcher: Any = numba.njit(**_OPTIONS)(function)
     dispatcher._cache = _DiskCache(function)
-    dispatcher._compiler.compile = parts.as_entry(dispatcher._compiler.compile, function.__qualname__)
+    if hasattr(dispatcher, "_compiler"):      # NUMBA_DISABLE_JIT leaves the function itself
+        dispatcher._compiler.compile = parts.as_entry(dispatcher._compiler.compile, function.__qualname__)
     return dispatcher
 
 
