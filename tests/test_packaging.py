@@ -188,29 +188,42 @@ def test_the_wheel_works_in_an_empty_environment(python, wheel, tmp_path):
         pytest.skip("pip reaches no packages")
     subprocess.run([*pip, str(wheel)], check=True)
     command = [str(environment / "bin" / "edgemistral")]
-    missing = subprocess.run([*command, "serve", "demo"], capture_output=True, text=True)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "EDGEMISTRAL"))}
+    missing = subprocess.run([*command, "serve", "demo"], env=clean, cwd=home, capture_output=True, text=True)
     assert missing.returncode == 1 and "pip install 'edgemistral[server]'" in missing.stderr.splitlines()[-1]
     subprocess.run([*pip, f"{wheel}[all]"], check=True)
     (site,) = environment.glob("lib/python3*/site-packages")
     (site / "sitecustomize.py").write_text(NO_NETWORK, "utf-8")
-    user = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+    user = nobody(command[0])
     cache = home / "cache"
     cache.mkdir(mode=0o777)
     cache.chmod(0o777)
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.owner() != "root" or folder.stat().st_mode & 0o5 != 0o5:
+    for folder in (tmp_path, *tmp_path.parents) if user else ():
+        if folder.stat().st_mode & 0o5 != 0o5:      # pytest keeps others out of its folders
             folder.chmod(folder.stat().st_mode | 0o5)
     for path in (environment, *environment.rglob("*")):
         if not path.is_symlink():
             path.chmod(path.stat().st_mode & ~0o222)
+    installed = {path for path in environment.rglob("*") if path.suffix != ".pyc"}
     try:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "EDGEMISTRAL"))}
         answers_and_serves(command, "demo", clean | {"EDGEMISTRAL_CACHE": str(cache), "HOME": "/nonexistent"}, cache, **user)
         assert list(cache.glob("kernels/*.kernel"))
+        assert {path for path in environment.rglob("*") if path.suffix != ".pyc"} == installed
     finally:
         for path in (environment, *environment.rglob("*")):
             if not path.is_symlink():
                 path.chmod(path.stat().st_mode | 0o200)
+
+
+def nobody(program):
+    """Another user than root, whom no mode of a file stops, if that one can run the program."""
+    user = {"user": 65534, "group": 65534, "extra_groups": []}
+    if os.geteuid() != 0:
+        return {}
+    try:
+        return user if subprocess.run([program, "--version"], capture_output=True, **user).returncode == 0 else {}
+    except OSError:
+        return {}
 
 
 def works(python):
