@@ -158,8 +158,10 @@ def convert(
         contextlib.ExitStack() as stack,
     ):
         update = _telling(progress, checkpoint.n_bytes * (1 + rounds)) if callable(progress) else bar.update
-        samples = 1 if calibration is None else calibration.different
-        conversion = _Conversion(checkpoint, writer, strip_bytes, samples, update)
+        samples, spare = 1, 0
+        if calibration is not None:
+            samples, spare = calibration.different, work_bytes(config, max(map(len, calibration.windows)), 0, at_once)
+        conversion = _Conversion(checkpoint, writer, strip_bytes, samples, spare, update)
         states = None
         if calibration is not None:
             states = CalibrationPass(checkpoint, calibration.windows, at_once, strip_bytes, update)
@@ -255,10 +257,12 @@ class _Conversion:
     """Writes single tensors of a blob, unless an earlier run did."""
 
     def __init__(
-        self, checkpoint: Checkpoint, writer: BlobWriter, strip_bytes: int, samples: int, progress: Callable[[int], object]
+        self, checkpoint: Checkpoint, writer: BlobWriter, strip_bytes: int, samples: int, spare: int,
+        progress: Callable[[int], object],
     ) -> None:
         self.checkpoint, self.writer, self.strip_bytes, self.progress = checkpoint, writer, strip_bytes, progress
         self.samples = samples     # different inputs that the calibration is made of
+        self.spare = spare         # bytes that are free between two layers of the calibration
 
     def write_matrix(self, matrix: Matrix, change: Change, moments: gptq.Moments | None = None) -> None:
         """Codes, row scales and levels of one matrix, which `change` prepares; by GPTQ if there are `moments`."""
@@ -297,7 +301,7 @@ class _Conversion:
                 n_rows += len(strip)
             return
         factors, tiles = gptq.Factors.of(moments, change.columns, self.samples), tiled(strips)
-        threads = gptq.tiles_at_once(self.checkpoint.config, matrix.cols, os.cpu_count() or 1)
+        threads = gptq.tiles_at_once(matrix.cols, os.cpu_count() or 1, self.spare)
         with ThreadPoolExecutor(threads) as pool:
             while some := list(itertools.islice(tiles, threads)):
                 changed = []

@@ -38,7 +38,6 @@ DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)   # of the mean diagonal, added to it; the
 ENOUGH = 1024                           # different tokens, for any number of columns: their contexts differ, too
 ROWS = 256                              # of a matrix in one product, whatever the memory and the threads
 COPIES = 6                              # of its rows that rounding them takes, at most
-TILES = 4                               # of so many rows, of the widest matrix, that there is memory for
 
 Map = Callable[..., Iterable[object]]   # as Python's own, in several threads
 
@@ -151,12 +150,16 @@ def work_bytes(config: ModelConfig, method: str) -> int:
     sizes: list[list[int]] = [[part.stop - part.start for part in parts(cols, method)] for cols in widths]
     largest = max(max(matrix) for matrix in sizes)
     moments, factors = sum(n * n for matrix in sizes for n in matrix), max(sum(n * n for n in matrix) for matrix in sizes)
-    return 4 * (moments + factors) + 28 * largest * largest + 4 * TILES * COPIES * ROWS * max(widths)
+    return 4 * (moments + factors) + 28 * largest * largest + _tile_bytes(max(widths))
 
 
-def tiles_at_once(config: ModelConfig, cols: int, threads: int) -> int:
-    """How many threads may round rows of a matrix within `work_bytes`."""
-    return max(1, min(threads, TILES * max(config.dim, config.q_dim, config.hidden_dim) // cols))
+def tiles_at_once(cols: int, threads: int, spare: int) -> int:
+    """How many threads may round rows of a matrix within `work_bytes` and `spare` bytes more."""
+    return max(1, min(threads, 1 + spare // _tile_bytes(cols)))
+
+
+def _tile_bytes(cols: int) -> int:
+    return 4 * COPIES * ROWS * cols
 
 
 def quantize_rows(w: F32, levels: U8, factors: Factors) -> tuple[U8, F32]:
