@@ -14,7 +14,7 @@ from edgemistral.errors import BadBlob, BadInput
 from edgemistral.files.blob import Blob
 from edgemistral.paths import bundled_dir, cache_dir
 
-REVISION = 3     # counts changes of the quantizer between releases, so that no older file in a cache is taken for its work
+REVISION = 4     # counts changes of the quantizer between releases, so that no older file in a cache is taken for its work
 HEAD = 1 << 16   # bytes of weights that tell one training from another: header and first embeddings
 ABOUT = "the demo model: very small, trained on travel talk; models/README.md tells how to get a real one"
 
