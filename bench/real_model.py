@@ -277,6 +277,7 @@ def measure(subject: Subject, only: Sequence[str], so_far: bool) -> dict[str, An
     reference = Remembered(subject.checkpoint, subject.work)
     of_texts = _digest(*(window.tobytes() for windows in texts.values() for window in windows))
     rows: list[Row] = []
+    missing: list[str] = []
     print(f"\n{subject.name:52}{'layers':>7}{'file':>7}" + "".join(f"{kind:>9}{'KL':>10}{'top-1':>7}" for kind in texts))
     for candidate in subject.candidates():
         if only and not any(part in candidate.name for part in only):
@@ -284,6 +285,7 @@ def measure(subject: Subject, only: Sequence[str], so_far: bool) -> dict[str, An
         path = subject.work / f"row-{_digest(candidate.name.encode(), candidate.made_of.encode(), of_texts.encode())}.json"
         if not path.exists():
             if so_far:
+                missing.append(candidate.name)
                 continue
             for bits, model in candidate.open():
                 row: Row = {"name": candidate.name, "bits": bits}
@@ -295,7 +297,8 @@ def measure(subject: Subject, only: Sequence[str], so_far: bool) -> dict[str, An
         rows.append(row)
         figures = (f"{r['perplexity']:9.2f}{r['mean_kl']:10.5f}{r['top1_agreement']:7.1%}" for r in map(row.get, texts))
         print(f"{row['name']:52}{row['bits']['layers']:7.2f}{row['bits']['file']:7.2f}{''.join(figures)}", flush=True)
-    return {"tokens": {kind: sum(len(w) - 1 for w in windows) for kind, windows in texts.items()}, "rows": rows}
+    tokens = {kind: sum(len(w) - 1 for w in windows) for kind, windows in texts.items()}
+    return {"tokens": tokens, "rows": rows, "missing": missing}
 
 
 def plot(models: dict[str, Any], path: Path) -> None:

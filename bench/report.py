@@ -286,6 +286,8 @@ def _real_model(r: Results) -> list[str]:
              f"{row['prose']['top1_agreement']:.1%}", f"{row['prose']['perplexity']:.2f}")
             for row in model["rows"]
         ))
+        if model["missing"]:
+            lines += ["", f"Not measured yet: {'; '.join(model['missing'])}."]
     return [*lines, "", f"![mean KL over bits per weight]({r['folder']}/real_model.png)"]
 
 
