@@ -32,6 +32,7 @@ from edgemistral_quantize.groups import default_levels, quantize_rows
 
 STRIP_BYTES = 1 << 24   # of rows as float32: large enough to keep all threads busy, small beside the caches of the disk
 STRIPS_IN_WORK = 8      # strips' worth of memory at any time: two being read and widened, one being quantized, copies
+ENOUGH = 1024           # different tokens to calibrate a model of any size with; less wide models need as many as columns
 WINDOWS_AT_ONCE = 8     # most windows of calibration that pass a layer together: it is read anew for the next ones
 
 Progress = Callable[[int, int], object]
@@ -67,7 +68,8 @@ def quantize(
     and evens the columns out; with 4 bits later columns make up for the errors of earlier ones (GPTQ), in parts of 512
     columns. "full" does so over all columns, reads more text and betters the result, which takes several times as long;
     it changes 8 bits little. "none" does none of it. The text is the package's own or, in UTF-8, `calibration_text`. The
-    method and the text's sha256 are kept in the blob.
+    method and the text's sha256 are kept in the blob. A text with fewer different tokens than the model has columns (1024
+    are always enough) calibrates nothing: `notice` tells so, and the blob is that of "none".
 
     The blob grows as DST.partial and gets its name when it is whole and on the disk. After a crash or an error
     `resume=True` goes on behind the tensors that are already in DST.partial, once their checksums and those of their
@@ -99,6 +101,10 @@ def quantize(
     calibration = read_calibration(
         calibrate, None if calibration_text is None else Path(calibration_text), checkpoint.tokenizer_of_text, config.context
     )
+    if calibration is not None and bits in BLOCK_BYTES and calibration.different < min(config.dim, ENOUGH):
+        if notice is not None:
+            notice(few_tokens(calibration.different, config.dim))
+        calibration = None
     if bits in BLOCK_BYTES or calibration is None:
         recipe = Recipe(int(bits), output_bits)
     else:
@@ -128,6 +134,14 @@ def quantized_twice(types: str, source_bits: float, bits: float) -> str:
         f"note: SRC is quantized already ({types}, {source_bits:.1f} bits per weight). Quantizing it again to {bits:g} bits "
         f"loses again: {'little' if bits == 8 else 'much'}. The original model gives a better file"
         f"{'' if bits == 8 else '; --bits 8 keeps nearly all of this one'}."
+    )
+
+
+def few_tokens(different: int, dim: int) -> str:
+    """Why a calibration is left out."""
+    return (
+        f"note: the calibration text has {different} different tokens of this vocabulary. That says too little about {dim} "
+        "columns: quantizing without calibration. A longer --calibration-text helps where the vocabulary is larger"
     )
 
 

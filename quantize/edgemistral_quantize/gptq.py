@@ -35,7 +35,6 @@ I8 = NDArray[np.int8]
 MOST_COLUMNS = {"fast": 512, "full": 4096}   # of a part
 SWEEPS = {"fast": 0, "full": 3}
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)   # of the mean diagonal, added to it; the next one where Cholesky fails
-ENOUGH = 1024                           # different tokens, for any number of columns: their contexts differ, too
 ROWS = 256                              # of a matrix in one product, whatever the memory and the threads
 COPIES = 6                              # of its rows that rounding them takes, at most
 
@@ -105,14 +104,9 @@ def _shrink(h: F32, samples: float) -> None:
 
     The share is that of Ledoit and Wolf ("A well-conditioned estimator for large-dimensional covariance matrices", 2004)
     for normal inputs and the diagonal as the target. Columns that belong together in a trained model hardly move; those
-    of random weights, which a text with few different tokens makes look alike, come apart. With fewer samples
-    than columns nothing is known of the products.
+    of random weights, which a text with few different tokens makes look alike, come apart.
     """
     diagonal = np.diagonal(h).astype(np.float64)
-    if samples < min(len(h), ENOUGH):
-        h[:] = 0
-        np.fill_diagonal(h, diagonal)
-        return
     of_all = float(np.einsum("ij,ij->", h, h, dtype=np.float64))
     of_products = of_all - float((diagonal**2).sum())
     if of_products > 0:

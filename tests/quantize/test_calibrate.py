@@ -38,6 +38,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_hf(tmp_path_factory.mktemp("checkpoint"), SMALL, WEIGHTS)
 
 
+@pytest.fixture(autouse=True)
+def _any_text_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "ENOUGH", 1)
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
@@ -166,7 +171,8 @@ def test_strips_and_windows_at_once_make_no_difference(
 @pytest.mark.parametrize("method", ["fast", "full"])
 def test_threads_make_no_difference(checkpoint: Path, text: Path, tmp_path: Path, method: str) -> None:
     code = ("import os, sys; os.cpu_count = lambda: int(sys.argv[4])\n"
-            "from edgemistral_quantize import quantize\n"
+            "from edgemistral_quantize import convert, quantize\n"
+            "convert.ENOUGH = 1\n"
             "quantize(sys.argv[1], sys.argv[2], calibrate=sys.argv[3], calibration_text=sys.argv[5], progress=False)")
     for threads in ("1", "3"):
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": threads}
@@ -203,6 +209,16 @@ def test_the_blob_tells_how_it_was_made(checkpoint: Path, text: Path, tmp_path: 
     assert found["method"] == "fast" and len(found["text_sha256"]) == 64 and found["tokens"] > 100
     with Blob.open(quantize(checkpoint, tmp_path / "none", calibrate="none")) as blob:
         assert "calibration" not in blob.metadata
+
+
+def test_a_text_of_few_different_tokens_calibrates_nothing(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    told: list[str] = []
+    blob = quantize(checkpoint, tmp_path / "a", calibration_text=text, notice=told.append)
+    assert blob.read_bytes() == quantize(checkpoint, tmp_path / "b", calibrate="none").read_bytes()
+    assert len(told) == 1 and "different tokens" in told[0]
 
 
 def test_too_little_memory_is_refused(checkpoint: Path, tmp_path: Path) -> None:
