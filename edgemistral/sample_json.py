@@ -22,7 +22,7 @@ from edgemistral.errors import BadRequest
 from edgemistral.generate.sampler import SamplingParams
 from edgemistral.generate.tasks import Cancel, Progress
 from edgemistral.model import Model, Reply
-from edgemistral.spellings import without_none
+from edgemistral.spellings import normalised
 from edgemistral.text.chat import ROLES, chat_turns
 from edgemistral.text.guardrail import with_guardrail
 from edgemistral.text.tokenizer import Messages, check_text
@@ -62,7 +62,7 @@ def parse(data: object) -> SampleRequest:
         for name, default in (("do_sample", True), ("return_full_text", False), ("per_message", False),
                               ("safe_prompt", False))
     }
-    parameters = without_none(parameters)
+    parameters = _in_our_words(parameters)
     options = {name: parameters[name] for name in SAMPLING if parameters.get(name) is not None}
     with _renamed({name: f"{PARAMETERS}.{name}" for name in SAMPLING}):
         SamplingParams(**options)
@@ -78,6 +78,21 @@ def parse(data: object) -> SampleRequest:
     warnings = [f"{at}{name} is not known and was ignored" for at, given, names in known for name in given
                 if name not in names]
     return SampleRequest(prompts, options, flags["return_full_text"], flags["safe_prompt"], warnings)
+
+
+def _in_our_words(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters as they are spelled here; what is not done is a BadRequest, as in the other interfaces."""
+    flags = {name: value for name, value in parameters.items() if name in OTHERS and name not in ("max_new_tokens", "stop")}
+    try:
+        made = normalised({name: value for name, value in parameters.items() if name not in flags})
+    except BadRequest as error:
+        field = f"{PARAMETERS}.{error.field}"
+        raise BadRequest(str(error).replace(error.field, field, 1), field) from None
+    if made.pop("n", None) not in (None, 1):
+        raise BadRequest(f"{PARAMETERS}.n: every prompt has one answer here", f"{PARAMETERS}.n")
+    if "max_tokens" in made:
+        made["max_new_tokens"] = made.pop("max_tokens")
+    return {**made, **flags}
 
 
 def answer(model: Model, request: SampleRequest) -> list[dict[str, str]]:

@@ -18,7 +18,8 @@ ALIASES = {
     "repeat_penalty": "repetition_penalty", "repetition_penality": "repetition_penalty", "random_seed": "seed",
     "n_predict": "max_tokens", "num_predict": "max_tokens", "max_new_tokens": "max_tokens", "max_output_tokens": "max_tokens",
     "stop_sequences": "stop", "stop_strings": "stop", "min_new_tokens": "min_tokens", "typ_p": "typical_p",
-    "temp": "temperature", "topP": "top_p", "topK": "top_k",
+    "temp": "temperature", "topP": "top_p", "topK": "top_k", "num_return_sequences": "n", "regex": "guided_regex",
+    "ebnf": "guided_grammar", "grammar_string": "grammar",
 }
 # What would change the answer and is not done here, with the values that ask for nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -28,8 +29,14 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,), "length_penalty": (1,), "num_beams": (1,), "logits_processors": ([],), "prompt_logprobs": (),
     "include_stop_str_in_output": (False,), "ignore_eos": (False,), "skip_special_tokens": (True,), "image_data": ([],),
     "images": ([],), "audio": (), "lora": ([],), "web_search_options": (), "truncate_prompt_tokens": (),
-    "add_special_tokens": (True, False), "chat_template": (), "chat_template_kwargs": ({},), "continue_final_message": (False,),
-    "add_generation_prompt": (True,), "allowed_token_ids": ([],), "context_shift": (False,), "best_of": (),
+    "add_special_tokens": (True, False), "chat_template": (), "chat_template_kwargs": ({}, {"enable_thinking": False}),
+    "continue_final_message": (False,), "add_generation_prompt": (True,), "allowed_token_ids": ([],), "context_shift": (False,),
+    "best_of": (), "n_probs": (0,), "max_length": (), "min_length": (0,), "truncate": (), "repeat_last_n": (64, -1),
+    "penalty_last_n": (64, -1), "no_repeat_ngram_size": (0,), "top_n_sigma": (-1, 0), "bad_words_ids": ([],),
+    "force_words_ids": ([],), "suppress_tokens": ([],), "sequence_bias": ({},), "banned_tokens": ("", []),
+    "stop_regex": ([], ""), "watermark": (False,), "top_n_tokens": (0,), "max_time": (), "mirostat_mode": (0,),
+    "encoder_repetition_penalty": (1,), "structural_tag": (), "options": ({},), "extra_body": ({},),
+    "return_full_text": (False,),
 }
 INTEGERS = (
     "max_new_tokens", "max_tokens", "max_completion_tokens", "min_tokens", "n", "top_k",
@@ -57,6 +64,8 @@ def normalised(body: Any) -> Any:
             del made[name]
         elif name != "best_of":
             raise BadRequest(f"{name} is {str(value)[:60]!r}, which this server does not do", name)
+    if made.pop("do_sample", None) is False:
+        made["temperature"] = 0         # the name of transformers for the most likely token each time
     if "modalities" in made and made.pop("modalities") not in (None, ["text"]):
         raise BadRequest("modalities: this server answers in text only", "modalities")
     made = without_none(made)

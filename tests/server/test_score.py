@@ -71,10 +71,22 @@ def test_safe_prompt_changes_the_prompt(url, model):
     assert HTTP.post(f"{url}/score", json=wrong).json()["error"]["param"] == "input_data.input_string[1].role"
 
 
+@pytest.mark.parametrize(("name", "value"), [("num_beams", 4), ("typical_p", 0.5), ("max_length", 20), ("n", 2)])
+def test_what_is_not_done_is_refused_by_name(url, name, value):
+    answer = HTTP.post(f"{url}/score", json=changed(**{name: value}))
+    assert answer.status_code == 422 and answer.json()["error"]["param"] == f"input_data.parameters.{name}"
+
+
+def test_names_of_other_servers_are_understood(url):
+    theirs, ours = (HTTP.post(f"{url}/score", json=changed(seed=1, **names)).json() for names in (
+        {"repeat_penalty": 1.4, "stop_sequences": ["e"]}, {"repetition_penalty": 1.4, "stop": ["e"]}))
+    assert theirs == ours
+
+
 def test_unknown_parameters_are_named_in_a_header(url):
-    answer = HTTP.post(f"{url}/score", json=changed(num_beams=4))
+    answer = HTTP.post(f"{url}/score", json=changed(num_beans=4))
     assert answer.status_code == 200
-    assert answer.headers["warnings"] == "input_data.parameters.num_beams is not known and was ignored"
+    assert answer.headers["warnings"] == "input_data.parameters.num_beans is not known and was ignored"
 
 
 @pytest.mark.parametrize(

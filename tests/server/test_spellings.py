@@ -32,7 +32,10 @@ def ask(url, path=CHAT, **body):
     ({"n_predict": 3}, {"max_tokens": 3}),
     ({"max_tokens": -1}, {"max_tokens": None}), ({"top_k": -1}, {"top_k": 0}), ({"seed": -1}, {"seed": None}),
     ({"stop": ""}, {"stop": None}), ({"stop": ["a", "", None]}, {"stop": ["a"]}), ({"max_tokens": 12.0}, {"max_tokens": 12}),
-    ({"typical_p": 1.0}, {}), ({"mirostat": 0, "suffix": None}, {}), ({"best_of": 2, "n": 2}, {"n": 2}),
+    ({"typical_p": 1.0}, {}), ({"do_sample": False, "temperature": 1}, {"temperature": 0}), ({"do_sample": True}, {}),
+    ({"regex": "[ab]"}, {"guided_regex": "[ab]"}), ({"ebnf": "root ::= x"}, {"guided_grammar": "root ::= x"}),
+    ({"chat_template_kwargs": {"enable_thinking": False}}, {}), ({"repeat_last_n": 64}, {}),
+    ({"mirostat": 0, "suffix": None}, {}), ({"best_of": 2, "n": 2}, {"n": 2}),
     ({"temperature": 0.5, "unknown": 1}, {"temperature": 0.5, "unknown": 1}),
 ])
 def test_one_meaning_has_one_spelling(theirs, ours):
@@ -40,8 +43,9 @@ def test_one_meaning_has_one_spelling(theirs, ours):
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("typical_p", 0.5), ("suffix", "end"), ("best_of", 3), ("mirostat", 2), ("use_beam_search", True),
-    ("modalities", ["audio"]),
+    ("typical_p", 0.5), ("max_length", 20), ("n_probs", 3), ("options", {"num_ctx": 9}), ("extra_body", {"top_k": 1}),
+    ("repeat_last_n", 8), ("return_full_text", True), ("chat_template_kwargs", {"enable_thinking": True}), ("suffix", "end"),
+    ("best_of", 3), ("mirostat", 2), ("use_beam_search", True), ("modalities", ["audio"]),
 ])
 def test_what_is_not_done_is_refused_by_name(url, field, value):
     answer = ask(url, **{field: value})
