@@ -106,10 +106,14 @@ class Engine:
 
     def prompt_logprobs(self, ids: Ids, top: int) -> list[Logprobs | None]:
         """What the model gave each of `ids` before it saw it, with the `top` likeliest ids there; None for the first."""
-        task = PromptLogprobs(self, self._checked(ids), top)
+        task = self.score(ids, top)
         while not task.done:
             self.advance(task)
         return task.logprobs
+
+    def score(self, ids: Ids, top: int) -> PromptLogprobs:
+        """The task of `prompt_logprobs`, for `step`. Nothing is computed yet."""
+        return PromptLogprobs(self, self._checked(ids), top)
 
     def generate(
         self,

@@ -46,6 +46,13 @@ class Logprobs:
     top: tuple[tuple[int, float], ...]  # (token id, value) of the likeliest ones, best first
 
 
+# The lowest and the highest value of each number, for everything that takes or describes them.
+RANGES = {
+    "temperature": (0.0, 1e6), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "repetition_penalty": (1e-6, 1e6),
+    "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
+}
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is drawn; a value out of range is a BadRequest whose `field` is its name.
@@ -79,12 +86,9 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        self._check_number("temperature", 0.0, 1e6)
-        self._check_number("top_p", 0.0, 1.0)
-        self._check_number("min_p", 0.0, 1.0)
-        self._check_number("repetition_penalty", 1e-6, 1e6)
-        self._check_number("presence_penalty", -2.0, 2.0)
-        self._check_number("frequency_penalty", -2.0, 2.0)
+        for field, (low, high) in RANGES.items():
+            if not _is_number(value := getattr(self, field), low, high):
+                raise BadRequest(f"{field} is {value!r}: it must be a number from {low:g} to {high:g}", field)
         self._check_integer("top_k")
         self._check_integer("min_tokens")
         if self.seed is not None:
@@ -106,11 +110,6 @@ class SamplingParams:
         for token in self.logit_bias or {}:
             if not 0 <= token < vocab_size:
                 raise BadRequest(f"logit_bias: token id {token} is outside the vocabulary of {vocab_size}", "logit_bias")
-
-    def _check_number(self, field: str, low: float, high: float) -> None:
-        value = getattr(self, field)
-        if not _is_number(value, low, high):
-            raise BadRequest(f"{field} is {value!r}: it must be a number from {low:g} to {high:g}", field)
 
     def _check_integer(self, field: str, high: int | None = None) -> None:
         value = getattr(self, field)

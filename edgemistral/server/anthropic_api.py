@@ -200,43 +200,39 @@ def _content(answer: Whole) -> list[dict[str, Any]]:
     return [*text, *map(_use, answer.calls)]
 
 
-def _event(kind: str, **fields: Any) -> bytes:
-    return f"event: {kind}\n".encode() + streaming.data({"type": kind, **fields})
-
-
 async def _stream(shape: Chat, events: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
     """The answer as Anthropic's events: one block of text, one for each call."""
     index, is_open = 0, False
     try:
-        yield _event("message_start", message=_message(shape, None))
+        yield streaming.named("message_start", message=_message(shape, None))
         async with aclosing(parts(shape, events)) as given:
             async for part in given:
                 if isinstance(part, str):
                     if not is_open:
-                        yield _event("content_block_start", index=index, content_block={"type": "text", "text": ""})
+                        yield streaming.named("content_block_start", index=index, content_block={"type": "text", "text": ""})
                         is_open = True
-                    yield _event("content_block_delta", index=index, delta={"type": "text_delta", "text": part})
+                    yield streaming.named("content_block_delta", index=index, delta={"type": "text_delta", "text": part})
                 elif isinstance(part, list):
                     if is_open:
-                        yield _event("content_block_stop", index=index)
+                        yield streaming.named("content_block_stop", index=index)
                         index, is_open = index + 1, False
                     for call in part:
                         use = _use(call)
-                        yield _event("content_block_start", index=index, content_block={**use, "input": {}})
-                        yield _event("content_block_delta", index=index,
-                                     delta={"type": "input_json_delta", "partial_json": json.dumps(use["input"])})
-                        yield _event("content_block_stop", index=index)
+                        yield streaming.named("content_block_start", index=index, content_block={**use, "input": {}})
+                        yield streaming.named("content_block_delta", index=index,
+                                              delta={"type": "input_json_delta", "partial_json": json.dumps(use["input"])})
+                        yield streaming.named("content_block_stop", index=index)
                         index += 1
                 elif isinstance(part, End):
                     if not is_open and not index:      # clients look for a first block
-                        yield _event("content_block_start", index=index, content_block={"type": "text", "text": ""})
+                        yield streaming.named("content_block_start", index=index, content_block={"type": "text", "text": ""})
                         is_open = True
                     if is_open:
-                        yield _event("content_block_stop", index=index)
-                    yield _event("message_delta", delta=_stop(part), usage=_usage(part.usage))
+                        yield streaming.named("content_block_stop", index=index)
+                    yield streaming.named("message_delta", delta=_stop(part), usage=_usage(part.usage))
                 else:
-                    yield _event("ping")
-        yield _event("message_stop")
+                    yield streaming.named("ping")
+        yield streaming.named("message_stop")
     except Exception as error:
         status, body, _ = failures.describe(error)
-        yield _event("error", error=shapes.anthropic(status, body["error"])["error"])
+        yield streaming.named("error", error=shapes.anthropic(status, body["error"])["error"])

@@ -7,7 +7,7 @@
     403   a Host or Origin that is not allowed      413   the body is too large
     404   no such route, model or request           415   not JSON
     405   no such method of a route                 422   a parameter is wrong: `param` names it
-    409   request id or session in use              429   the queue is full: Retry-After says when to try again
+    409   the session is in use                     429   the queue is full: Retry-After says when to try again
     499   the request was cancelled                 500   a bug here, or a damaged model
     503   the model is loading, or the server shuts down
 """
@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from edgemistral.errors import BadRequest, BadSession, Cancelled, ContextOverflow, EdgeMistralError
-from edgemistral.server.scheduler import IdInUse, QueueFull, Unavailable
+from edgemistral.server.scheduler import QueueFull, Unavailable
 from edgemistral.server.service import Refused
 
 INVALID = "invalid_request_error"
@@ -53,7 +53,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         (403, "Host or Origin not allowed"),
         (404, "Not found"),
         (408, "The body did not come in time"),
-        (409, "The request id or the session is in use, or the session is of another model"),
+        (409, "The session is in use, or of another model"),
         (413, "The body is too large"),
         (415, "Not JSON"),
         (422, "A parameter is wrong"),
@@ -88,8 +88,6 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         return 409, body_of(str(error), param="session", code="session_unusable"), {}
     if isinstance(error, Refused):
         return 400, body_of(str(error), code="content_filter"), {}
-    if isinstance(error, IdInUse):
-        return 409, body_of(str(error), param="X-Request-Id", code="id_in_use"), {}
     if isinstance(error, Unavailable):
         status, code = (429, "queue_full") if isinstance(error, QueueFull) else (503, "unavailable")
         return status, body_of(str(error), "server_error", code=code), {"retry-after": str(error.retry_after)}

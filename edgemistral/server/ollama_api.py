@@ -147,20 +147,17 @@ async def _answer(
 
 async def _stream(shape: Chat, events: AsyncGenerator[Any, None], show: Show) -> AsyncGenerator[bytes, None]:
     """The answer as lines of JSON, of which none means nothing: signs of life are left out."""
-    def line(made: dict[str, Any]) -> bytes:
-        return json.dumps(made).encode() + b"\n"
-
     try:
         async with aclosing(parts(shape, events)) as given:
             async for part in given:
                 if isinstance(part, End):
-                    yield line({**_head(shape.service), **show("", []), **_end(part)})
+                    yield streaming.line({**_head(shape.service), **show("", []), **_end(part)})
                 elif isinstance(part, list):
-                    yield line({**_head(shape.service), **show("", part), "done": False})
+                    yield streaming.line({**_head(shape.service), **show("", part), "done": False})
                 elif isinstance(part, str):
-                    yield line({**_head(shape.service), **show(part, []), "done": False})
+                    yield streaming.line({**_head(shape.service), **show(part, []), "done": False})
     except Exception as error:
-        yield line({"error": failures.describe(error)[1]["error"]["message"]})
+        yield streaming.line({"error": failures.describe(error)[1]["error"]["message"]})
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from edgemistral.errors import BadRequest
 from edgemistral.generate.sampler import Grammar
-from edgemistral.generate.tasks import Usage
+from edgemistral.generate.tasks import PromptLogprobs, Usage
 from edgemistral.model import Reply
 from edgemistral.server import schemas, streaming
 from edgemistral.server.answers import chat_logprobs, completion_logprobs, timings_body, usage_body
@@ -114,9 +114,7 @@ async def completions(body: schemas.CompletionRequest, request: Request, service
     echoes = [text if body.echo else "" for _, text in prompts for _ in range(body.n or 1)]
     shape = _Completion(service, body, job, echoes)
     if body.echo and body.logprobs is not None:
-        with _renamed({"ids": "prompt", "text": "prompt"}):
-            scored = [await service.aside(_prompt_logprobs, service, prompt, body.logprobs) for prompt, _ in prompts]
-        shape.prompts = [one for one in scored for _ in range(body.n or 1)]
+        shape.prompts = await _scored(service, request, body, [prompt for prompt, _ in prompts])
     return await _respond(shape, await streaming.begun(service.events(request, job, make)))
 
 
@@ -323,17 +321,30 @@ def _each(body: schemas.Sampling) -> list[dict[str, Any]]:
     return [{**options, **({} if seed is None else {"seed": (seed + n) % (1 << 63)})} for n in range(body.n or 1)]
 
 
-def _prompt_logprobs(service: Service, prompt: str | list[int], top: int) -> dict[str, Any]:
-    """The tokens of a prompt with their log probabilities; its first token has none."""
-    model = service.model
-    ids = prompt if not isinstance(prompt, str) else model.tokenizer.encode(prompt)
-    begun = [*model.begin(), *ids] if isinstance(prompt, str) else list(ids)
-    scored = model.engine.prompt_logprobs(begun, top)
-    tokens, start = [], 0
-    for token_id, logprobs in zip(ids, scored[len(begun) - len(ids) :], strict=True):
-        tokens.append(Token(token_id, start, logprobs))
-        start += len(model.tokenizer.surface(token_id))
-    return completion_logprobs(model.tokenizer, tokens, 0)
+async def _scored(
+    service: Service, request: Request, body: schemas.CompletionRequest, prompts: Sequence[str | list[int]]
+) -> list[dict[str, Any]]:
+    """The tokens of each choice's prompt with their log probabilities, in the turn of the client; a first token has none."""
+    tokenizer, tasks = service.model.tokenizer, []   # type: Tokenizer, list[PromptLogprobs]
+
+    def make() -> list[PromptLogprobs]:
+        with _renamed({"ids": "prompt", "text": "prompt"}):
+            for prompt in prompts:
+                begun = [*service.model.begin(), *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+                tasks.append(service.model.engine.score(begun, body.logprobs or 0))
+        return tasks
+
+    def shown(prompt: str | list[int], task: PromptLogprobs) -> dict[str, Any]:
+        skipped = len(service.model.begin()) if isinstance(prompt, str) else 0
+        tokens, start = [], 0
+        for token_id, logprobs in list(zip(task.history.tolist(), task.logprobs, strict=True))[skipped:]:
+            tokens.append(Token(token_id, start, logprobs))
+            start += len(tokenizer.surface(token_id))
+        return completion_logprobs(tokenizer, tokens, 0)
+
+    await service.compute(request, service.job(request, "scores", body.user), make)
+    made = [await service.aside(shown, *one) for one in zip(prompts, tasks, strict=True)]
+    return [one for one in made for _ in range(body.n or 1)]
 
 
 def _check_logprobs(service: Service, top_logprobs: int | None) -> None:

@@ -174,7 +174,7 @@ class _Made:
         numbers = itertools.count()
 
         def event(kind: str, **fields: Any) -> bytes:
-            return f"event: {kind}\n".encode() + streaming.data({"type": kind, "sequence_number": next(numbers), **fields})
+            return streaming.named(kind, sequence_number=next(numbers), **fields)
 
         def closed() -> list[bytes]:
             item = self.message(text, item_id=place["item_id"])

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from edgemistral.errors import Cancelled, EdgeMistralError
-from edgemistral.generate.tasks import Generation
+from edgemistral.generate.tasks import Task
 
 HAND_OVER = 0.003   # seconds; a reader takes half a millisecond
 
@@ -26,7 +26,11 @@ class Answer(Protocol):
     """One answer of a job, for the compute thread."""
 
     @property
-    def generation(self) -> Generation: ...
+    def task(self) -> Task: ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to deliver before another step."""
 
     def deliver(self) -> bool:
         """Emit what is ready, without computing; True when the answer is whole. What it raises ends the job."""
@@ -42,10 +46,6 @@ class Unavailable(EdgeMistralError):
 
 class QueueFull(Unavailable):
     """Too many requests are waiting already."""
-
-
-class IdInUse(EdgeMistralError):
-    """Another request of this id is under way."""
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,10 @@ class Scheduler:
         return bool(self._active)
 
     def check(self, job: Job) -> None:
-        """Raise what `submit` would raise now: QueueFull, IdInUse, or what `close` was given."""
+        """Raise what `submit` would raise now: QueueFull, or what `close` was given."""
         with self._changed:
             if self._closed is not None:
                 raise self._closed
-            if job.id in self._jobs:
-                raise IdInUse(f"a request {job.id} is under way")
             waiting, own = self.waiting, self._waiting.get(job.client, ())
             if waiting >= self.capacity or len(own) >= max(1, self.capacity // 2):
                 seconds = max(1, min(60, round(self._seconds * waiting)))
@@ -189,7 +187,7 @@ class Scheduler:
             return job is not None and self.stop(job)
 
     def stop(self, job: Job, reason: EdgeMistralError | None = None) -> bool:
-        """`cancel` for one who holds the job: when it has ended, another may have its id."""
+        """`cancel` for one who holds the job."""
         with self._changed:
             if self._jobs.get(job.id) is not job:
                 return False
@@ -267,7 +265,7 @@ class Scheduler:
     def _step(self, active: list[_Active]) -> None:
         """A token of every answer, or more of its prompt."""
         failure: BaseException | None = None
-        going = [one.answer.generation for one in active if not one.job.cancelled() and not one.answer.generation.ready]
+        going = [one.answer.task for one in active if not one.job.cancelled() and not one.answer.ready]
         try:
             if going:
                 going[0].engine.step(going)

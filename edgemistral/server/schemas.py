@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
-from edgemistral.generate.sampler import MAX_TOP_LOGPROBS
+from edgemistral.generate.sampler import MAX_TOP_LOGPROBS, RANGES
 from edgemistral.session import SESSION_NAME
 from edgemistral.spellings import normalised
 
@@ -38,9 +38,17 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 class Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
-    def warnings(self) -> Iterator[str]:
-        """A line for each name in the request that means nothing here."""
-        return (f"{name} is not known and was ignored" for name in self.model_extra or {})
+    def warnings(self, at: str = "") -> Iterator[str]:
+        """A line for each name in the request that has a value and means nothing here, also inside of other fields."""
+        for name, value in (self.model_extra or {}).items():
+            if value is not None:
+                yield f"{at}{name} is not known and was ignored"
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for path, one in ((name, value),) if isinstance(value, Request) else (
+                    (f"{name}[{i}]", item) for i, item in enumerate(value)) if isinstance(value, list) else ():
+                if isinstance(one, Request):
+                    yield from one.warnings(f"{at}{path}.")
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
@@ -83,6 +91,12 @@ class Message(Request):
         return {"role": "system" if self.role == "developer" else self.role, "content": content, **more}
 
 
+def _in_range(name: str) -> Any:
+    """A number that the sampler takes, null by default."""
+    low, high = RANGES[name]
+    return Field(None, ge=low, le=high)
+
+
 class StreamOptions(Request):
     include_usage: bool = False
 
@@ -100,13 +114,13 @@ class Sampling(Request):
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    temperature: float | None = _in_range("temperature")
+    top_p: float | None = _in_range("top_p")
     top_k: Limit | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0.001, le=1000)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    min_p: float | None = _in_range("min_p")
+    repetition_penalty: float | None = _in_range("repetition_penalty")
+    presence_penalty: float | None = _in_range("presence_penalty")
+    frequency_penalty: float | None = _in_range("frequency_penalty")
     logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias], Field(max_length=1024)] | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None

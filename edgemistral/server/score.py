@@ -12,12 +12,14 @@ from starlette.responses import JSONResponse, Response
 
 from edgemistral import sample_json
 from edgemistral.errors import BadRequest
+from edgemistral.generate.sampler import RANGES
 from edgemistral.server import streaming
 from edgemistral.server.failures import RESPONSES
 from edgemistral.server.schemas import MAX_MESSAGES, MAX_PROMPTS, MAX_SEED, MAX_STOP, MAX_STOPS
 from edgemistral.server.service import Finished, Piece, Refused, Service, service_of, warnings_header
 
 router = APIRouter(responses=RESPONSES)
+NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 MESSAGE = {
     "type": "object", "required": ["role", "content"],
     "properties": {"role": {"enum": ["system", "user", "assistant"]}, "content": {"type": "string"}},
@@ -38,11 +40,8 @@ SampleJson = Annotated[Any, WithJsonSchema({
                 {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": CONVERSATION},
             ]},
             "parameters": {"type": "object", "properties": {
-                "temperature": {"type": "number", "minimum": 0, "maximum": 1e6},
-                "top_p": {"type": "number", "minimum": 0, "maximum": 1},
+                **{name: {"type": "number", "minimum": RANGES[name][0], "maximum": RANGES[name][1]} for name in NUMBERS},
                 "top_k": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
-                "min_p": {"type": "number", "minimum": 0, "maximum": 1},
-                "repetition_penalty": {"type": "number", "minimum": 1e-6, "maximum": 1e6},
                 "seed": {"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_SEED}, {"type": "null"}]},
                 "max_new_tokens": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "null"}]},
                 "stop": {"anyOf": [STOP, {"type": "array", "maxItems": MAX_STOPS, "items": STOP}]},

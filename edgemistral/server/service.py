@@ -10,9 +10,9 @@ import secrets
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from fastapi import Request
 from edgemistral.errors import BadRequest, Cancelled, EdgeMistralError
 from edgemistral.generate.grammar import GrammarCompiler
 from edgemistral.generate.sampler import Logprobs
-from edgemistral.generate.tasks import Generation, Usage
+from edgemistral.generate.tasks import Task, Usage
 from edgemistral.model import Model, Reply
 from edgemistral.server.metrics import Metrics
 from edgemistral.server.scheduler import Job, Progress, Scheduler, Unavailable
@@ -179,17 +179,25 @@ class Service:
         QueueFull and Unavailable before the first event.
         """
         self.scheduler.check(job)
-        try:
+        with _told(job):
             replies = await self.aside(make)
             events = self._run(request, job, replies)
             async with aclosing(events if self._review is None else self._reviewed(events)) as given:
                 async for event in given:
                     yield event
-        except EdgeMistralError:
-            raise
-        except Exception as error:   # told here, so that the connection lives on
-            logger.exception("request %s failed", job.id)
-            raise EdgeMistralError("an error inside the server") from error
+
+    async def compute(self, request: Request, job: Job, make: Callable[[], Sequence[Task]]) -> None:
+        """Queue the tasks that `make` gives, which end in no text, and wait for them. Stops and raises as `events` does."""
+        self.scheduler.check(job)
+        with _told(job):
+            self.scheduler.submit(job, [_Computed(task) for task in await self.aside(make)])
+            watcher = asyncio.create_task(self._watch(request, job))
+            try:
+                async for _ in job.batches(KEEP_ALIVE):
+                    pass
+            finally:
+                watcher.cancel()
+                self.scheduler.stop(job)
 
     async def _run(self, request: Request, job: Job, replies: Sequence[Reply]) -> AsyncGenerator[Event | None, None]:
         arrived, told = time.monotonic(), False
@@ -284,8 +292,12 @@ class _Answer:
         self._told = 0   # tokens
 
     @property
-    def generation(self) -> Generation:
+    def task(self) -> Task:
         return self._reply.generation
+
+    @property
+    def ready(self) -> bool:
+        return self._reply.generation.ready
 
     def deliver(self) -> bool:
         reply, told = self._reply, self._told
@@ -298,6 +310,34 @@ class _Answer:
         if reply.ended:
             self._job.emit(Finished(self._index, "stop" if reply.finish_reason == "stop" else "length", reply.usage))
         return reply.ended
+
+
+class _Computed:
+    """Work of a job that is no answer, on the compute thread."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    @property
+    def ready(self) -> bool:
+        return self.task.done or self.task.error is not None
+
+    def deliver(self) -> bool:
+        if self.task.error is not None:
+            raise self.task.error
+        return self.task.done
+
+
+@contextmanager
+def _told(job: Job) -> Iterator[None]:
+    """What nobody has thought of becomes an error of ours, so that the connection lives on."""
+    try:
+        yield
+    except EdgeMistralError:
+        raise
+    except Exception as error:
+        logger.exception("request %s failed", job.id)
+        raise EdgeMistralError("an error inside the server") from error
 
 
 def _merged(batch: list[Event]) -> list[Event]:

@@ -20,6 +20,16 @@ def data(value: Any) -> bytes:
     return f"data: {json.dumps(value)}\n\n".encode("ascii")   # some clients would take U+2028 for the end of a line
 
 
+def named(kind: str, **fields: Any) -> bytes:
+    """One event with its kind, as Anthropic's interface and OpenAI's newer one have it."""
+    return f"event: {kind}\n".encode() + data({"type": kind, **fields})
+
+
+def line(value: Any) -> bytes:
+    """One line of JSON, as Ollama's interface has it."""
+    return json.dumps(value).encode() + b"\n"
+
+
 def comment(event: Progress | None) -> bytes:
     """What clients skip: a sign of life, or how much of the prompt is read. No empty line: some would take it for an event."""
     return b": waiting\n" if event is None else f": prompt {event.done}/{event.total}\n".encode()

@@ -142,6 +142,13 @@ def test_warnings_fit_into_a_header(server):
     assert answer.status_code == 200 and 100 < len(answer.headers["warnings"]) <= 1000
 
 
+def test_warnings_name_fields_inside_of_others(server):
+    message = {**USER[0], "weight": 1, "cache_control": None, "content": [{"type": "text", "text": "a", "citations": True}]}
+    answer = server.post({"messages": [*USER, message], "max_tokens": 1, "stream_options": {"chunks": 2}, "mood": "good"})
+    assert answer.headers["warnings"] == "; ".join(f"{name} is not known and was ignored" for name in (
+        "mood", "stream_options.chunks", "messages[1].weight", "messages[1].content[0].citations"))
+
+
 @pytest.mark.parametrize("name", ["", " ", "\t", "\u2003", "x" * 990 + "   " * 10, "\x89"])
 def test_any_name_fits_into_a_header(server, name):
     assert "not known" in server.post({"messages": USER, "max_tokens": 1, name: 1}).headers["warnings"] or len(name) > 900

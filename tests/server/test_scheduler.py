@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from types import SimpleNamespace
 
 import pytest
 
 from edgemistral.errors import Cancelled, EdgeMistralError
-from edgemistral.server.scheduler import IdInUse, Job, Progress, QueueFull, Scheduler, Unavailable
+from edgemistral.server.scheduler import Job, Progress, QueueFull, Scheduler, Unavailable
 from tests.serving import wait_for
 
 DOWN = Unavailable("the server is shutting down", 10)
@@ -19,7 +18,7 @@ class Written:
     """An answer that needs no model: `work` is a function, or makes an iterator with a turn for each of its items."""
 
     def __init__(self, work):
-        self._turns, self.generation = work(), SimpleNamespace(ready=True)
+        self._turns, self.task, self.ready = work(), None, True
 
     def deliver(self):
         return self._turns is None or next(self._turns, "end") == "end"
@@ -263,15 +262,6 @@ async def test_a_job_cancelled_between_its_answers_ends():
         await collected(job)
     assert await collected(other) == []
     assert (await bench.finish()).count("b") == 10_000
-
-
-@run
-async def test_an_id_is_for_one_request_at_a_time():
-    bench = Bench()
-    bench.submit("a", "a")
-    with pytest.raises(IdInUse):
-        bench.submit("a", "b")
-    await bench.finish()
 
 
 @run

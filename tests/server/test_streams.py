@@ -164,6 +164,23 @@ def test_a_full_queue_says_when_to_come_again():
         server.app.state.service.close()
 
 
+def test_the_log_probabilities_of_a_prompt_wait_their_turn():
+    body = {"prompt": "a b c", "echo": True, "logprobs": 1, "max_tokens": 1}
+    with Server(queue=2, parallel=1) as server, ThreadPoolExecutor(3) as pool:
+        for waiting, name in enumerate("ab"):
+            pool.submit(server.post, {**ENDLESS, "stream": False}, **{"user-agent": name})
+            wait_for(lambda waiting=waiting: server.scheduler.running and server.scheduler.waiting == waiting)
+        waits = pool.submit(server.post, body, "/v1/completions", **{"user-agent": "c"})
+        wait_for(lambda: server.scheduler.waiting == 2)
+        assert server.post(body, "/v1/completions", **{"user-agent": "d"}).status_code == 429
+        server.transformer.seconds = 0
+        choice = waits.result(60).json()["choices"][0]
+        assert choice["logprobs"]["token_logprobs"][0] is not None and choice["text"].startswith("a b c")
+    with Server() as server:
+        assert server.post({**body, "prompt": "a " * 600}, "/v1/completions").status_code == 400
+        assert server.post({**body, "prompt": [1 << 30]}, "/v1/completions").json()["error"]["param"] == "prompt"
+
+
 def test_health_and_errors_while_the_model_loads():
     go = threading.Event()
 
