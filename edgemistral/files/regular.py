@@ -71,5 +71,7 @@ def read(path: Path, error: type[BadInput], pipes: bool = False) -> bytes:
             return path.read_bytes()
         with reading(path, error) as file:
             return file.read()
+    except FileNotFoundError as problem:
+        raise error(f"{path}: {problem.strerror}") from None
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror or problem}") from None

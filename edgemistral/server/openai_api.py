@@ -325,7 +325,8 @@ async def _scored(
     service: Service, request: Request, body: schemas.CompletionRequest, prompts: Sequence[str | list[int]]
 ) -> list[dict[str, Any]]:
     """The tokens of each choice's prompt with their log probabilities, in the turn of the client; a first token has none."""
-    tokenizer, tasks = service.model.tokenizer, []   # type: Tokenizer, list[PromptLogprobs]
+    tokenizer = service.model.tokenizer
+    tasks: list[PromptLogprobs] = []
 
     def make() -> list[PromptLogprobs]:
         with _renamed({"ids": "prompt", "text": "prompt"}):

@@ -42,9 +42,11 @@ class Tools:
             return None
         calls = [{
             "type": "object", "additionalProperties": False, "required": ["name", "arguments"],
-            "properties": {"name": {"const": tool["function"]["name"]}, "arguments": _parameters(tool)},
-        } for tool in self.tools]
-        return Constraint("json", calls[0] if len(calls) == 1 else {"anyOf": calls}, "tools")
+            "properties": {"name": {"const": tool["function"]["name"]}, "arguments": {"$ref": f"#/$defs/{n}"}},
+        } for n, tool in enumerate(self.tools)]
+        # A schema's own references begin at its root, which lies deeper here.
+        schemas = {str(n): _moved(_parameters(tool), f"#/$defs/{n}") for n, tool in enumerate(self.tools)}
+        return Constraint("json", {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": schemas}, "tools")
 
     def calls_in(self, text: str) -> list[dict[str, Any]]:
         """The calls that a text is, in OpenAI's shape; none if it is a text."""
@@ -188,6 +190,20 @@ def _tool(value: Any, field: str, legacy: bool) -> dict[str, Any]:
 def _parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
     schema = closed(tool["function"].get("parameters") or {"type": "object", "properties": {}})
     return {"type": "object", **schema}
+
+
+def _moved(schema: Any, to: str) -> Any:
+    """A copy of a schema whose references to itself ("#", "#/$defs/Name") point below `to`."""
+    if isinstance(schema, list):
+        return [_moved(item, to) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    plain = ("const", "enum", "default", "examples")
+    made = {key: value if key in plain else _moved(value, to) for key, value in schema.items()}
+    reference = made.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        made["$ref"] = to + reference[1:]
+    return made
 
 
 def _object(arguments: Any) -> Any:

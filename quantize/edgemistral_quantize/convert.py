@@ -254,7 +254,8 @@ def _moments(
     if calibration is None or recipe.bits != 4:
         return None
     cols = {"wqkv": config.dim, "wo": config.q_dim, "w13": config.dim, "w2": config.hidden_dim}
-    if all(writer.done(f"{layer}.{part}") for part in cols):   # by an earlier run
+    names = [f"{layer}.{part}" for part in cols]
+    if all(writer.done(name) for name in writer.tensors if name in names or name.rpartition(".")[0] in names):   # earlier
         return None
     return {part: gptq.Moments(n, calibration.method) for part, n in cols.items() if recipe.bits_of(f"{layer}.{part}") == 4}
 

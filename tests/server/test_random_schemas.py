@@ -12,7 +12,7 @@ from edgemistral.server import create_app
 from tests.serving import CHAT, HTTP, USER, fake_model, serving
 
 PATTERNS = ("^[a-c]{1,4}$", "^(red|green)-[0-9]$", "^[A-Z][a-z]?$")
-FORMATS = ("date", "uuid", "time", "ipv4")
+FORMATS = ("date", "uuid", "ipv4")     # jsonschema knows "time" without an offset only
 
 
 def scalar(rng):
