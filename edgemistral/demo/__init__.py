@@ -1,7 +1,7 @@
 """The model that runs when none is named: a very small one, trained by training/train_demo.py and shipped as a checkpoint.
 
-It is quantized on first use and the blob is kept in the cache folder. It is not calibrated: somebody new waits for it, and on its
-own talk it answers as many questions right without (92 of 101; 90 with the default, 89 with `--calibrate full`).
+It is quantized on first use and the blob is kept in the cache folder. It is not calibrated: somebody new waits for it, and it
+answers as many questions right without (92 of 101; 90 with the default, 89 with `--calibrate full`).
 """
 
 from __future__ import annotations

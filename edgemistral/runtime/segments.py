@@ -87,7 +87,8 @@ class SegmentPool:
         self.layout = KVLayout(kv_bits, block_bytes(config.head_dim, kv_bits), config.n_layers, config.n_kv_heads)
         self.segment_bytes = segment_bytes(config, kv_bits)
         self.budget = default_kv_budget() if budget is None else budget
-        self.capacity = max(1, self.budget // self.segment_bytes)    # segments; whoever allocates sees to it
+        # Segments; whoever allocates sees to it.
+        self.capacity = max(1, min(self.budget // self.segment_bytes, most_mappings()))
         self.used = 0
         self._made = 0                       # segments that the file has room for
         self._free: list[Segment] = []
@@ -186,6 +187,16 @@ class SegmentPool:
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):      # else the file system cannot do it
                     raise OSError(error.errno, error.strerror, str(_folder())) from None
+
+
+def most_mappings() -> int:
+    """Segments that may be mapped at once: Python keeps a file open for each mapping, and systems allow a process so many."""
+    try:
+        import resource
+    except ImportError:      # Windows: millions
+        return 1 << 20
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 20 if soft == resource.RLIM_INFINITY else max(64, soft // 2)
 
 
 def _punch(mapping: mmap.mmap) -> bool:
