@@ -7,6 +7,7 @@ come. llguidance parses bytes, so characters that span several byte-fallback tok
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from edgemistral.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+LEAST = 2**63 - 1024                        # the first numbers that a float rounds to 2**63
+LONG_NEGATIVE = re.compile(r"-0*(\d{19,99})")
 # One space after each comma and colon and nowhere else: with free whitespace a model can write spaces for ever.
 JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -44,6 +47,7 @@ class GrammarCompiler:
 
     def json_schema(self, schema: Mapping[str, Any], continues: bool = False) -> CompiledGrammar:
         """JSON texts that fit a schema, on one line; {"type": "object"} is any object. Raises BadRequest."""
+        _check_constants(schema)
         return self._compile({"json_schema": {**schema, "x-guidance": JSON_LAYOUT}}, continues)
 
     def text(self, grammar: str, continues: bool = False) -> CompiledGrammar:
@@ -55,6 +59,8 @@ class GrammarCompiler:
                 grammar = any_to_lark(grammar)
             except Exception as error:   # the converter raises all sorts
                 raise BadRequest(f"grammar is no GBNF: {_one_line(error)}", "grammar") from None
+        if any(int(digits) >= LEAST for digits in LONG_NEGATIVE.findall(grammar)):
+            raise BadRequest(f"grammar: a constant must be greater than -{LEAST}", "grammar")
         return self._compile({"lark_grammar": grammar}, continues)
 
     def _compile(self, inner: dict[str, Any], continues: bool) -> CompiledGrammar:
@@ -123,6 +129,19 @@ class _Pieces:
     def __call__(self, text: str) -> list[int]:
         """The ids of a text in the middle of another one, without the space that `encode` puts in front."""
         return self._tokenizer.encode_inside(text)
+
+
+def _check_constants(schema: Any) -> None:
+    """Raise BadRequest for a constant with which llguidance 1.9 ends the process."""
+    stack = [(schema, False)]
+    while stack:
+        node, constant = stack.pop()
+        if isinstance(node, Mapping):
+            stack += ((value, constant or name in ("enum", "const")) for name, value in node.items())
+        elif isinstance(node, list):
+            stack += ((value, constant) for value in node)
+        elif constant and type(node) is int and node <= -LEAST:
+            raise BadRequest(f"schema: the constant {node} must be greater than -{LEAST}", "schema")
 
 
 def _one_line(error: object) -> str:

@@ -93,14 +93,16 @@ class BPETokenizer(Tokenizer):
     def _encode_within(self, text: str) -> list[int]:
         return self._spelled(text, 0) if MARK in text else self._spelled(MARK + text, 1)
 
-    def _spelled(self, text: str, skip: int) -> list[int]:
+    def _spelled(self, text: str, skip: int, whole: bool = True) -> list[int]:
         tokens: list[str] = self._plain.encode(text, add_special_tokens=False).tokens[skip:]
         ids = [self._ids[token] for token in tokens if token in self._ids]
         if not self.markup.keys() & set(ids):
             return ids
-        # A vocabulary that can merge its way to an added token's text: that one is spelled letter by letter.
+        # A vocabulary that can merge its way to an added token's text: that one is spelled letter by letter, once.
+        if not whole:
+            return [token_id for token_id in ids if token_id not in self.markup]
         return [i for token, token_id in zip(tokens, ids, strict=True) for i in (
-            [each for letter in token for each in self._spelled(MARK + letter, 1)]
+            [each for letter in token for each in self._spelled(MARK + letter, 1, False)]
             if token_id in self.markup and len(token) > 1 else [token_id]
         )]
 

@@ -161,6 +161,8 @@ class JinjaTemplate:
             return self._with_tools.encode(tokenizer, messages, tools)
         if tools and not self.takes_tools:
             raise BadRequest("tools are given, but this model's chat template has no place for them", "tools")
+        if tools is not None and (isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence)):
+            raise BadRequest(f"tools must be a list of tools, not {type(tools).__name__}", "tools")
         checked = [_checked_message(message, i) for i, message in enumerate(_checked_list(messages))]
         if len(checked) > 1 and checked[-1]["role"] == "assistant" and not checked[-1].get("content") \
                 and not checked[-1].get("tool_calls"):
@@ -176,13 +178,14 @@ class JinjaTemplate:
         text = self.render(shown, hidden.in_all(list(tools)) if tools else None, not continued)
         if continued:
             text = text.partition(end)[0]
-        return tokenizer.encode_markup(text, hidden.meanings)
+        return tokenizer.encode_markup(check_text(text, "messages"), hidden.meanings)
 
     def render(self, messages: Messages, tools: Tools | None = None, add_generation_prompt: bool = True) -> str:
         """The text of a conversation. BadRequest: the template refuses it, or fails."""
         from jinja2 import TemplateError
 
         try:
+            self._template.environment.begin()  # type: ignore[attr-defined]
             return self._template.render(
                 messages=list(messages), tools=tools, documents=None, add_generation_prompt=add_generation_prompt,
                 **self._special,
@@ -190,7 +193,7 @@ class JinjaTemplate:
         except _Raised as error:
             raise BadRequest(f"the model's chat template refuses this conversation: {error}", "messages") from None
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError,
-                RecursionError) as error:
+                RecursionError, MemoryError) as error:
             line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == FILENAME), None)
             where, why = f" in line {line}" if line else "", " ".join(str(error).split())[:200]
             raise BadRequest(f"the model's chat template fails{where}: {why}", "messages") from None
@@ -204,7 +207,8 @@ def _environment() -> Any:
     """The names and settings that transformers gives a template."""
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from edgemistral.text.template_limits import LimitedEnvironment
 
     class Generation(Extension):
         """{% generation %} ... {% endgeneration %} marks what the assistant writes, for training: the text as it is."""
@@ -216,7 +220,7 @@ def _environment() -> Any:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body, lineno=line)
 
-    class Environment(ImmutableSandboxedEnvironment):
+    class Environment(LimitedEnvironment):
         def from_string(self, source: Any, *arguments: Any, **more: Any) -> Template:
             return self.template_class.from_code(self, self.compile(source, filename=FILENAME), self.make_globals(None), None)
 

@@ -40,7 +40,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._pieces: list[str] = self._model.id_to_piece(list(range(self._n_pieces)))   # all of them are valid UTF-8
             self._unk_id: int = self._model.unk_id()
             self._unk_text: str = self._model.decode([self._unk_id])
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, IndexError) as error:
             raise BadInput(f"{name} is not a SentencePiece model") from error
         # Files name the model's own pieces among the added ones; only what the model lacks is added.
         self._added = {i: text for i, (text, _) in (added or {}).items() if i >= self._n_pieces and text}

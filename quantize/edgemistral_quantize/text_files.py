@@ -184,7 +184,7 @@ class _Found:
         found: dict[str, str] = {}
         for path in sorted((self.directory / "additional_chat_templates").glob("*.jinja")):    # as transformers 5 saves them
             found[path.stem] = _read_text(path)
-        for item in value or []:
+        for item in value if isinstance(value, list) else [] if value is None else [value]:
             if not isinstance(item, Mapping) or not isinstance(item.get("template"), str):
                 raise BadCheckpoint(f"{self.template_file}: chat_template is neither a text nor a list of named texts")
             found[str(item.get("name"))] = item["template"]

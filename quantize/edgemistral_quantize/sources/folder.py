@@ -145,9 +145,9 @@ def _indexed(index: Path) -> list[Path]:
         raise BadCheckpoint(f"{index}: no weight_map of file names")
     names = set(weight_map.values())
     for name in sorted(names):
-        if Path(name).name != name or not (index.parent / name).is_file():
+        if Path(name).name != name or len(name.encode("utf-8", "replace")) > 255 or not (index.parent / name).is_file():
             hint = recognise.unfinished(index.parent)
-            if not hint and not any((index.parent / other).is_file() for other in names):
+            if not hint and not any(len(other) < 64 and (index.parent / other).is_file() for other in names):
                 hint = recognise.instead_of_weights(index.parent)   # as a pickle beside an index of others' files
             raise BadCheckpoint(f"{index}: lists {name[:80]!r}, which is not there{hint or '; is the download complete?'}")
     return [index.parent / name for name in names]

@@ -136,7 +136,7 @@ def read_config(
         raise BadConfig(f"llama.attention.head_count is {str(heads)[:80]} with llama.embedding_length {str(dim)[:80]}")
     head_dim = get("attention.key_length", get("rope.dimension_count", dim // heads))
     for name in ("attention.value_length", "rope.dimension_count"):
-        if get(name, head_dim) != head_dim:
+        if not np.array_equal(get(name, head_dim), head_dim):
             raise BadConfig(f"llama.{name} is {str(get(name))[:80]}, but heads have {head_dim} dimensions")
     embeddings = found.get(GGUF.names["tok_embeddings"] + ".weight")
     if embeddings is None or len(embeddings.shape) != 2:
