@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint coverage docs site bench clean
+.PHONY: demo test test-slow lint coverage fuzz docs site bench clean
 
 demo: $(VENV)/.installed  ## quantize the demo model, ask it something, and how to go on
 	$(BIN)/python -m training.show_demo
@@ -20,6 +20,9 @@ lint: $(VENV)/.installed-test
 
 coverage: $(VENV)/.installed-test  ## which lines and branches the fast tests reach; also as htmlcov/index.html
 	$(BIN)/python -m pytest -q --cov --cov-report=term --cov-report=html
+
+fuzz: $(VENV)/.installed-test  ## hostile inputs at every border: make fuzz MINUTES=10
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10) --record
 
 docs: $(VENV)/.installed-test  ## docs/help.md, after an option has changed
 	$(BIN)/python -m docs.make_help
