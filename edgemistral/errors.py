@@ -9,6 +9,7 @@
     │   ├── BadRequest           a parameter or a message of a request (`field` names it)
     │   └── ContextOverflow      more tokens than the context holds (`over` says by how many)
     ├── DamagedBlob              a checksum does not match: exit code 1
+    ├── FileLost                 a file that is in use was cut, or its disk has gone: exit code 1
     ├── OutOfMemoryBudget        the plan needs more than --max-ram allows
     └── Cancelled                the caller asked to stop
 
@@ -64,6 +65,10 @@ class DamagedBlob(EdgeMistralError):
     def __init__(self, message: str, tensor: str) -> None:
         super().__init__(message)
         self.tensor = tensor
+
+
+class FileLost(EdgeMistralError):
+    """A mapped file was cut, or its disk has gone, while it was in use: nothing that needs it can be computed any more."""
 
 
 class OutOfMemoryBudget(EdgeMistralError):

@@ -43,7 +43,8 @@ from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
 from edgemistral.errors import BadBlob, BadConfig, BadInput, DamagedBlob
-from edgemistral.files import layout, regular, strict_json
+from edgemistral.files import layout, lost, regular, strict_json
+from edgemistral.files.disk import share
 from edgemistral.files.layout import ALIGNMENT, Recipe, TensorSpec
 from edgemistral.files.safetensors import Header, read_header
 from edgemistral.text.spec import TextSpec
@@ -77,7 +78,9 @@ class Blob:
         _check_format(header, path)
         self.config, self.recipe, self.text = _read_config(header, path), _read_recipe(header, path), _read_text(header, path)
         self.tensors, self.offsets = _check_tensors(header, self.config, self.recipe, path)
+        share(file.fileno())
         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        lost.watch(self._map, path)
         self.data = np.frombuffer(self._map, dtype=np.uint8)
 
     @classmethod

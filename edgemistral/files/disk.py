@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edgemistral.errors import BadSession
-from edgemistral.files import regular
+from edgemistral.files import lost, regular
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)      # there is no more room
 _LOCKED = 1 << 62                                     # Windows locks bytes, and these are read by nobody
@@ -99,7 +99,9 @@ class Disk:
 
     def map(self, offset: int, size: int) -> mmap.mmap:
         """Map a stretch of the file, which must be there, for reading and writing."""
-        return mmap.mmap(self._file.fileno(), size, offset=offset)
+        mapping = mmap.mmap(self._file.fileno(), size, offset=offset)
+        lost.watch(mapping, self.path)
+        return mapping
 
     def grow(self, size: int) -> None:
         """Make the file at least so long, and take the room on the disk now: a full disk is an OSError here and no crash
@@ -180,6 +182,15 @@ def sync_directory(path: Path) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def share(file: int) -> None:
+    """Lock an open file for reading, as long as it or a mapping of it is open: programs that ask leave it as it is."""
+    if sys.platform != "win32":
+        import fcntl
+
+        with contextlib.suppress(OSError):          # somebody writes it, or the file system has no locks
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def _unlock(file: int) -> None:

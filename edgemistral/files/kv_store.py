@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.errors import BadInput
-from edgemistral.files import records, regular
+from edgemistral.files import lost, records, regular
 from edgemistral.files.records import RECORD, SEGMENT, TRAILER, Geometry, Record
 
 NAME = re.compile(r"[0-9a-f]{64}\.kv")
@@ -146,6 +146,7 @@ class KVStore:
                 if os.fstat(file.fileno()).st_size != self.geometry.stride:
                     raise ValueError
                 mapping = mmap.mmap(file.fileno(), self.geometry.stride, access=mmap.ACCESS_READ)
+                lost.watch(mapping, path)
         except (BadInput, OSError):      # gone, or no file at all
             return None
         except ValueError:

@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 
 LEAST = 2**63 - 1024                        # the first numbers that a float rounds to 2**63
 LONG_NEGATIVE = re.compile(r"-0*(\d{19,99})")
+WORDS = (      # what llguidance says, and what we say; a long echo of the grammar is left out
+    (r" 1 \| .*$", ""),
+    (r"(?s)^.*\(in regex\): (.*) in regex.*$", r"a regular expression: \1"),
+    (r"(?s)^.*regex parse error: .*error: (.*?)(?: \d+ \|.*)?$", r"a regular expression cannot be read: \1"),
+    (r"^.*lookarounds not supported yet.*$", "a regular expression cannot look around or use word boundaries here"),
+    (r"(?:lone leading surrogate|unexpected end of hex escape).*$",
+     "a text has half of a surrogate pair, which is no character"),
+    (r"^Pointer '(.*)' does not exist$", r"$ref leads to \1, which is not there"),
+    (r"^Unsatisfiable schema: (.*)$", r"no JSON fits this schema: \1"),
+    (r"^recursion limit exceeded.*$", "nested too deeply"),
+    (r"^(\d+)\((\d+)\): ", r"line \1, column \2: "),
+)
 # One space after each comma and colon and nowhere else: with free whitespace a model can write spaces for ever.
 JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -145,4 +157,9 @@ def _check_constants(schema: Any) -> None:
 
 
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]
+    """What the library found, in our words where it has its own."""
+    text = " ".join(str(error).split())
+    for pattern, words in WORDS:
+        if found := re.search(pattern, text):
+            text = text[: found.start()] + found.expand(words) + text[found.end() :]
+    return text[:300]

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig, rope_frequencies
 from edgemistral.errors import BadRequest, ContextOverflow
+from edgemistral.files import lost
 from edgemistral.files.blob import Blob
 from edgemistral.files.layout import ALIGNMENT, BLOCK, GROUP, GROUPS, round_up
 from edgemistral.kernels.activations import LONG, SHORT, Activations
@@ -46,6 +47,7 @@ class Transformer:
         self.config, self.context = config, context or config.context
         self.blob, self.kv_bits, self.threads = blob, kv_bits, threads
         self.pool = SegmentPool(config, kv_bits, kv_budget)
+        lost.install()
         self._team = Team(threads)
         self._weights = map_weights(blob)
         self._read_ahead = ReadAhead(blob, lambda: self._team.phase)
@@ -58,8 +60,8 @@ class Transformer:
         """Append every row's ids to its sequence; next-token logits (sum of n_logits, vocab_size), row after row.
 
         At most `chunk` ids in all, and no two rows of one sequence. Nothing in a token's logits depends on the other rows.
-        Raises ContextOverflow or ValueError before anything is computed. When an exception ends the wait (Ctrl-C), nothing
-        was appended: but `wait` before anything is done to a segment.
+        Raises ContextOverflow or ValueError before anything is computed, FileLost if a file was cut meanwhile. When an
+        exception ends the wait (Ctrl-C), nothing was appended: but `wait` before anything is done to a segment.
         """
         self._check(rows)
         self._team.wait()
@@ -79,6 +81,7 @@ class Transformer:
             self._team.run(forward, common, self._own)
         finally:
             self._read_ahead.end()
+        lost.check()
         for row in rows:
             row.sequence.append(row.ids)
         rows_of_head = round_up(self.config.vocab_size, PAIR)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -19,10 +20,13 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edgemistral.child import ParentWatch, only_user_of
-from edgemistral.errors import BadRequest, EdgeMistralError
+from edgemistral.errors import BadRequest, EdgeMistralError, FileLost
+from edgemistral.files import lost
 from edgemistral.model import Model
 from edgemistral.server.app import create_app
 from edgemistral.server.service import Service
+
+logger = logging.getLogger(__name__)
 
 # Seconds from Ctrl-C on:
 GRACE = 3.0             # for an answer at work to end by itself
@@ -90,6 +94,8 @@ def serve(
         with server.handling_signals():
             listening(url)
             server.run(sockets=[listener])
+            if server.lost is not None:
+                failed.append(server.lost)
             if not failed and (not service.close(timeout=0.0) or service.loading):
                 _exit()   # a thread is inside a long chunk, or loads: a regular exit would take away what it uses
             for model in loaded:
@@ -111,6 +117,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._grace = GRACE
+        self.lost: FileLost | None = None
         self._last_resort = self._exit_in(STOP)   # threads that tokenize or compile a grammar cannot be stopped
 
     @staticmethod
@@ -147,6 +154,14 @@ class _Server(uvicorn.Server):
             super().run(sockets)
         finally:
             self._last_resort.cancel()
+
+    async def on_tick(self, counter: int) -> bool:
+        try:
+            lost.check()
+        except FileLost as error:     # nothing can be answered any more
+            self.lost = error
+            return True
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._last_resort.start()
@@ -209,7 +224,10 @@ def _listen(host: str, port: int) -> socket.socket:
     """A listening socket."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        made = socket.create_server((host, port), family=family, backlog=MAX_CONNECTIONS)
+        both = host == "::" and socket.has_dualstack_ipv6()      # IPv4, too
+        if host == "::" and not both:
+            logger.warning("this system answers on :: only what comes by IPv6; --host 0.0.0.0 is for IPv4")
+        made = socket.create_server((host, port), family=family, backlog=MAX_CONNECTIONS, dualstack_ipv6=both)
         # asyncio sends small answers at once (TCP_NODELAY) only on sockets that say they are TCP; others wait 40 ms.
         return socket.socket(made.family, made.type, socket.IPPROTO_TCP, made.detach())
     except (OSError, UnicodeError) as error:   # UnicodeError: no name at all, such as "a..b"

@@ -131,7 +131,7 @@ class Guard:
         """The names of this computer: loopback, those that were named, and the address that was connected to."""
         if name in LOOPBACK or name in self._safety.hosts:
             return True
-        server = (scope.get("server") or ("",))[0]
+        server = (scope.get("server") or ("",))[0].removeprefix("::ffff:")      # IPv4 on a socket of both
         try:
             return ipaddress.ip_address(name) == ipaddress.ip_address(server)
         except ValueError:

@@ -182,7 +182,7 @@ class Grammars(Harness):
     """Schemas, regular expressions, choices and grammars, under all names of a request."""
 
     name = "grammar"
-    planted = "a schema need not be an object (server.constraints._json)"
+    planted = "response_format may have any shape (server.constraints._response_format)"
 
     def prepare(self) -> None:
         import llguidance  # noqa: F401
@@ -243,7 +243,10 @@ class Grammars(Harness):
     def plant(self) -> None:
         from edgemistral.server import constraints
 
-        constraints._json = lambda schema, field: None if schema is None else constraints.Constraint("json", schema, field)
+        def unchecked(value: Any) -> Any:
+            return value and constraints.Constraint("json", value["json_schema"]["schema"], "response_format")
+
+        constraints._response_format = unchecked
 
 
 SAMPLE = {"input_data": {
