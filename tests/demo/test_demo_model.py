@@ -21,7 +21,7 @@ CHECKPOINT = checkpoint_dir()
 TEXTS = texts(SentencePieceTokenizer((CHECKPOINT / "tokenizer.model").read_bytes()), n_prose=4)
 
 
-@pytest.fixture(scope="module", params=[4, 8])
+@pytest.fixture(scope="module", params=[4, pytest.param(8, marks=pytest.mark.slow)])
 def bits(request: pytest.FixtureRequest) -> int:
     return request.param
 
