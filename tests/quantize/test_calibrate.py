@@ -79,7 +79,7 @@ def test_conversations_of_the_package_alternate() -> None:
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (b"", "empty"), (b" \n", "empty"), (b"caf\xe9 au lait", "not UTF-8 text: byte 3"), (None, "cannot be read"),
+    (b"", "empty"), (b" \n", "empty"), (b"caf\xe9 au lait", "not UTF-8 text: byte 3"), (None, "No such file"),
 ])
 def test_bad_texts_are_refused(checkpoint: Path, tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "text"
