@@ -4,6 +4,7 @@ from __future__ import annotations
 
 EXTRAS = {
     "fastapi": "server",
+    "h11": "server",
     "llguidance": "server",
     "prometheus_client": "server",
     "pydantic": "server",

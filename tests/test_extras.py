@@ -82,7 +82,7 @@ def test_pyproject_declares_what_is_imported():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     core, extras = names(project["dependencies"]), project["optional-dependencies"]
-    brought = {"llvmlite": "numba", "starlette": "fastapi"}
+    brought = {"llvmlite": "numba", "starlette": "fastapi", "h11": "uvicorn"}
     for folder in ("edgemistral", "quantize"):
         for path in (ROOT / folder).rglob("*.py"):
             if path.name.startswith("hook-"):        # PyInstaller runs it
