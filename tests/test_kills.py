@@ -121,7 +121,8 @@ def kill_and_check(folder, model, kills, seed):
         command = [sys.executable, "-c", CHILD, str(path), str(folder / "store"), str(chance.randrange(1000))]
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, bufsize=0) as process:
             letter, before, said = (b"p", b"d", b"g", b"w")[n % 4], chance.randrange(150), b""
-            while len(said) <= before or said[-1:] != letter:       # whatever the speed of this machine
+            # Whatever the speed of this machine; what has all been stored is not written again, so not for ever.
+            while len(said) <= before or (said[-1:] != letter and len(said) < before + 1000):
                 said += (byte := process.stdout.read(1))
                 assert byte, said
             time.sleep(chance.uniform(0, 0.04))
