@@ -15,8 +15,9 @@ from typing import Any
 
 from edgemistral.config import ModelConfig
 from edgemistral.errors import BadInput
-from edgemistral.files import layout
+from edgemistral.files import layout, regular
 from edgemistral.files.blob import FORMAT, FORMAT_VERSION, NO_DIGEST, SEAL, seal_of, sha256_of
+from edgemistral.files.disk import locked
 from edgemistral.files.layout import ALIGNMENT, Recipe, TensorSpec
 from edgemistral.files.safetensors import MAX_HEADER, METADATA, make_header
 from edgemistral.text.spec import TextSpec
@@ -65,7 +66,9 @@ class BlobWriter:
             already = self.partial.stat().st_size if resume else 0
             if self.size - already > (free := shutil.disk_usage(self.dst.parent).free):
                 raise BadInput(f"{self.dst}: needs {self.size - already} bytes of disk, {free} are free")
-            self._file = self.partial.open("r+b" if resume else "w+b" if force else "x+b", buffering=0)
+            self._file = self._opened()
+            if not resume:
+                self._file.truncate(0)
         try:
             with self._system_errors():
                 if resume:
@@ -77,6 +80,20 @@ class BlobWriter:
             if not resume:
                 self.partial.unlink(missing_ok=True)
             raise
+
+    def _opened(self) -> io.FileIO:
+        """The unfinished file, which nobody else writes."""
+        regular.check(self.partial, BadInput)
+        file = self.partial.open("r+b" if self.partial.exists() else "x+b", buffering=0)
+        try:
+            whole = os.name == "nt" or locked(file.fileno())
+            whole = whole and os.path.samestat(os.fstat(file.fileno()), self.partial.stat())    # else: finished just now
+        except FileNotFoundError:
+            whole = False
+        if not whole:
+            file.close()
+            raise BadInput(f"{self.partial}: another program is writing it")
+        return file
 
     def _read_journal(self) -> None:
         """Take over the checksums of an unfinished file whose header is otherwise the one that we would write."""
@@ -135,8 +152,10 @@ class BlobWriter:
             self._fill_in(SEAL, NO_DIGEST)   # of a run that was killed after its seal
             self._fill_in(SEAL, seal_of(bytes(self._header[8:]), NO_DIGEST))
             os.fsync(self._file.fileno())
+            if os.name == "nt":
+                self._file.close()           # an open file cannot be renamed there
+            self.partial.replace(self.dst)   # while it is locked: nobody may begin to write it now
             self._file.close()
-            self.partial.replace(self.dst)
             _sync_directory(self.dst.parent)
         return self.dst
 

@@ -44,7 +44,7 @@ class Disk:
         try:
             if not stat.S_ISREG(os.fstat(number).st_mode):
                 raise BadSession(f"{path}: not a regular file")
-            if lock and not _lock(number):
+            if lock and not locked(number):
                 raise BadSession(f"{path}: is in use by another program, or open already")
         except BaseException:
             file.close()
@@ -207,7 +207,7 @@ def _unlock(file: int) -> None:
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _lock(file: int) -> bool:
+def locked(file: int) -> bool:
     """Lock an open file until it is closed; False if somebody else has."""
     if sys.platform == "win32":
         import msvcrt

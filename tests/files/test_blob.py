@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from edgemistral.errors import BadBlob, DamagedBlob
+from edgemistral.errors import BadBlob, BadInput, DamagedBlob
 from edgemistral.files.blob import NO_DIGEST, Blob
 from edgemistral.files.blob_writer import BlobWriter
 from edgemistral.files.layout import ALIGNMENT
@@ -290,3 +291,14 @@ def test_any_mutated_header_is_refused_or_means_the_same(
             assert other.offsets == blob.offsets
             if not sealed:
                 assert (other.config, other.recipe, other.metadata) == (blob.config, blob.recipe, blob.metadata)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files in use cannot be opened again there")
+def test_two_programs_do_not_write_one_file(tmp_path):
+    path = tmp_path / "a"
+    with BlobWriter(path, CONFIG, RECIPE, len(TOKENIZER)) as writer:
+        begun = writer.partial.read_bytes()
+        for how in ({}, {"resume": True}, {"force": True}):
+            with pytest.raises(BadInput, match="unfinished run" if not how else "another program is writing it"):
+                BlobWriter(path, CONFIG, RECIPE, len(TOKENIZER), **how)
+        assert writer.partial.read_bytes() == begun
