@@ -74,7 +74,10 @@ def read_header(disk: Disk) -> Header:
         header = Header(dict(fields["binding"]), str(fields["model"]), geometry, int(fields["slot_bytes"]))
     except (KeyError, TypeError, ValueError):
         raise BadSession(f"{path}: its header lacks what this edgemistral needs") from None
-    if min(*geometry, header.slot_bytes) < 1 or geometry.block_bytes % 8 or geometry.data_bytes + TRAILER > geometry.stride:
+    if (
+        not all(1 <= size < 1 << 40 for size in (*geometry, header.slot_bytes)) or geometry.block_bytes % 8
+        or geometry.data_bytes + TRAILER > geometry.stride
+    ):
         raise BadSession(f"{path}: its header describes no segments")
     return header
 

@@ -6,9 +6,12 @@ come. llguidance parses bytes, so characters that span several byte-fallback tok
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 LEAST = 2**63 - 1024                        # the first numbers that a float rounds to 2**63
-LONG_NEGATIVE = re.compile(r"-0*(\d{19,99})")
+MOST_STATES = 99_999
 WORDS = (      # what llguidance says, and what we say; a long echo of the grammar is left out
     (r" 1 \| .*$", ""),
     (r"(?s)^.*\(in regex\): (.*) in regex.*$", r"a regular expression: \1"),
@@ -59,7 +62,7 @@ class GrammarCompiler:
 
     def json_schema(self, schema: Mapping[str, Any], continues: bool = False) -> CompiledGrammar:
         """JSON texts that fit a schema, on one line; {"type": "object"} is any object. Raises BadRequest."""
-        _check_constants(schema)
+        check_schema(schema)
         return self._compile({"json_schema": {**schema, "x-guidance": JSON_LAYOUT}}, continues)
 
     def text(self, grammar: str, continues: bool = False) -> CompiledGrammar:
@@ -71,8 +74,9 @@ class GrammarCompiler:
                 grammar = any_to_lark(grammar)
             except Exception as error:   # the converter raises all sorts
                 raise BadRequest(f"grammar is no GBNF: {_one_line(error)}", "grammar") from None
-        if any(int(digits) >= LEAST for digits in LONG_NEGATIVE.findall(grammar)):
-            raise BadRequest(f"grammar: a constant must be greater than -{LEAST}", "grammar")
+        for part in grammar.split("%json")[1:]:
+            with contextlib.suppress(json.JSONDecodeError, RecursionError):       # the library says what is wrong with it
+                check_schema(json.JSONDecoder().raw_decode(part.lstrip())[0])
         return self._compile({"lark_grammar": grammar}, continues)
 
     def _compile(self, inner: dict[str, Any], continues: bool) -> CompiledGrammar:
@@ -143,17 +147,31 @@ class _Pieces:
         return self._tokenizer.encode_inside(text)
 
 
-def _check_constants(schema: Any) -> None:
-    """Raise BadRequest for a constant with which llguidance 1.9 ends the process."""
-    stack = [(schema, False)]
+def check_schema(schema: Any) -> None:
+    """Raise BadRequest for what llguidance 1.9 dies of, or works on for ever: some constants, and large steps of `multipleOf`,
+    whose automaton has a state for each remainder."""
+    stack, steps, merged = [(schema, False)], [1], False
     while stack:
         node, constant = stack.pop()
         if isinstance(node, Mapping):
             stack += ((value, constant or name in ("enum", "const")) for name, value in node.items())
+            merged = merged or "allOf" in node or "$ref" in node
+            if isinstance(step := node.get("multipleOf"), (int, float)):
+                steps.append(_digits_of(step))
         elif isinstance(node, list):
             stack += ((value, constant) for value in node)
         elif constant and type(node) is int and node <= -LEAST:
-            raise BadRequest(f"schema: the constant {node} must be greater than -{LEAST}", "schema")
+            raise BadRequest(f"grammar: the constant {node} must be greater than -{LEAST}", "grammar")
+    if (math.lcm(*steps) if merged else max(steps)) > MOST_STATES:
+        raise BadRequest(f"grammar: multipleOf: numbers of more than {len(str(MOST_STATES))} digits are too large a step",
+                         "grammar")
+
+
+def _digits_of(step: float) -> int:
+    """The digits of a number without the zeros around them. BadRequest: it is not above zero."""
+    if not 0 < step < math.inf:
+        raise BadRequest(f"grammar: multipleOf is {step!r:.40}: it must be above 0", "grammar")
+    return int("".join(map(str, Decimal(repr(step)).normalize().as_tuple().digits)))
 
 
 def _one_line(error: object) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from edgemistral.errors import BadRequest
 from edgemistral.generate.engine import Engine
-from edgemistral.generate.grammar import GrammarCompiler
+from edgemistral.generate.grammar import GrammarCompiler, check_schema
 from edgemistral.model import Model
 from edgemistral.text.sentencepiece import SentencePieceTokenizer
 from tests.fake import FakeTransformer, tiny_config
@@ -105,3 +105,20 @@ def test_what_is_no_grammar_is_refused_in_one_line(setting, grammar):
 def test_a_schema_that_cannot_be_compiled_is_refused(setting, schema):
     with pytest.raises(BadRequest, match=r"^grammar: "):
         setting[1].json_schema(schema)
+
+
+@pytest.mark.parametrize("schema", [
+    {"enum": [-(2**63)]}, {"properties": {"a": {"const": {"b": [1 - 2**63]}}}},                  # these end the process
+    {"multipleOf": -(2**31)}, {"type": "integer", "multipleOf": 12345.678},                      # these never end
+    {"allOf": [{"multipleOf": 99991}, {"multipleOf": 99989}]}, {"items": {"multipleOf": 0}},
+])
+def test_what_the_library_cannot_bear_does_not_reach_it(schema):
+    with pytest.raises(BadRequest, match="must be greater|too large a step|above 0"):
+        check_schema(schema)
+    with pytest.raises(BadRequest, match="must be greater|too large a step|above 0"):
+        GrammarCompiler.text(None, "start: %json " + json.dumps(schema))
+
+
+def test_usual_numbers_of_schemas_are_taken():
+    check_schema({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1, "enum": [1, -(2**53)]})
+    check_schema({"allOf": [{"multipleOf": 0.01}, {"multipleOf": 25}], "properties": {"multipleOf": {"type": "number"}}})
