@@ -22,6 +22,8 @@ from edgemistral.files.layout import ALIGNMENT, Recipe, TensorSpec
 from edgemistral.files.safetensors import MAX_HEADER, METADATA, make_header
 from edgemistral.text.spec import TextSpec
 
+SECTOR = 512    # bytes that a disk writes at once, at least
+
 
 class BlobWriter:
     """Writes a blob tensor by tensor under the name DST.partial and gives it its name when it is whole.
@@ -101,6 +103,10 @@ class BlobWriter:
         if self._header.startswith(found):   # nothing yet, or killed before the header was whole
             self._write_at(0, self._header)
             return
+        found += self._header[len(found) :]
+        for at in range(0, len(found), SECTOR):       # after a power cut: zeros where a sector was not written
+            if not any(found[at : at + SECTOR]):
+                found[at : at + SECTOR] = self._header[at : at + SECTOR]
         blank = bytearray(found)
         for at in _digest_positions(self._header):
             blank[at : at + len(NO_DIGEST)] = NO_DIGEST.encode()
@@ -108,15 +114,23 @@ class BlobWriter:
             difference = _difference(self._file, self._header)
             raise BadInput(f"{self.partial}: begun with {difference}; pass force to start again")
         self._header = found
+        self._write_at(0, found)
 
     def done(self, name: str) -> bool:
         """Whether the tensor was written, by an earlier run too, and its bytes in the file match their checksum."""
         digest = self._digest("sha256:" + name)
-        if name not in self._complete and digest != NO_DIGEST:
+        if name not in self._complete and digest != NO_DIGEST and not self._is_torn("source_sha256:" + name):
             with self._system_errors():
                 if sha256_of(self._file, self.offsets[name], self.tensors[name].n_bytes) == digest:
                     self._complete.add(name)
         return name in self._complete
+
+    def _is_torn(self, key: str) -> bool:
+        """Whether a checksum, or its part in one of the disk's sectors, was never written: nothing else would show that."""
+        at = _digest_position(self._header, key)
+        cut = min(len(NO_DIGEST), SECTOR - at % SECTOR)
+        digest = self._digest(key)
+        return any(part and not part.strip("0") for part in (digest[:cut], digest[cut:]))
 
     def source_sha256(self, name: str) -> str:
         """The checksum of the source that a tensor which is done was made of."""
