@@ -113,9 +113,9 @@ def test_a_schema_that_cannot_be_compiled_is_refused(setting, schema):
     {"allOf": [{"multipleOf": 99991}, {"multipleOf": 99989}]}, {"items": {"multipleOf": 0}},
 ])
 def test_what_the_library_cannot_bear_does_not_reach_it(schema):
-    with pytest.raises(BadRequest, match="must be greater|too large a step|above 0"):
+    with pytest.raises(BadRequest, match=r"must be greater|too large a step|above 0"):
         check_schema(schema)
-    with pytest.raises(BadRequest, match="must be greater|too large a step|above 0"):
+    with pytest.raises(BadRequest, match=r"must be greater|too large a step|above 0"):
         GrammarCompiler.text(None, "start: %json " + json.dumps(schema))
 
 
