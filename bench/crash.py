@@ -1,4 +1,4 @@
-"""python -m bench.crash [--minutes 2] [--kind NAME]: kill -9, power cuts, full disks at random moments; promises are checked.
+"""python bench/crash.py [--minutes 2] [--kind NAME]: kill -9, power cuts, full disks at random moments; promises are checked.
 
 Adds to bench/results/crash.json. What each kind promises:
 
@@ -352,6 +352,7 @@ def record(kind: str, kills: int, lost: int) -> None:
         content["runs"].append(run := {**key, "kinds": {}})
     old = run["kinds"].get(kind, {"kills": 0, "lost": 0})
     run["kinds"][kind] = {"kills": old["kills"] + kills, "lost": old["lost"] + lost}
+    content |= {"commit": key["commit"], "command": "python bench/crash.py"}
     RECORD.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import plots, report_sessions, summary
+from bench import plots, report_campaigns, report_sessions, summary
 from bench.harness import RESULTS, in_gb
 from edgemistral.config import ModelConfig
 from edgemistral.measure.benchmark import products
@@ -44,7 +44,7 @@ Written by `python -m bench.run_all --report`. [RESULTS.md](../RESULTS.md) has t
 # Sections that RESULTS.md repeats once they are measured.
 ESSENTIAL = (
     "parallel", "lookup", "restart", "small_memory", "real_model", "calibration_cost", "quality", "kv_accuracy_demo",
-    "kv_accuracy_SmolLM2-135M",
+    "kv_accuracy_SmolLM2-135M", "fuzz", "crash", "soak",
 )
 Results = dict[str, Any]
 
@@ -426,4 +426,5 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ),
     ("Quality: random models, beside Q4_0", "quality_random", "python bench/quality_random.py", _quality_random),
     ("Error of the quantizers", "quantization_error", "python bench/quantization_error.py", _quantization_error),
+    *report_campaigns.SECTIONS,
 ]

@@ -47,6 +47,9 @@ COMMANDS = (     # as bench/report.py names them beside its sections
     "python bench/kv_accuracy.py WORK --model SmolLM2-135M",
     "python bench/quality_random.py",
     "python bench/quantization_error.py",
+    "python bench/fuzz.py",
+    "python bench/crash.py",
+    "python bench/soak.py 0.1",
 )
 
 

@@ -156,6 +156,7 @@ def _record(harness: Harness, tally: Tally, plant: bool) -> None:
             "faults": old["faults"] + len(tally.faults),
             "seconds": round(old["seconds"] + tally.seconds, 1),
         }
+    record |= {"commit": key["commit"], "command": "python bench/fuzz.py"}
     RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
