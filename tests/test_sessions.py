@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import edgemistral
+from edgemistral.cli.repl import Chat
 from edgemistral.demo import demo_model
 from edgemistral.errors import BadSession, EdgeMistralError
 from edgemistral.text.written import WrittenTexts
@@ -235,3 +236,43 @@ def test_run_and_sessions(tmp_path):
     assert code == 2 and "not a session file" in err and (tmp_path / "other.txt").exists()
     assert command("sessions", tmp_path, "--delete")[0] == 0 and not path.exists()
     assert command("sessions", tmp_path / "missing")[0] == 2
+
+
+class TestInTheChat:
+    """/sessions and /resume: one folder of sessions, one of them at a time."""
+
+    def test_one_session_after_another(self, tmp_path, model, capsys):
+        paris, rome = tmp_path / "paris.session", tmp_path / "rome.session"
+        for path, text in ((rome, "What should I see in Rome?"), (paris, "What should I see in Paris?")):
+            with model.session(path) as session:
+                ask(model, [{"role": "user", "content": text}], session)
+        chat = Chat(model, max_new_tokens=4, session=model.session(paris), temperature=0)
+        chat.take("/sessions")
+        listed = capsys.readouterr().out
+        assert "paris.session" in listed and "rome.session" in listed and "in use" not in listed.splitlines()[1]
+        before = chat.messages
+        for wrong in ("/resume", "/resume nothing.session", f"/resume {tmp_path}", f"/resume {__file__}"):
+            chat.take(wrong)
+            assert capsys.readouterr().err.startswith("error: ")
+        assert chat.messages == before
+        chat.take("/resume rome.session")       # beside the present one
+        assert "Rome" in chat.messages[0]["content"] and "2 messages" in capsys.readouterr().err
+        chat.take("And in winter?")
+        assert chat._last.usage.cached_tokens > 8
+        chat.take("/resume rome.session")
+        assert "the present conversation" in capsys.readouterr().err
+        model.session(paris).close()            # it was let go of
+        chat.close()
+        with model.session(rome) as session:
+            assert session.messages == chat.messages and len(session.messages) == 4
+
+    def test_a_chat_without_a_session_moves_into_one(self, tmp_path, model, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        chat = Chat(model, max_new_tokens=4, temperature=0)
+        chat.take("/sessions")
+        assert "no sessions" in capsys.readouterr().err
+        with model.session(tmp_path / "a b.session") as session:
+            ask(model, PARIS, session, n=4)
+        chat.take('/resume "a b.session"')
+        assert chat.messages[0] == PARIS[0]
+        chat.close()

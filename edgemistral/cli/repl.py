@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import os
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from edgemistral.cli.errors import describe
+from edgemistral.cli.saved_chat import Message, read_whole, turn_of, typed_path, write_whole
+from edgemistral.cli.sessions import describe_session, session_files, show_session
 from edgemistral.errors import BadInput, BadRequest, Cancelled, ContextOverflow
 from edgemistral.extras import missing
 from edgemistral.files import strict_json
@@ -23,7 +24,6 @@ from edgemistral.model import Model, Reply
 from edgemistral.session import Session
 from edgemistral.terminal import StatusLine, print_answer, printable, stoppable, wrapped
 
-Message = dict[str, str]
 NEARLY_FULL = 0.85      # of the context
 
 # What people type out of habit from other programs. The words without a slash count only when they are the whole line.
@@ -32,7 +32,6 @@ ALIASES = {
     "quit()": "/exit", ":q": "/exit", "/?": "/help", "/h": "/help", "?": "/help", "help": "/help", "/new": "/clear",
     "/reset": "/clear", "/retry": "/regen", "/regenerate": "/regen",
 }
-MAX_FILE = 64 << 20   # bytes of a conversation to load
 
 
 def chat(
@@ -58,19 +57,22 @@ def chat(
             read = line_editor(conversation.commands())
         name = model.path.stem if model.path else "chat"
         _say(f"{name}, context {model.context} tokens. /help lists the commands, Ctrl-D leaves.")
-    while not conversation.over:
-        try:
-            text = read()
-        except KeyboardInterrupt:
-            _say("(Ctrl-D or /exit leaves)")
-            continue
-        except EOFError:
-            break
-        if text.strip():
+    try:
+        while not conversation.over:
             try:
-                conversation.take(text)
-            except KeyboardInterrupt:   # outside an answer, which handles it itself
-                _say("(stopped)")
+                text = read()
+            except KeyboardInterrupt:
+                _say("(Ctrl-D or /exit leaves)")
+                continue
+            except EOFError:
+                break
+            if text.strip():
+                try:
+                    conversation.take(text)
+                except KeyboardInterrupt:   # outside an answer, which handles it itself
+                    _say("(stopped)")
+    finally:
+        conversation.close()
 
 
 class Chat:
@@ -188,28 +190,62 @@ class Chat:
 
     def do_save(self, file: str) -> None:
         """/save FILE                write the conversation, system text included, as JSON"""
-        path = _path(file)
+        path = typed_path(file)
         data = {"messages": self._with_system(self.messages)}
-        _write_whole(path, json.dumps(data, ensure_ascii=False, indent=2) + "\n")
+        write_whole(path, json.dumps(data, ensure_ascii=False, indent=2) + "\n")
         _say(f"(saved to {path})")
 
     def do_load(self, file: str) -> None:
         """/load FILE                go on with a saved conversation"""
-        path = _path(file)
-        data = strict_json.parse(_read(path), str(path), BadInput)
+        path = typed_path(file)
+        data = strict_json.parse(read_whole(path), str(path), BadInput)
         messages = data.get("messages") if isinstance(data, dict) else None
         if not isinstance(messages, list):
             raise BadInput(f"{path}: no saved conversation: it has no list of messages")
-        turns = [_turn(message, f"{path}: messages[{i}]") for i, message in enumerate(messages)]
+        turns = [turn_of(message, f"{path}: messages[{i}]") for i, message in enumerate(messages)]
         if turns:
             self._model.tokenizer.encode_chat(turns)   # raises BadRequest, which names the message that is wrong
         self._take_over(turns, None)
         self._keep()
         _say(f"({len(self.messages)} messages from {path})")
 
+    def do_sessions(self, folder: str) -> None:
+        """/sessions [FOLDER]        the sessions in a folder, or beside the present one"""
+        files = session_files(typed_path(folder) if folder else self._folder())
+        for file in files:
+            show_session(describe_session(file, verify=False))
+        _say("(/resume FILE goes on with one)" if files else "(no sessions: edgemistral run MODEL --session FILE makes one)")
+
+    def do_resume(self, file: str) -> None:
+        """/resume FILE              go on with the conversation in a session; it is kept there from now on"""
+        path = typed_path(file, "/resume paris.session")
+        if not path.is_absolute() and not path.exists():
+            path = self._folder() / path
+        if not path.exists():
+            raise BadInput(f"{path}: there is no such session: /sessions lists them")
+        if self._session is not None and self._session.path.resolve() == path.resolve():
+            _say("(that is the present conversation)")
+            return
+        session = self._model.session(path)
+        self.close()
+        self._session = session
+        if session.notice:
+            _say(f"note: {session.notice}")
+        self._take_over(session.messages, None)
+        _say(f"(going on with {len(self.messages)} messages from {path})")
+
     def do_exit(self, _: str) -> None:
         """/exit                     leave; so do exit, quit, /bye and Ctrl-D"""
         self.over = True
+
+    def close(self) -> None:
+        """Save the session, if there is one, and let go of its file."""
+        if self._session is not None:
+            self._session.close()
+
+    def _folder(self) -> Path:
+        """Where sessions are looked for."""
+        return Path() if self._session is None else self._session.path.parent
 
     def _take_over(self, turns: list[Message], system: str | None) -> None:
         """Go on with a conversation; a system text that is given takes the place of its own."""
@@ -316,55 +352,3 @@ def _number(text: str) -> int | float | str | None:
         except ValueError:
             pass
     return text
-
-
-def _turn(message: Any, where: str) -> Message:
-    """A message of a saved conversation as one of ours; BadInput says what the chat cannot take."""
-    role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-    if role not in ("system", "user", "assistant"):
-        raise BadInput(f"{where} has the role {role!r}: it must be system, user or assistant")
-    if not isinstance(content, str):
-        raise BadInput(f"{where} has no text: its content must be a string")
-    return {"role": role, "content": content}
-
-
-def _path(file: str) -> Path:
-    if len(file) > 1 and file[0] == file[-1] and file[0] in "\"'":   # as shells want it for names with spaces
-        file = file[1:-1]
-    if not file:
-        raise BadInput("which file? For example /save chat.json")
-    try:
-        return Path(file).expanduser()
-    except RuntimeError:
-        raise BadInput(f"{file}: there is no such user") from None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        is_other = path.exists() and not path.is_file()   # a pipe or a device, which may never end
-        size = 0 if is_other else path.stat().st_size
-        content = b"" if is_other or size > MAX_FILE else path.read_bytes()
-    except (OSError, ValueError) as error:   # ValueError: a name that no file can have
-        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    if is_other:
-        raise BadInput(f"{path}: it must be a file")
-    if size > MAX_FILE:
-        raise BadInput(f"{path}: over {MAX_FILE >> 20} MiB, too large for a conversation")
-    return content
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a file by a complete new one, or leave it as it was."""
-    if path.is_dir():
-        raise BadInput(f"{path}: it is a folder; name a file")
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, ValueError) as error:   # ValueError: a name that no file can have
-        with contextlib.suppress(OSError, ValueError):
-            partial.unlink()
-        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from None

@@ -35,26 +35,26 @@ def sessions(context: click.Context, paths: tuple[str, ...], verify: bool, delet
     """
     if verify and deletes:
         raise click.UsageError("--verify and --delete exclude each other")
-    files = [file for path in paths for file in _files(Path(path))]
+    files = [file for path in paths for file in session_files(Path(path))]
     if deletes:
         for file in files:
             delete(file)
             click.echo(f"deleted {file}", err=True)
         return
-    lines = [_line(file, verify) for file in files]
+    lines = [describe_session(file, verify) for file in files]
     if as_json:
         click.echo(json.dumps(lines, indent=2))
     elif lines:
         click.echo(f"{'tokens':>8}  {'size':>10}  {'last used':16}  {'model':24}  file")
         for line in lines:
-            _show(line)
+            show_session(line)
     else:
         click.echo("no sessions", err=True)
     if any(line["state"] == "damaged" for line in lines):
         context.exit(1)
 
 
-def _files(path: Path) -> list[Path]:
+def session_files(path: Path) -> list[Path]:
     """The session files in a folder, or the file itself. BadInput: there is neither."""
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.is_file() and is_session(file))
@@ -63,7 +63,7 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _line(file: Path, verify: bool) -> dict[str, Any]:
+def describe_session(file: Path, verify: bool) -> dict[str, Any]:
     """What there is to say of a session; `state`: "ok" (as far as it was looked at), "damaged" or "in use"."""
     line: dict[str, Any] = {"file": str(file), "tokens": None, "model": "", "kv_bits": None, "note": "", "state": "ok"}
     stat = file.stat()
@@ -82,7 +82,7 @@ def _line(file: Path, verify: bool) -> dict[str, Any]:
     return line
 
 
-def _show(line: dict[str, Any]) -> None:
+def show_session(line: dict[str, Any]) -> None:
     tokens = "?" if line["tokens"] is None else line["tokens"]
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(line["modified"]))
     click.echo(f"{tokens:>8}  {line['bytes'] / 2**20:>6.1f} MiB  {when:16}  {line['model']:24.24}  {line['file']}")
