@@ -8,12 +8,12 @@ import numpy as np
 
 from edgemistral.files.bf16 import widen
 from edgemistral.files.layout import round_up
-from edgemistral.kernels.attention import SPAN, attend, block_at
+from edgemistral.kernels.attention import attend, block_at, own_block_at
 from edgemistral.kernels.jit import entry
 from edgemistral.kernels.kv_formats import append_key_value, quantize_query
-from edgemistral.kernels.kv_layout import POSITIONS, SEGMENT, KVLayout, block_bytes
+from edgemistral.kernels.kv_layout import POSITIONS, SEGMENT, kv_layout
 from edgemistral.kernels.rope import rotate
-from edgemistral.runtime.segments import Row, segment_bytes
+from edgemistral.runtime.segments import Row, own_block_bytes, segment_bytes
 from edgemistral.runtime.transformer import _lay_out, _shape, _workspace
 from tests import blobs, naive
 
@@ -47,18 +47,22 @@ def attend_chunk(chunk, x, cos, sin, rows, kv, queries, scratch, out):
             key = at + (c.n_heads + head) * hd
             rotate(x, key, hd, cos, sin, angle)
             block = block_at(kv, rows, token, layer, head, (c.position + token) // POSITIONS)
-            append_key_value(block, kv.bits, c.position + token, x, key, key + c.n_kv_heads * hd, hd)
+            own = own_block_at(kv, rows, token, layer, head)
+            append_key_value(block, own, kv.bits, c.position + token, x, key, key + c.n_kv_heads * hd, hd)
     for head in range(c.n_kv_heads):
-        for first in range(0, c.tokens, SPAN):
-            attend(kv, rows, layer, head, first, min(first + SPAN, c.tokens), group, hd, c.window, queries, out,
+        for span in range(0, rows.spans.size, 2):
+            attend(kv, rows, layer, head, rows.spans[span], rows.spans[span + 1], group, hd, c.window, queries, out,
                    c.n_heads * hd, scratch)
 
 
 class Held:
-    """What `_lay_out` needs of a sequence: its length, and the addresses of its segments."""
+    """What `_lay_out` needs of a sequence: its length, the addresses of its segments, and those of its own blocks' copies."""
 
-    def __init__(self, length, addresses):
-        self.length, self.addresses = length, addresses
+    def __init__(self, length, addresses, own):
+        self.length, self.addresses, self._own = length, addresses, own
+
+    def own_blocks(self, n):
+        return self._own[np.arange(self.length, self.length + n) // POSITIONS]
 
 
 class Attention:
@@ -69,11 +73,14 @@ class Attention:
             head_dim=head_dim, n_heads=n_heads, n_kv_heads=n_kv_heads, n_layers=N_LAYERS, sliding_window=window,
             rope_theta=rope_theta,
         )
-        self.kv, self.length = KVLayout(bits, block_bytes(head_dim, bits), N_LAYERS, n_kv_heads), 0
+        self.kv, self.length = kv_layout(bits, head_dim, N_LAYERS, n_kv_heads), 0
         # The segments lie in the opposite order, which must not matter.
         count, size = round_up(positions, SEGMENT) // SEGMENT, segment_bytes(self.config, bits)
         self.file = np.full(count * size, garbage, np.uint8)
         self.segments = self.file.ctypes.data + size * np.arange(count)[::-1].astype(np.int64)
+        # The copies of all blocks are kept, for a look at them; attention sees only each position's own.
+        self.copies = np.full((SEGMENT // POSITIONS * count, own_block_bytes(self.config, bits)), garbage, np.uint8)
+        self.own = self.copies.ctypes.data + self.copies.strides[0] * np.arange(len(self.copies), dtype=np.int64)
 
     def append(self, qkv):
         """qkv (T, H + 2 K, D), rotated in place -> (T, H, D)."""
@@ -81,7 +88,7 @@ class Attention:
         positions = np.arange(self.length, self.length + tokens)
         angles = positions[:, None] * c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
         state, (own,) = _workspace(_shape(c), 1)
-        rows = _lay_out([Row(Held(self.length, self.segments), np.zeros(tokens, np.int32), 0)], c.group)
+        rows = _lay_out([Row(Held(self.length, self.segments, self.own), np.zeros(tokens, np.int32), 0)], c.group)
         chunk = Chunk(self.length, tokens, c.n_heads, c.n_kv_heads, c.head_dim, c.sliding_window or c.context)
         out = np.full((tokens, c.n_heads, c.head_dim), np.nan, F32)
         cos, sin = np.cos(angles).astype(F32).reshape(-1), np.sin(angles).astype(F32).reshape(-1)
@@ -105,14 +112,23 @@ class Attention:
 
     def block_offset(self, head, number):
         """Where in the file it is."""
-        rows = _lay_out([Row(Held(0, self.segments), np.zeros(1, np.int32), 0)], self.config.group)
+        rows = _lay_out([Row(Held(0, self.segments, self.own), np.zeros(1, np.int32), 0)], self.config.group)
         return int(block_at.py_func(self.kv, rows, 0, LAYER, head, number)) - self.file.ctypes.data
 
-    def held(self):
-        """What the cache holds, as `read_block` gives it: keys and values (S, K, D), scales (S, K) or (S, K, 2)."""
+    def copy(self, head, number):
+        """The bytes of the copy of one block, which positions in it see."""
+        at = (LAYER * self.kv.n_kv_heads + head) * self.kv.own_bytes
+        return self.copies[number, at : at + self.kv.own_bytes]
+
+    def held(self, own=False):
+        """What the cache holds, as `read_block` gives it: keys and values (S, K, D), scales (S, K) or (S, K, 2).
+
+        own: in the copies.
+        """
         numbers = range(round_up(self.length, POSITIONS) // POSITIONS)
+        block, bits = (self.copy, self.kv.own_bits) if own else (self.block, self.kv.bits)
         heads = [
-            [read_block(self.block(head, number), self.kv.bits, self.config.head_dim) for number in numbers]
+            [read_block(block(head, number), bits, self.config.head_dim) for number in numbers]
             for head in range(self.config.n_kv_heads)
         ]
         parts = [[np.concatenate(part)[: self.length] for part in zip(*blocks, strict=True)] for blocks in heads]

@@ -237,11 +237,13 @@ def matmul(packed: Array, row_scales: Array, levels: Array | None, codes: Array,
 
 
 def attention_8bit(
-    q: Array, k: Array, k_scales: Array, v: Array, v_scales: Array, sliding_window: int | None = None, block: int = 64
+    q: Array, k: Array, k_scales: Array, v: Array, v_scales: Array, sliding_window: int | None = None, block: int = 64,
+    own: Sequence[Array] | None = None,
 ) -> Array:
     """`attention` over an 8-bit KV cache: k, v int8 (S, K, D), scales float32 (S, K); q float32 (T, H, D) -> (T, H, D).
 
-    Over a 4-bit one too, whose keys have a scale for each part of a head: k_scales (S, K, parts).
+    Over a 4-bit one too, whose keys have a scale for each part of a head: k_scales (S, K, parts). own: the same four arrays
+    in the format in which a token sees the block that it lies in.
     Queries are rounded to int8, one scale per token and head. Aligned blocks of 64 positions are merged in order with a
     running maximum. In a block, the probabilities times their V scales are rounded to codes 0..255, and the unit of the
     codes is chosen such that they keep the sum of what was rounded. (Summing the denominator from the codes instead
@@ -250,8 +252,13 @@ def attention_8bit(
     n_tokens, n_heads, head_dim = q.shape
     n_past, group = len(k) - n_tokens, n_heads // k.shape[1]
     q_codes, q_scales = quantize_int8(q)
-    parts = k_scales.reshape(*k.shape[:2], -1).astype(np.float64)
-    keys = k * np.repeat(parts, head_dim // parts.shape[-1], axis=-1)
+
+    def scaled(k: Array, k_scales: Array) -> Array:
+        parts = k_scales.reshape(*k.shape[:2], -1).astype(np.float64)
+        return k * np.repeat(parts, head_dim // parts.shape[-1], axis=-1)
+
+    cache = scaled(k, k_scales), v, v_scales
+    recent = cache if own is None else (scaled(own[0], own[1]), own[2], own[3])
     out = np.empty((n_tokens, n_heads, head_dim), F32)
     for t in range(n_tokens):
         low, high = first_visible(n_past + t, sliding_window), n_past + t + 1
@@ -259,13 +266,14 @@ def attention_8bit(
             highest, total, acc = -np.inf, 0.0, np.zeros(head_dim)
             for begin in range(low // block * block, high, block):
                 at = (slice(max(begin, low), min(begin + block, high)), h // group)
+                keys, values, scales = recent if high <= begin + block else cache
                 scores = keys[at] @ q_codes[t, h].astype(np.float64) * q_scales[t, h] / np.sqrt(head_dim)
                 raised = max(highest, scores.max())
                 shrink, p = np.exp(highest - raised), np.exp(scores - raised)
-                weighted = p * v_scales[at]
+                weighted = p * scales[at]
                 codes = np.rint(weighted * (255 / max(weighted.max(), 1e-30))).astype(np.int64)
                 unit = weighted.sum() / max(codes.sum(), 1)
-                acc = acc * shrink + unit * (codes @ v[at].astype(np.float64))
+                acc = acc * shrink + unit * (codes @ values[at].astype(np.float64))
                 total = total * shrink + p.sum()
                 highest = raised
             out[t, h] = acc / total

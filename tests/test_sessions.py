@@ -238,6 +238,20 @@ def test_run_and_sessions(tmp_path):
     assert command("sessions", tmp_path / "missing")[0] == 2
 
 
+def test_a_4_bit_session_goes_on_from_the_last_whole_block(tmp_path):
+    path = tmp_path / "a.session"
+    with edgemistral.load(demo_model(), threads=1, kv_bits=4) as model:
+        with model.session(path) as session:
+            ask(model, PARIS, session, n=80)
+            ids, asked = session.ids, [*session.messages, {"role": "user", "content": "And in winter?"}]
+        assert len(ids) > 64 and len(ids) % 64
+        expected, _ = ask(model, asked)
+    with edgemistral.load(demo_model(), threads=1, kv_bits=4) as model, model.session(path) as session:
+        assert session.ids.tolist() == ids[: len(ids) // 64 * 64].tolist() and session.notice == ""
+        answer, reply = ask(model, asked, session)
+        assert answer == expected and reply.usage.cached_tokens == len(ids) // 64 * 64
+
+
 class TestInTheChat:
     """/sessions and /resume: one folder of sessions, one of them at a time."""
 

@@ -29,7 +29,7 @@ POSITIONS, BLOCKS = 64, 4        # of a block; of a segment. files/ stands below
 SEGMENT = POSITIONS * BLOCKS
 TRAILER = 2048                   # bytes at the end of a segment's stride
 CHAIN = 32                       # bytes
-KV_VERSION = 2                   # counts changes of what the bytes of a block mean, or of the arithmetic that makes them
+KV_VERSION = 3                   # counts changes of what the bytes of a block mean, or of the arithmetic that makes them
 
 _MAGIC = b"KVRECORD"
 _HEAD = struct.Struct("<8sQI4x32s64s1024s")

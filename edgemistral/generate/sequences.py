@@ -19,6 +19,7 @@ from edgemistral.kernels.kv_layout import SEGMENT
 from edgemistral.runtime.segments import SegmentPool, Sequence, segments_of
 
 WORTH_COPYING = 16       # positions that a session does not hold and another sequence does
+WITH_OWN_BLOCKS = 4      # sequences that nobody writes to and that keep a copy of their last block; others compute it anew
 
 
 class KeptSequences:
@@ -43,7 +44,7 @@ class KeptSequences:
         """
         best, most = None, (0, False)
         for sequence in self._owners:
-            common = common_prefix(sequence.ids, ids)
+            common = sequence.continuable(common_prefix(sequence.ids, ids))
             merit = common, common == sequence.length and self._is_free(sequence)
             if common and merit >= most:
                 best, most = sequence, merit
@@ -87,7 +88,7 @@ class KeptSequences:
             if current in active:
                 return False
             current.sequence = None
-        own = common_prefix(home.ids, ids)
+        own = home.continuable(common_prefix(home.ids, ids))
         best, common = self.longest_prefix(ids)
         if own < home.length:
             self._part(home, own // SEGMENT, {*in_use, *([best] if best is not None else [])})
@@ -125,6 +126,7 @@ class KeptSequences:
         owner = self._owner(home)
         if owner is not None:
             owner.sequence, self._owners[home] = None, None
+        length = home.continuable(length)
         self._part(home, length // SEGMENT, ())
         home.cut(length)
 
@@ -142,6 +144,9 @@ class KeptSequences:
     def leave(self, sequence: Sequence) -> None:
         """Nobody writes to it any more; it is kept."""
         self._owners[sequence] = None
+        idle = [one for one in self._owners if self._owner(one) is None]
+        for one in idle[:-WITH_OWN_BLOCKS]:
+            one.drop_own_blocks()
 
     def make_room(self, segments: int, in_use: Collection[Sequence]) -> bool:
         """Evict until the pool's budget has room for so many more segments; False: what is in use takes too much.

@@ -3,10 +3,14 @@
 The cache holds 64 positions of one key/value head in one block of bytes, which a kernel reads from front to back; what a
 block holds is for its format to say (`kv4`, `kv8`, `kv16`). Attention is one pass over the blocks in order with an online
 softmax (Milakov and Gimelshein 2018; Dao et al. 2022), in fixed blocks of 64 from position 0: a query meets the same numbers
-in the same order whether its prompt came at once, in chunks or token by token. Where values are integer codes, the products of
-probability and V's scale are rounded to u8 in each block, in a unit chosen so that they keep their sum. (Summing the
-denominator from the rounded values does as well on random data, but divides by V's scales, which trained models make tiny
-exactly where most of the attention goes.)
+in the same order whether its prompt came at once, in chunks or token by token.
+
+In the 4-bit format a query sees the block that it lies in, its own, as a copy in 8 bits. The latest positions get much of the
+attention, so the copy removes most of the error that 4 bits make.
+
+Where values are integer codes, the products of probability and V's scale are rounded to u8 in each block, in a unit chosen so
+that they keep their sum. (Summing the denominator from the rounded values does as well on random data, but divides by V's
+scales, which trained models make tiny exactly where most of the attention goes.)
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ class Rows(NamedTuple):
     """What one step computes: rows of consecutive tokens, each row of another sequence.
 
     A token's keys and values lie in the segment `segments[first_segment[token] + positions[token] // 256]`. Queries of one row
-    and KV head lie side by side in whole tiles of ROWS, so each row begins a tile. A span is up to SPAN tokens of one row.
+    and KV head lie side by side. A span is up to SPAN tokens of one row, all in the same block of positions; its queries are
+    whole tiles of ROWS.
     """
 
     ids: NDArray[np.int64]             # (tokens,)
@@ -39,6 +44,7 @@ class Rows(NamedTuple):
     spans: NDArray[np.int64]           # (2 * spans,) first token and last token + 1 of each, the longest work first
     with_logits: NDArray[np.int64]     # (n_logits,) the tokens whose logits are wanted
     segments: NDArray[np.int64]        # addresses
+    own_blocks: NDArray[np.int64]      # (tokens,) address of the copy of the token's own block; 0 for formats without
     rows_of_head: int                  # query rows of one KV head, over all tokens
 
 
@@ -59,7 +65,7 @@ class Queries(NamedTuple):
 
     codes: NDArray[np.int8]        # [head][tile][head_dim / 4][ROWS][4]
     words: NDArray[np.int32]       # the same bytes
-    sums: NDArray[np.int32]        # [head][tile][ROWS] -128 * sum of the codes; 4 bits: [head][tile][ROWS][2], see `kv4`
+    sums: NDArray[np.int32]        # [head][tile][ROWS][QUERY_SUMS] of the codes, see `kv8.quantize_query_to_codes`
     scales: NDArray[np.float32]    # [head][tile][ROWS] with 1 / sqrt(head_dim)
     floats: NDArray[np.float32]    # [head][tile][ROWS][head_dim], scaled; what 16 bits use
 
@@ -71,9 +77,15 @@ def block_at(kv, rows, token, layer, head, block):
     return segment + ((layer * kv.n_kv_heads + head) * SEGMENT_BLOCKS + block % SEGMENT_BLOCKS) * kv.block_bytes
 
 
+@inlined
+def own_block_at(kv, rows, token, layer, head):
+    """The address of the copy of the token's own block."""
+    return rows.own_blocks[token] + (layer * kv.n_kv_heads + head) * kv.own_bytes
+
+
 @inner
 def attend(kv, rows, layer, head, first, last, group, head_dim, window, queries, out, stride, scratch):
-    """Query heads of KV head `head` for the tokens first ... last - 1 of one row, over all that they may see.
+    """Query heads of KV head `head` for the tokens first ... last - 1 of one span, over all that they may see.
 
     The cache already holds these tokens. window: positions a query sees, itself included.
     out[token * stride + query head * head_dim + i] receives the result, float32.
@@ -85,10 +97,12 @@ def attend(kv, rows, layer, head, first, last, group, head_dim, window, queries,
     for i in range(0, (n + ROWS - 1) // ROWS * ROWS * head_dim, 16):
         store_f32(scratch.values, i, zero_f32())
     first_seen, last_seen = scratch.first_seen, scratch.last_seen
-    end = rows.positions[last - 1] // POSITIONS
-    for block in range(max(0, position - window + 1) // POSITIONS, end + 1):
-        at = block_at(kv, rows, first, layer, head, block)
-        ahead = block_at(kv, rows, first, layer, head, min(block + 1, end))
+    own = position // POSITIONS         # of all tokens of the span, and the last block that they see
+    for block in range(max(0, position - window + 1) // POSITIONS, own + 1):
+        at, bits = block_at(kv, rows, first, layer, head, block), kv.bits
+        ahead = block_at(kv, rows, first, layer, head, min(block + 1, own))
+        if kv.own_bits > 0 and block == own:
+            at, bits = own_block_at(kv, rows, first, layer, head), kv.own_bits
         for row in range(0, n, ROWS):
             masked, seeing = 0, 0    # rows; not flags, which start as a literal: numba compiles a tile for that and for others
             for r in range(ROWS):
@@ -99,7 +113,7 @@ def attend(kv, rows, layer, head, first, last, group, head_dim, window, queries,
             if seeing == 0:
                 continue
             tile_at = (head * rows.rows_of_head + rows.query_rows[first] + row) // ROWS
-            attend_to_block(at, ahead, kv.bits, queries, tile_at, row, head_dim, first_seen, last_seen, masked > 0, scratch)
+            attend_to_block(at, ahead, bits, queries, tile_at, row, head_dim, first_seen, last_seen, masked > 0, scratch)
     for r in range(n):
         to = (first + r // group) * stride + (head * group + r % group) * head_dim
         factor = splat_f32(np.float32(1) / total(load_f32(scratch.sums, 16 * r)))

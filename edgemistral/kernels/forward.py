@@ -25,7 +25,7 @@ from edgemistral.kernels.activations import (
     quantize_block,
     swiglu,
 )
-from edgemistral.kernels.attention import AttentionScratch, Queries, Rows, attend, block_at
+from edgemistral.kernels.attention import AttentionScratch, Queries, Rows, attend, block_at, own_block_at
 from edgemistral.kernels.jit import entry, inner
 from edgemistral.kernels.kv_formats import append_key_value, quantize_query
 from edgemistral.kernels.kv_layout import POSITIONS, KVLayout
@@ -175,7 +175,8 @@ def rope_and_append(p, layer):
             key = at + (shape.n_heads + head) * hd
             rotate(state.qkv, key, hd, state.cos, state.sin, token * half)
             block = block_at(p.kv, rows, token, layer, head, position // POSITIONS)
-            append_key_value(block, bits, position, state.qkv, key, key + shape.n_kv_heads * hd, hd)
+            own_block = own_block_at(p.kv, rows, token, layer, head)
+            append_key_value(block, own_block, bits, position, state.qkv, key, key + shape.n_kv_heads * hd, hd)
     barrier(p.member)
 
 

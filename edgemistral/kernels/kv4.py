@@ -20,12 +20,9 @@ from __future__ import annotations
 import numpy as np
 
 from edgemistral.kernels.jit import inlined
-from edgemistral.kernels.kv8 import peak_of
-from edgemistral.kernels.kv_layout import POSITIONS, ROWS
-from edgemistral.kernels.rope import hadamard, hadamard_size
+from edgemistral.kernels.kv_layout import POSITIONS, QUERY_SUMS, ROWS
 from edgemistral.kernels.simd import (
     add,
-    add_i32,
     broadcast4,
     dot4,
     dot4_7bit,
@@ -50,7 +47,6 @@ from edgemistral.kernels.simd import (
     sub,
     to_f32,
     total,
-    total_i32,
     without_low_nibbles,
     zero_f32,
     zero_i32,
@@ -101,9 +97,7 @@ def _fit(x, at, n, half):
 
 @inlined
 def append_4bit(at, within, x, key_at, value_at, head_dim):
-    """Transform the rotated key and the value in place, and write them as position `within` of the block at address `at`."""
-    hadamard(x, key_at, head_dim)
-    hadamard(x, value_at, head_dim)
+    """Write the transformed key and value as position `within` of the block at address `at`."""
     half = head_dim // 2
     low_factor, low_scale = _fit(x, key_at, half, np.float32(0))
     high_factor, high_scale = _fit(x, key_at + half, half, np.float32(0))
@@ -125,25 +119,6 @@ def append_4bit(at, within, x, key_at, value_at, head_dim):
 
 
 @inlined
-def quantize_query_4bit(x, at, head_dim, queries, row_at):
-    """Transform the rotated query at x[at] in place, and pack it into row `row_at` (counted over all heads and tiles)."""
-    hadamard(x, at, head_dim)
-    scale = np.float32(1) / np.sqrt(np.float32(head_dim)) / np.float32(hadamard_size(head_dim))
-    tile, slot, half = row_at // ROWS, row_at % ROWS, head_dim // 2
-    top = peak_of(x, at, head_dim)
-    factor = splat_f32(np.float32(127) / top)
-    for first in range(0, head_dim, half):
-        sums = zero_i32()
-        for i in range(first, first + half, 16):
-            n = round_to_i32(mul(load_f32(x, at + i), factor))
-            spread_words(queries.words, (tile * (head_dim // 4) + i // 4) * ROWS + slot, ROWS, n)
-            sums = add_i32(sums, n)
-        offset = np.int32(-8) if first == 0 else np.int32(-128)      # of codes that are stored as 0 ... 15, and 16 times that
-        queries.sums[2 * row_at + first // half] = offset * total_i32(sums)
-    queries.scales[row_at] = top / np.float32(127) * scale
-
-
-@inlined
 @unrolled(ROWS=ROWS)
 def tile_4bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch):
     """See `kv_formats.attend_to_block`."""
@@ -157,7 +132,7 @@ def tile_4bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen,
     # Scores: first the high nibbles' half of the dims, then that of the low ones.
     for r in unroll(ROWS):
         for p in unroll(4):
-            i[r, p] = splat_i32(queries.sums[2 * (tile_at * ROWS + r) + 1])
+            i[r, p] = splat_i32(queries.sums[QUERY_SUMS * (tile_at * ROWS + r) + 2])
     for c in range(half // 4):
         for p in unroll(4):
             k[p] = without_low_nibbles(load_bytes(at, KEYS + 8 * head_dim * p + 64 * c))
@@ -173,7 +148,7 @@ def tile_4bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen,
             s[r, p] = mul(to_f32(i[r, p]), scale)
     for r in unroll(ROWS):
         for p in unroll(4):
-            i[r, p] = splat_i32(queries.sums[2 * (tile_at * ROWS + r)])
+            i[r, p] = splat_i32(queries.sums[QUERY_SUMS * (tile_at * ROWS + r) + 1])
     for c in range(half // 4):
         for p in unroll(4):
             k[p] = low_nibbles(load_bytes(at, KEYS + 8 * head_dim * p + 64 * c))

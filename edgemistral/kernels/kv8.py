@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgemistral.kernels.jit import inlined
-from edgemistral.kernels.kv_layout import POSITIONS, ROWS
+from edgemistral.kernels.kv_layout import POSITIONS, QUERY_SUMS, ROWS
 from edgemistral.kernels.rope import hadamard, hadamard_size
 from edgemistral.kernels.simd import (
     absolute,
@@ -60,9 +60,7 @@ def peak_of(x, at, head_dim):
 
 @inlined
 def append_8bit(at, within, x, key_at, value_at, head_dim):
-    """Transform the rotated key and the value in place, and write them as position `within` of the block at address `at`."""
-    hadamard(x, key_at, head_dim)
-    hadamard(x, value_at, head_dim)
+    """Write the transformed key and value as position `within` of the block at address `at`."""
     panel, lane = within // 16, within % 16
     key_peak, value_peak = peak_of(x, key_at, head_dim), peak_of(x, value_at, head_dim)
     store_scalar_f32(at, 4 * within, key_peak / np.float32(127))
@@ -76,18 +74,28 @@ def append_8bit(at, within, x, key_at, value_at, head_dim):
 
 
 @inlined
-def quantize_query_8bit(x, at, head_dim, queries, row_at):
-    """Transform the rotated query at x[at] in place, and pack it into row `row_at` (counted over all heads and tiles)."""
+def quantize_query_to_codes(x, at, head_dim, queries, row_at):
+    """Transform the rotated query at x[at] in place, and pack it into row `row_at` (counted over all heads and tiles).
+
+    Keys' codes are stored with an offset, which a sum of the query's codes takes away: -128 * all of them for keys in 8 bits;
+    for those in 4 bits -8 * the first half, met by low nibbles, and -128 * the second half, met by high ones.
+    """
     hadamard(x, at, head_dim)
     scale = np.float32(1) / np.sqrt(np.float32(head_dim)) / np.float32(hadamard_size(head_dim))
-    tile, slot = row_at // ROWS, row_at % ROWS
-    top, sums = peak_of(x, at, head_dim), zero_i32()
+    tile, slot, half = row_at // ROWS, row_at % ROWS, head_dim // 2
+    top, low, high = peak_of(x, at, head_dim), zero_i32(), zero_i32()
     factor = splat_f32(np.float32(127) / top)
-    for i in range(0, head_dim, 16):
+    for i in range(0, half, 16):
         n = round_to_i32(mul(load_f32(x, at + i), factor))
         spread_words(queries.words, (tile * (head_dim // 4) + i // 4) * ROWS + slot, ROWS, n)
-        sums = add_i32(sums, n)
-    queries.sums[row_at] = np.int32(-128) * total_i32(sums)
+        low = add_i32(low, n)
+        n = round_to_i32(mul(load_f32(x, at + half + i), factor))
+        spread_words(queries.words, (tile * (head_dim // 4) + (half + i) // 4) * ROWS + slot, ROWS, n)
+        high = add_i32(high, n)
+    low_sum, high_sum = total_i32(low), total_i32(high)
+    queries.sums[QUERY_SUMS * row_at] = np.int32(-128) * (low_sum + high_sum)
+    queries.sums[QUERY_SUMS * row_at + 1] = np.int32(-8) * low_sum
+    queries.sums[QUERY_SUMS * row_at + 2] = np.int32(-128) * high_sum
     queries.scales[row_at] = top / np.float32(127) * scale
 
 
@@ -103,7 +111,7 @@ def tile_8bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen,
     keys, values = 8 * 64, (8 + head_dim) * 64
     for r in unroll(ROWS):
         for p in unroll(4):
-            i[r, p] = splat_i32(queries.sums[tile_at * ROWS + r])
+            i[r, p] = splat_i32(queries.sums[QUERY_SUMS * (tile_at * ROWS + r)])
     for c in range(head_dim // 4):
         for p in unroll(4):
             k[p] = flip_top_bits(load_bytes(at, keys + 16 * head_dim * p + 64 * c))

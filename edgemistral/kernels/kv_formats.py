@@ -6,20 +6,26 @@ To add a format: a file like `kv8`, a line in each function here, and its sizes 
 from __future__ import annotations
 
 from edgemistral.kernels.jit import inlined
-from edgemistral.kernels.kv4 import append_4bit, quantize_query_4bit, tile_4bit
-from edgemistral.kernels.kv8 import append_8bit, quantize_query_8bit, tile_8bit, transform_back
+from edgemistral.kernels.kv4 import append_4bit, tile_4bit
+from edgemistral.kernels.kv8 import append_8bit, quantize_query_to_codes, tile_8bit, transform_back
 from edgemistral.kernels.kv16 import append_16bit, scale_query_16bit, tile_16bit
 from edgemistral.kernels.kv_layout import POSITIONS
+from edgemistral.kernels.rope import hadamard
 
 
 @inlined
-def append_key_value(at, bits, position, x, key_at, value_at, head_dim):
-    """Write one position's rotated key and its value into the block at address `at`; x may change."""
+def append_key_value(at, own_at, bits, position, x, key_at, value_at, head_dim):
+    """Write one position's rotated key and its value into the block at address `at`; x may change.
+
+    own_at: the address of the copy of its own block, for formats that have one.
+    """
     within = position % POSITIONS
-    if bits == 4:
-        append_4bit(at, within, x, key_at, value_at, head_dim)
-    elif bits == 8:
-        append_8bit(at, within, x, key_at, value_at, head_dim)
+    if bits == 4 or bits == 8:
+        hadamard(x, key_at, head_dim)
+        hadamard(x, value_at, head_dim)
+        if bits == 4:
+            append_4bit(at, within, x, key_at, value_at, head_dim)
+        append_8bit(own_at if bits == 4 else at, within, x, key_at, value_at, head_dim)
     elif bits == 16:
         append_16bit(at, within, x, key_at, value_at, head_dim)
 
@@ -27,10 +33,8 @@ def append_key_value(at, bits, position, x, key_at, value_at, head_dim):
 @inlined
 def quantize_query(x, at, head_dim, bits, queries, row_at):
     """The rotated query at x[at] -> row `row_at` of the packed queries (counted over all heads and tiles); x may change."""
-    if bits == 4:
-        quantize_query_4bit(x, at, head_dim, queries, row_at)
-    elif bits == 8:
-        quantize_query_8bit(x, at, head_dim, queries, row_at)
+    if bits == 4 or bits == 8:
+        quantize_query_to_codes(x, at, head_dim, queries, row_at)
     elif bits == 16:
         scale_query_16bit(x, at, head_dim, queries, row_at)
 

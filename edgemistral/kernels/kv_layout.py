@@ -9,6 +9,8 @@ SEGMENT_BLOCKS = 4        # blocks of one head in a segment, one after another
 SEGMENT = SEGMENT_BLOCKS * POSITIONS    # positions
 ROWS = 4                  # query rows (token x query head of one KV head) that meet a block in registers
 KV_FORMATS = {4: (4, 8), 8: (8, 8), 16: (16, 0)}    # bits -> bits of a code, bytes of one position's scales (of K and V)
+OWN_BITS = {4: 8}         # formats whose positions see the block that they lie in, their own block, with more bits
+QUERY_SUMS = 4            # sums of a query row's codes that the formats need, one unused
 
 
 def block_bytes(head_dim: int, bits: int) -> int:
@@ -18,9 +20,16 @@ def block_bytes(head_dim: int, bits: int) -> int:
 
 
 class KVLayout(NamedTuple):
-    """Where the block of (layer, KV head, number) lies in a segment of 256 positions."""
+    """Where the block of (layer, KV head, number) lies in a segment of 256 positions, and in the copy of an own block."""
 
     bits: int
     block_bytes: int
+    own_bits: int        # 0: positions see their own block as they see the others
+    own_bytes: int       # of one head's own block
     n_layers: int
     n_kv_heads: int
+
+
+def kv_layout(bits: int, head_dim: int, n_layers: int, n_kv_heads: int) -> KVLayout:
+    own = OWN_BITS.get(bits, 0)
+    return KVLayout(bits, block_bytes(head_dim, bits), own, block_bytes(head_dim, own) if own else 0, n_layers, n_kv_heads)

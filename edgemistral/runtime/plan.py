@@ -7,6 +7,7 @@ from typing import Literal
 
 from edgemistral.errors import BadRequest, OutOfMemoryBudget
 from edgemistral.files.blob import Blob
+from edgemistral.kernels.kv_layout import POSITIONS
 from edgemistral.runtime.threads import measured_threads, performance_cores
 
 MAX_THREADS = 1024
@@ -55,8 +56,8 @@ def plan(
     "auto" for the best number measured with this model.
     Raises BadRequest, whose `field` names the argument, for a value that the model cannot run with.
     """
-    from edgemistral.runtime.segments import KV_BITS, default_kv_budget, segment_bytes, segments_of
-    from edgemistral.runtime.transformer import workspace_bytes  # imports numba
+    from edgemistral.runtime.segments import KV_BITS, default_kv_budget, own_block_bytes, segment_bytes, segments_of
+    from edgemistral.runtime.transformer import CHUNK, workspace_bytes  # imports numba
 
     longest = blob.config.context
     context = _whole_number("context", longest if context is None else context, longest)
@@ -67,7 +68,8 @@ def plan(
     threads = _whole_number("threads", threads, MAX_THREADS)
     if kv_bits not in KV_BITS:
         raise BadRequest(f"kv_bits is {kv_bits!r}: it must be {' or '.join(map(str, KV_BITS))}", "kv_bits")
-    weights, work = blob.data.nbytes, workspace_bytes(blob.config, threads)
+    own_blocks = (CHUNK // POSITIONS + 1) * own_block_bytes(blob.config, kv_bits)
+    weights, work = blob.data.nbytes, workspace_bytes(blob.config, threads) + own_blocks
     one_context = segments_of(context) * segment_bytes(blob.config, kv_bits)
     if kv_budget is None:
         kv_budget = default_kv_budget()

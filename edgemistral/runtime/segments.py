@@ -7,6 +7,8 @@ writes pages back and drops them as memory gets short: 32768 tokens of a 7B are 
 use need to be in memory.
 
 A `Sequence` is token ids and segments. Sequences with a common prefix share its full segments; the last, partial one is copied.
+With a 4-bit cache it also has, in ordinary memory, an 8-bit copy of the block of 64 positions that it ends in (see
+`kernels.attention`). Without that copy it can only go on from the block's beginning.
 A session's segments lie in a file of its own instead (`runtime.session`).
 """
 
@@ -29,7 +31,7 @@ from edgemistral.config import ModelConfig
 from edgemistral.errors import BadRequest
 from edgemistral.files.layout import round_up
 from edgemistral.kernels.addresses import address_of
-from edgemistral.kernels.kv_layout import KV_FORMATS, POSITIONS, SEGMENT, SEGMENT_BLOCKS, KVLayout, block_bytes
+from edgemistral.kernels.kv_layout import KV_FORMATS, OWN_BITS, POSITIONS, SEGMENT, SEGMENT_BLOCKS, block_bytes, kv_layout
 from edgemistral.paths import cache_dir
 from edgemistral.runtime.memory import physical_memory
 
@@ -43,6 +45,12 @@ def segment_bytes(config: ModelConfig, kv_bits: int) -> int:
     """Bytes that one segment takes in the file."""
     blocks = config.n_layers * config.n_kv_heads * SEGMENT_BLOCKS
     return round_up(blocks * block_bytes(config.head_dim, kv_bits) + PADDING, GRANULE)
+
+
+def own_block_bytes(config: ModelConfig, kv_bits: int) -> int:
+    """Bytes of the copy of one block for all layers and heads; 0 for formats without."""
+    own = OWN_BITS.get(kv_bits, 0)
+    return config.n_layers * config.n_kv_heads * block_bytes(config.head_dim, own) + PADDING if own else 0
 
 
 def segments_of(positions: int) -> int:
@@ -84,7 +92,8 @@ class SegmentPool:
         """budget: bytes, for `capacity`; None means `default_kv_budget()`."""
         if kv_bits not in KV_FORMATS:
             raise BadRequest(f"kv_bits is {kv_bits!r}, must be one of {', '.join(map(str, KV_BITS))}", "kv_bits")
-        self.layout = KVLayout(kv_bits, block_bytes(config.head_dim, kv_bits), config.n_layers, config.n_kv_heads)
+        self.layout = kv_layout(kv_bits, config.head_dim, config.n_layers, config.n_kv_heads)
+        self.own_block_bytes = own_block_bytes(config, kv_bits)
         self.segment_bytes = segment_bytes(config, kv_bits)
         self.budget = default_kv_budget() if budget is None else budget
         # Segments; whoever allocates sees to it.
@@ -230,6 +239,7 @@ class Sequence:
         self.addresses: NDArray[np.int64] = np.zeros(0, np.int64)   # of the segments
         self._segments: list[Segment] = []
         self._ids = np.zeros(SEGMENT, np.int32)
+        self._own_blocks: dict[int, NDArray[np.uint8]] = {}         # copies, by the block's number
 
     @property
     def ids(self) -> NDArray[np.int32]:
@@ -258,6 +268,27 @@ class Sequence:
             grown[: self.length] = self.ids
             self._ids = grown
 
+    def own_blocks(self, n: int) -> NDArray[np.int64]:
+        """Addresses (n,) of the copies of the blocks that the next n positions lie in; zeros for formats without."""
+        if not (size := self.pool.own_block_bytes):
+            return np.zeros(n, np.int64)
+        numbers = np.arange(self.length, self.length + n) // POSITIONS
+        if self.continuable(self.length) < self.length:
+            raise ValueError(f"position {self.length} lies in a block whose copy is gone")
+        old = {number: self._own_blocks.get(number) for number in range(numbers[0], numbers[-1] + 1)}
+        self._own_blocks = {number: np.zeros(size, np.uint8) if had is None else had for number, had in old.items()}
+        return np.array([address_of(self._own_blocks[int(number)]) for number in numbers], np.int64)
+
+    def continuable(self, length: int) -> int:
+        """The most of its first `length` positions that it, or a fork, can go on from."""
+        if not self.pool.own_block_bytes or not length % POSITIONS or length // POSITIONS in self._own_blocks:
+            return length
+        return length - length % POSITIONS
+
+    def drop_own_blocks(self) -> None:
+        """Give back the memory of the copies."""
+        self._own_blocks = {}
+
     def append(self, ids: NDArray[np.integer]) -> None:
         """Count positions that are in the segments now; there must be room."""
         end = self.length + len(ids)
@@ -266,8 +297,9 @@ class Sequence:
 
     def cut(self, length: int) -> None:
         """Forget the positions from `length` on, which must not be in a segment that another sequence uses."""
-        if not 0 <= length <= self.length:
+        if not 0 <= length <= self.length or length > self.continuable(length):
             raise ValueError(f"cannot cut {self.length} positions to {length}")
+        self._own_blocks = {number: copy for number, copy in self._own_blocks.items() if number <= length // POSITIONS}
         kept = segments_of(length)
         for segment in self._segments[kept:]:
             self.pool.release(segment)
@@ -280,7 +312,8 @@ class Sequence:
         self.offered = min(self.offered, length // SEGMENT)
 
     def fork(self, length: int) -> Sequence:
-        """A new sequence of the first `length` positions: full segments are shared, the last, partial one is copied."""
+        """A new sequence of the first `length` positions, which must be continuable: full segments are shared, the last,
+        partial one is copied."""
         made, full = Sequence(self.pool), length // SEGMENT
         tail = [self.pool.copy(self._segments[full], length % SEGMENT)] if length % SEGMENT else []
         for segment in self._segments[:full]:
@@ -289,6 +322,7 @@ class Sequence:
         made.reserve(length)
         made.append(self.ids[:length])
         made.offered = min(self.offered, full)
+        made._copy_own_block(self)
         return made
 
     def begin_with(self, mappings: list[mmap.mmap], ids: NDArray[np.int32]) -> None:
@@ -305,6 +339,7 @@ class Sequence:
         for number in range(first, segments_of(length)):
             self.pool.copy_into(self._segments[number], other.segments[number], min(SEGMENT, length - SEGMENT * number))
         self.append(ids)
+        self._copy_own_block(other)
 
     def save(self, notes: str | None = None) -> None:
         """For one that outlives the process: everything in it is on the disk then."""
@@ -324,11 +359,16 @@ class Sequence:
         for segment in self._segments:
             self.pool.release(segment)
         self._own([])
-        self.length = 0
+        self.length, self._own_blocks = 0, {}
 
     @property
     def segments(self) -> list[Segment]:
         return self._segments
+
+    def _copy_own_block(self, other: Sequence) -> None:
+        number = self.length // POSITIONS
+        if self.length % POSITIONS and number in other._own_blocks:
+            self._own_blocks = {number: other._own_blocks[number].copy()}
 
     def _allocate(self, number: int) -> Segment:
         """A segment to hold its positions from 256 * number on."""

@@ -29,6 +29,8 @@ class FileSequence(Sequence):
         self.reserve(len(file.ids))
         self.append(file.ids)
         self._saved = True
+        if (length := self.continuable(self.length)) < self.length:
+            self.cut(length)
 
     def reserve(self, length: int) -> None:
         """As every sequence, and count the full segments on the disk: what is in them now stays. SessionFailed: it is full."""

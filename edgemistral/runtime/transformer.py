@@ -16,7 +16,7 @@ from edgemistral.files.layout import ALIGNMENT, BLOCK, GROUP, GROUPS, round_up
 from edgemistral.kernels.activations import LONG, SHORT, Activations
 from edgemistral.kernels.attention import SPAN, AttentionScratch, Queries, Rows
 from edgemistral.kernels.forward import Own, Shape, State, Weights, forward
-from edgemistral.kernels.kv_layout import POSITIONS, ROWS, KVLayout
+from edgemistral.kernels.kv_layout import POSITIONS, QUERY_SUMS, ROWS, kv_layout
 from edgemistral.kernels.matmul import PAIR, STREAMS, MatrixScratch
 from edgemistral.runtime.compiling import compile_forward
 from edgemistral.runtime.read_ahead import ReadAhead
@@ -123,25 +123,28 @@ def _lay_out(rows: Sequence[Row], group: int) -> Rows:
     n, starts = [len(row.ids) for row in rows], [row.sequence.length for row in rows]
     tables = [row.sequence.addresses for row in rows]
     firsts = np.cumsum([0, *n])                                       # token of each row
-    query_firsts = np.cumsum([0, *(round_up(k * group, ROWS) for k in n)])
     within = np.concatenate([np.arange(k) for k in n])
     spans: list[tuple[int, int, int]] = []
     wanted: list[int] = []
+    query_rows, next_query = np.zeros(firsts[-1], np.int64), 0
     for row, first, end, start in zip(rows, firsts[:-1].tolist(), firsts[1:].tolist(), starts, strict=True):
-        for at in range(first, end, SPAN):
-            until = min(at + SPAN, end)
+        for position in range(start - start % SPAN, start + end - first, SPAN):
+            at, until = max(first, first + position - start), min(first + position - start + SPAN, end)
             spans.append(((until - at) * (start + until - first), at, until))
+            query_rows[at:until] = next_query + group * np.arange(until - at)
+            next_query += round_up(group * (until - at), ROWS)
         wanted += range(end - row.n_logits, end)
     spans.sort(reverse=True)                                          # the longest work first
     return Rows(
         ids=np.concatenate([row.ids for row in rows]).astype(np.int64),
         positions=np.repeat(starts, n) + within,
         first_segment=np.repeat(np.cumsum([0, *map(len, tables)])[:-1], n),
-        query_rows=np.repeat(query_firsts[:-1], n) + within * group,
+        query_rows=query_rows,
         spans=np.array([(first, until) for _, first, until in spans], np.int64).reshape(-1),
         with_logits=np.array(wanted, np.int64),
         segments=np.concatenate(tables),
-        rows_of_head=int(query_firsts[-1]),
+        own_blocks=np.concatenate([row.sequence.own_blocks(len(row.ids)) for row in rows]),
+        rows_of_head=next_query,
     )
 
 
@@ -159,8 +162,8 @@ def example_call() -> tuple[tuple[Any, ...], Own]:
     none, shape = np.zeros(0, np.int64), Shape(1, 1, 1, 1, 1, 1, 1, 1, 1.0, 1, 1, 1, 1)
     state, own = _workspace(shape, 1, lambda _, dtype: np.zeros(0, dtype))
     weights = Weights(np.frombuffer(b"\0", np.uint8), 0, none.reshape(0, 0), none)
-    rows = Rows(none, none, none, none, none, none, none, 0)
-    return (shape, weights, KVLayout(8, 1, 1, 1), rows, state), own[0]
+    rows = Rows(none, none, none, none, none, none, none, none, 0)
+    return (shape, weights, kv_layout(8, 32, 1, 1), rows, state), own[0]
 
 
 def workspace_bytes(config: ModelConfig, threads: int) -> int:
@@ -186,7 +189,8 @@ def _aligned(n: int, dtype: Any) -> NDArray[Any]:
 def _workspace(shape: Shape, threads: int, array: Allocate = _aligned) -> tuple[State, Sequence[Own]]:
     """All that a Transformer computes in; `array(n, dtype)` makes each part."""
     chunk, tokens, hd = CHUNK, _tiled(2 * CHUNK), shape.head_dim      # twice: the head meets two digits of each token
-    rows = shape.n_kv_heads * round_up(chunk * shape.group + MAX_ROWS * (ROWS - 1), ROWS)
+    spans = chunk // SPAN + 2 * MAX_ROWS
+    rows = shape.n_kv_heads * round_up(chunk * shape.group + spans * (ROWS - 1), ROWS)
     rows_of_span = round_up(SPAN * shape.group, ROWS)
 
     def activations(tokens: int, cols: int) -> Activations:
@@ -224,7 +228,8 @@ def _workspace(shape: Shape, threads: int, array: Allocate = _aligned) -> tuple[
         xq=activations(tokens, max(shape.dim_cols, shape.q_cols)),
         hq=activations(_tiled(chunk), shape.hidden_cols),
         queries=Queries(
-            queries, queries.view(np.int32), array(2 * rows, np.int32), array(rows, np.float32), array(rows * hd, np.float32)
+            queries, queries.view(np.int32), array(QUERY_SUMS * rows, np.int32), array(rows, np.float32),
+            array(rows * hd, np.float32),
         ),
         logits=_logits(shape, MAX_LOGITS, array),
         cos=array(chunk * hd // 2, np.float32),

@@ -41,16 +41,20 @@ def blob(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fresh(blob):
     """Answers of a model that keeps nothing and guesses nothing."""
-    engine = Engine(Transformer(Blob.open(blob), threads=2), lookup=False)
-    engine.end_ids = frozenset()
+    engines = {}
 
-    def answer(prompt, params):
+    def answer(prompt, params, kv_bits=8):
+        if kv_bits not in engines:
+            engines[kv_bits] = Engine(Transformer(Blob.open(blob), threads=2, kv_bits=kv_bits), lookup=False)
+            engines[kv_bits].end_ids = frozenset()
+        engine = engines[kv_bits]
         engine._kept.evict_all()
         generation = engine.generate(prompt, params, ANSWER)
         return list(generation), generation.logprobs
 
     yield answer
-    engine.close()
+    for engine in engines.values():
+        engine.close()
 
 
 class Interleaved:
@@ -58,12 +62,13 @@ class Interleaved:
 
     def __init__(self, blob, folder, fresh, seed):
         self.blob, self.folder, self.fresh, self.chance = blob, folder, fresh, random.Random(seed)
+        self.kv_bits = (8, 4)[seed % 2]
         self.chats = [[1, 10 + n, *[3 + i % (9 + n) for i in range(60 * n)], 7, 8, 9] for n in range(10)]
         self.running, self.sessions, self.ended, self.guessed, self.cached = [], [], 0, 0, 0
         self.start()
 
     def start(self):
-        transformer = Transformer(Blob.open(self.blob), threads=1)
+        transformer = Transformer(Blob.open(self.blob), threads=1, kv_bits=self.kv_bits)
         transformer.pool.capacity = self.chance.randint(3, 12)
         self.engine = Engine(transformer)
         self.engine.end_ids = frozenset()
@@ -144,7 +149,7 @@ class Interleaved:
             self.guessed, self.cached = self.guessed + one.usage.guessed_tokens, self.cached + one.usage.cached_tokens
             self.ended += 1
             prompt = one.history[: one.usage.prompt_tokens].tolist()
-            tokens, logprobs = self.fresh(prompt, params)
+            tokens, logprobs = self.fresh(prompt, params, self.kv_bits)
             made = one.history[len(prompt) : one.length].tolist()
             assert made == tokens[: len(made)] and (one.error is not None or len(made) == ANSWER)
             assert one.logprobs == logprobs[: len(made)]

@@ -12,7 +12,7 @@ from edgemistral.kernels.kv_layout import KV_FORMATS
 from tests import naive
 from tests.attention_layer import F32, Attention
 
-STORED = {4: (2, "6672ef66"), 8: (2, "e947e889"), 16: (2, "19a6a7b3")}      # by bits: version, digest of a block
+STORED = {4: (3, "6672ef66"), 8: (3, "e947e889"), 16: (3, "19a6a7b3")}      # by bits: version, digest of a block
 
 
 def random_qkv(rng, tokens, config, spread=2.0):
@@ -67,8 +67,13 @@ def test_attention(bits, head_dim, n_heads, n_kv_heads, window, chunks):
         quantized, tolerance = (k_codes.reshape(k.shape), naive.f32_to_bf16(k_scales), *naive.quantize_int4(v, 0.5)), 0.3
     for got, want in zip(held, quantized, strict=True):
         np.testing.assert_array_equal(got, want)
+    own = None
+    if bits == 4:
+        own = attention.held(own=True)
+        for got, want in zip(own, (*naive.quantize_int8(k), *naive.quantize_int8(v)), strict=True):
+            np.testing.assert_array_equal(got, want)
     size = head_dim & -head_dim
-    expected = naive.hadamard(naive.attention_8bit(q / F32(size), *held, window)) / size
+    expected = naive.hadamard(naive.attention_8bit(q / F32(size), *held, window, own=own)) / size
     assert relative_error(out, expected) < 1e-3      # a rounding to codes that falls the other way is a unit of 1/255
     assert relative_error(out, naive.hadamard(naive.attention(q / F32(size), k, v, window)) / size) < tolerance
 

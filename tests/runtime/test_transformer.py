@@ -117,7 +117,7 @@ def test_chunks_of_any_size_change_no_bit(blob_paths, at_once, data):
     cuts = sorted(data.draw(st.sets(st.integers(1, 149), max_size=12)))
     model = OneSequence(Blob.open(blob_paths[name]), kv_bits=kv_bits, threads=data.draw(st.integers(1, 3)))
     np.testing.assert_array_equal(logits_in_chunks(model, ids, np.diff([0, *cuts, 150]).tolist()), expected)
-    back = data.draw(st.integers(0, 149))
+    back = model.sequence.continuable(data.draw(st.integers(0, 149)))
     model.truncate(back)
     np.testing.assert_array_equal(model.forward(ids[back:], 150 - back), expected[back:])
     model.close()
@@ -146,6 +146,25 @@ def test_what_was_truncated_leaves_no_trace(load, at_once, kv_bits):
     model.forward(random_ids(60, seed=2), 0)
     model.truncate(70)
     np.testing.assert_array_equal(logits_in_chunks(model, ids[70:], [5, 75]), expected[70:])
+
+
+def test_a_4_bit_sequence_goes_on_from_the_beginning_of_a_block(load, at_once):
+    """Where the copy of a block is gone, the block is computed anew, and that is said before anything is computed."""
+    ids, expected = at_once("odd sizes", 4)
+    model = load(kv_bits=4, threads=2)
+    logits_in_chunks(model, ids, [100, 30, 20])
+    sequence = model.sequence
+    assert [sequence.continuable(length) for length in (40, 64, 127, 128, 129, 150)] == [0, 64, 64, 128, 129, 150]
+    with pytest.raises(ValueError, match="cannot cut"):
+        model.truncate(127)
+    fork = sequence.fork(140)                                # with a copy of the copy
+    np.testing.assert_array_equal(model.step([Row(fork, ids[140:], 10)]), expected[140:])
+    sequence.drop_own_blocks()
+    with pytest.raises(ValueError, match="whose copy is gone"):
+        model.forward(ids[:1], 1)
+    model.truncate(sequence.continuable(140))
+    assert sequence.length == 128
+    np.testing.assert_array_equal(model.forward(ids[128:], 22), expected[128:])
 
 
 def test_models_do_not_disturb_each_other(load, at_once):
@@ -251,7 +270,7 @@ def test_rows_change_no_bit_of_each_other(blob_paths, at_once, data):
             wanted = [expected[at + len(row.ids) - row.n_logits : at + len(row.ids)] for at, row in rows]
             np.testing.assert_array_equal(logits, np.concatenate(wanted))
         which = data.draw(st.integers(0, len(sequences) - 1))
-        length = data.draw(st.integers(0, sequences[which].length))
+        length = sequences[which].continuable(data.draw(st.integers(0, sequences[which].length)))
         if data.draw(st.booleans()):
             sequences.append(sequences[which].fork(length))
         else:
