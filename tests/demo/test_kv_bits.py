@@ -11,7 +11,7 @@ import edgemistral
 from bench.kv_accuracy import distances, texts
 from edgemistral.demo import checkpoint_dir
 
-LIMITS = {8: (0.001, 0.0006), 4: (0.015, 0.008)}    # growth of perplexity, KL from 16 bits in nats
+LIMITS = {8: (0.001, 0.0006), 4: (0.004, 0.003)}    # growth of perplexity, KL from 16 bits in nats
 
 
 def test_few_bits_cost_little(tmp_path: Path) -> None:
