@@ -152,7 +152,7 @@ def read_texts(tokenizer: Any) -> dict[str, list[NDArray[np.int32]]]:
         "code": tokenizer.encode(Path(json.decoder.__file__).read_text("utf-8")),
         "chat": [n for case in heldout() for n in tokenizer.encode_chat(case.messages)],
         "French": tokenizer.encode((root / "bench" / "texts" / "french.txt").read_text("utf-8")),
-        "notes": tokenizer.encode((root / "SECURITY.md").read_text("utf-8")),
+        "notes": tokenizer.encode((root / "bench" / "texts" / "notes.txt").read_text("utf-8")),
     }
     return {kind: [np.array([tokenizer.bos_id, *tokens[at : at + WINDOW]], np.int32)
                    for at in range(0, min(len(tokens), (6 if kind == "prose" else 2) * WINDOW), WINDOW)]

@@ -50,7 +50,8 @@ class Transformer:
         lost.install()
         self._team = Team(threads)
         self._weights = map_weights(blob)
-        self._read_ahead = ReadAhead(blob, lambda: self._team.phase)
+        team = self._team
+        self._read_ahead = ReadAhead(blob, lambda: team.phase)      # no cycle: what is closed goes at once
         self._shape = _shape(config)
         self._state, self._own = _workspace(self._shape, threads)
         self._frequencies = rope_frequencies(config)
@@ -99,7 +100,7 @@ class Transformer:
         self.pool.close()
         if not self._closed:
             self._closed = True
-            del self._weights
+            del self._weights, self._state, self._own      # the workspace of a 7B is 45 MB
             self.blob.close()
 
     def _check(self, rows: Sequence[Row]) -> None:
