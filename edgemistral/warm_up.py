@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edgemistral.demo import checkpoint_dir, demo_model
 from edgemistral.files.blob import Blob
+from edgemistral.kernels import stored, unroll
 from edgemistral.measure.benchmark import Roofline
 from edgemistral.model import load
 from edgemistral.paths import cache_dir
@@ -35,7 +36,10 @@ def warm_up(into: Path | None = None) -> Path:
     Half a minute the first time, a second when everything is there. Raises BadInput when the folder cannot be written.
     """
     if into is not None:
+        rewritten = {name: stored.read(name) for name in unroll.names}
         with _cache_in(into):
+            for name, source in rewritten.items():
+                stored.write(name, source)
             return warm_up()
     from edgemistral_quantize import quantize
 

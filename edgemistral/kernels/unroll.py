@@ -35,6 +35,10 @@ from edgemistral.kernels import stored
 from edgemistral.kernels.lowering import INTERPRET, interpreted
 
 
+names: list[str] = []
+"""Of the stored files with all that was rewritten in this process, for a bundle."""
+
+
 def unrolled(**constants: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: rewrite the function for these constants. Needs the source file beside the code (as numba's tracebacks do)."""
 
@@ -62,6 +66,7 @@ def _unroll(
     code = function.__code__
     written = _content(source_file(function)), function.__qualname__, code.co_firstlineno, sorted(constants.items())
     stored_as = f"unrolled-{stored.digest_of(_content(Path(__file__)), sys.version, *written)}"
+    names.append(stored_as)
     if body := stored.read(stored_as):
         source, code = marshal.loads(body)
         return source, code
