@@ -34,7 +34,6 @@ from typing import Any
 from edgemistral.kernels import stored
 from edgemistral.kernels.lowering import INTERPRET, interpreted
 
-
 names: list[str] = []
 """Of the stored files with all that was rewritten in this process, for a bundle."""
 
