@@ -45,6 +45,23 @@ INTEGERS = (
 NO_LIMIT = ("max_new_tokens", "max_tokens", "max_completion_tokens")      # -1 is none
 
 
+def check_texts(body: Any) -> None:
+    """Raises BadRequest, whose `field` is a path, for a text with half a surrogate pair, which JSON can smuggle in."""
+    waiting: list[tuple[str, Any]] = [("", body)]
+    while waiting:      # no recursion: a body may be deep
+        path, value = waiting.pop()
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise BadRequest(f"{path} has half a surrogate pair at character {error.start}", path) from None
+        elif isinstance(value, Mapping):
+            waiting += [(f"{path}.{ascii(name)[1:-1]}" if path else ascii(name)[1:-1], one) for name, one in value.items()]
+            waiting += [(f"a name in {path or 'the body'}", name) for name in value]
+        elif isinstance(value, list):
+            waiting += [(f"{path}[{i}]", one) for i, one in enumerate(value) if isinstance(one, str | list | Mapping)]
+
+
 def normalised(body: Any) -> Any:
     """A request's object in our words. Raises BadRequest, whose `field` is the name as it came, for what is not done here."""
     if not isinstance(body, Mapping):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validat
 
 from edgemistral.generate.sampler import MAX_TOP_LOGPROBS, RANGES
 from edgemistral.session import SESSION_NAME
-from edgemistral.spellings import normalised
+from edgemistral.spellings import check_texts, normalised
 
 MAX_TEXT = 2_000_000       # characters of one text: 32768 tokens of English are about 150 thousand
 MAX_MESSAGES = 10_000
@@ -37,6 +37,12 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 class Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prepared(cls, body: Any) -> Any:
+        check_texts(body)
+        return body
 
     def warnings(self, at: str = "") -> Iterator[str]:
         """A line for each name in the request that has a value and means nothing here, also inside of other fields."""
@@ -106,7 +112,8 @@ class Sampling(Request):
 
     @model_validator(mode="before")
     @classmethod
-    def _in_our_words(cls, body: Any) -> Any:
+    def _prepared(cls, body: Any) -> Any:
+        check_texts(body)      # first: pydantic cannot take such a text in an error's message
         return normalised(body)
 
     model: Annotated[str, Field(max_length=500)] | None = Field(
