@@ -50,7 +50,7 @@ class BPETokenizer(Tokenizer):
             fields = json.loads(data)
             kind = fields["model"].get("type", "BPE")
             if kind != "BPE":
-                raise BadInput(f"a model of type {kind!r:.20}; supported is BPE")
+                raise BadInput(f"a model of type {kind!r:.20}; supported: BPE")
             known = {int(t["id"]): (str(t["content"]), bool(t["special"])) for t in fields.get("added_tokens") or []}
             whole = Library.from_str(json.dumps(fields))
             self._plain = Library.from_str(json.dumps(_without_markup(fields)))

@@ -69,7 +69,7 @@ def read_calibration(method: str, text: Path | None, tokenizer: Tokenizer, conte
     Raises BadInput for an unknown method and for a text that cannot be read, is not UTF-8 or is empty.
     """
     if method not in METHODS:
-        raise BadInput(f"calibrate is {method!r}; supported are {', '.join(METHODS)}")
+        raise BadInput(f"calibrate is {method!r}; supported: {', '.join(METHODS)}")
     if method == "none":
         if text is not None:
             raise BadInput(f"calibration_text is {text}, but calibrate is 'none': nothing would read it")

@@ -85,7 +85,7 @@ def quantize(
     infinity or an unreadable file in the middle), BadInput for everything about DST and the arguments, a full disk too.
     """
     if output_bits not in BLOCK_BYTES:
-        raise BadInput(f"output_bits is {output_bits}; supported are {' and '.join(map(str, BLOCK_BYTES))}")
+        raise BadInput(f"output_bits is {output_bits}; supported: {' and '.join(map(str, BLOCK_BYTES))}")
     if bits is not None and bits not in BLOCK_BYTES:
         sensitivity.check_bits(bits)
         if calibrate == "none":

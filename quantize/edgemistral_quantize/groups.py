@@ -58,7 +58,7 @@ def quantize_rows(
     another type, shape or range.
     """
     if bits not in BLOCK_BYTES:
-        raise ValueError(f"bits is {bits}: supported are {' and '.join(map(str, BLOCK_BYTES))}")
+        raise ValueError(f"bits is {bits}; supported: {' and '.join(map(str, BLOCK_BYTES))}")
     if bits == 8:
         return quantize_to_levels(w, None, importance, threads)
     stored = default_levels() if levels is None else levels

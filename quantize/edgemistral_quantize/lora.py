@@ -103,7 +103,7 @@ def merge(tensors: Mapping[str, Tensor], adapter: Path) -> tuple[dict[str, Tenso
         raise BadCheckpoint(f"{weights_file}: holds no tensors")
     for tensor in stored.values():
         if tensor.entry.dtype not in DTYPES:
-            raise BadCheckpoint(f"{tensor} has dtype {tensor.entry.dtype}; supported are {', '.join(DTYPES)}")
+            raise BadCheckpoint(f"{tensor} has dtype {tensor.entry.dtype}; supported: {', '.join(DTYPES)}")
     factors: dict[str, dict[str, StoredTensor]] = {}
     merged = dict(tensors)
     for name, tensor in stored.items():
@@ -137,7 +137,7 @@ def _check_kind(config: Mapping[str, Any], where: Path) -> None:
     if config.get("fan_in_fan_out"):
         raise BadCheckpoint(f"{where}: fan_in_fan_out is set; a Mistral or Llama model has no such layers")
     if config.get("bias", "none") != "none":
-        raise BadCheckpoint(f"{where}: bias is {str(config['bias'])[:40]!r}; supported are models without biases")
+        raise BadCheckpoint(f"{where}: bias is {str(config['bias'])[:40]!r}; supported: models without biases")
     for name in UNUSED:
         if config.get(name):
             raise BadCheckpoint(f"{where}: {name} is set; such adapters are not merged here")

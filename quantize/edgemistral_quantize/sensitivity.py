@@ -29,7 +29,7 @@ LEAST, MOST = (8 * BLOCK_BYTES[bits] / (PANEL * BLOCK) for bits in (4, 8))   # b
 def check_bits(bits: float) -> None:
     """Raises BadInput if `bits` is no average that a choice of 4 and 8 bits can reach."""
     if not (isinstance(bits, (int, float)) and math.isfinite(bits) and LEAST < bits < MOST):
-        raise BadInput(f"bits is {bits}; supported are 4, 8, and averages between {LEAST} and {MOST}, such as 4.5")
+        raise BadInput(f"bits is {bits}; supported: 4, 8, and averages between {LEAST} and {MOST}, such as 4.5")
 
 
 def choose(

@@ -94,7 +94,7 @@ def read_text_files(directory: Path, config: Mapping[str, Any], chat_template: P
     ends = [*([] if turn_end is None else [turn_end]), *ends]
     if version is not None and template is None:
         if version not in tekken.VERSIONS:
-            raise BadCheckpoint(f"{path}: is of version {version!r}, whose chat template is not built in; supported are "
+            raise BadCheckpoint(f"{path}: is of version {version!r}, whose chat template is not built in; supported: "
                                 f"{', '.join(tekken.VERSIONS)}; others need quantize --chat-template FILE")
         spec = dataclasses.replace(spec, mistral_version=tekken.VERSIONS[version])
         if missing := sorted(tekken.MARKS[tekken.VERSIONS[version]] - set(tokenizer.control.values())):

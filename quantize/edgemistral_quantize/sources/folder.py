@@ -71,7 +71,7 @@ def _open(folder: Path, naming: Naming, shards: list[Path], chat_template: Path 
     matched = match(expected, found, spare, folder)
     for tensor in matched.values():
         if tensor.entry.dtype not in DTYPES:
-            raise BadCheckpoint(f"{tensor} has dtype {tensor.entry.dtype}; supported are {', '.join(DTYPES)}")
+            raise BadCheckpoint(f"{tensor} has dtype {tensor.entry.dtype}; supported: {', '.join(DTYPES)}")
     tensors: dict[str, Tensor] = dict(matched)
     if naming.neighbours_rotate:
         for name, tensor in matched.items():

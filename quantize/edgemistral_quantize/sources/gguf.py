@@ -113,7 +113,7 @@ def check_kind(metadata: Mapping[str, Any]) -> None:
         raise BadConfig(f"{OTHER_KINDS.get(kind, OTHER_KINDS['mmproj'])}; give the model's own file")
     if architecture != "llama":
         said = f"is {architecture[:80]!r}" if isinstance(architecture, str) else "is missing"
-        raise BadConfig(f"general.architecture {said}; supported is 'llama', which Mistral is too")
+        raise BadConfig(f"general.architecture {said}; supported: 'llama', which Mistral is too")
 
 
 def read_config(
@@ -125,9 +125,9 @@ def read_config(
 
     for name in ("expert_count", "leading_dense_block_count", "attention.clamp_kqv", "pooling_type"):
         if get(name):
-            raise BadConfig(f"llama.{name} is {str(get(name))[:80]}; supported is the plain architecture")
+            raise BadConfig(f"llama.{name} is {str(get(name))[:80]}; supported: the plain architecture")
     if get("attention.causal", True) is not True:
-        raise BadConfig("llama.attention.causal is false; supported are models that write text")
+        raise BadConfig("llama.attention.causal is false; supported: models that write text")
     if missing := [name for name in NAMES if get(name) is None]:
         raise BadConfig(f"{', '.join('llama.' + name for name in missing)} missing")
     ours = {name: _plain(get(theirs)) for theirs, name in NAMES.items()}
@@ -153,7 +153,7 @@ def _rope_factors(metadata: Mapping[str, Any], stored: GgufTensor | None, head_d
     """Linear scaling is in the metadata; that of Llama 3 is a tensor of divisors."""
     kind = metadata.get("llama.rope.scaling.type", "linear" if "llama.rope.scale_linear" in metadata else "none")
     if kind not in ("none", "linear"):
-        raise BadConfig(f"llama.rope.scaling.type is {str(kind)[:80]!r}; supported are none, linear and Llama 3's table")
+        raise BadConfig(f"llama.rope.scaling.type is {str(kind)[:80]!r}; supported: none, linear and Llama 3's table")
     factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear", 1.0))
     if kind == "none" or not isinstance(factor, int | float) or not factor > 0:
         factor = 1.0

@@ -92,7 +92,7 @@ class _Reader:
         version = self.number("<I", "the version")
         if version not in (2, 3):
             what = "big-endian" if version >= 1 << 16 else f"of version {version}"
-            raise BadCheckpoint(f"{self.path}: a GGUF file {what}; supported are little-endian ones of versions 2 and 3")
+            raise BadCheckpoint(f"{self.path}: a GGUF file {what}; supported: little-endian ones of versions 2 and 3")
         n_tensors, n_fields = self.number("<Q", "the counts"), self.number("<Q", "the counts")
         if max(n_tensors, n_fields) > MAX_COUNT:
             self.fail(f"claims {n_tensors} tensors and {n_fields} metadata fields")
@@ -125,7 +125,7 @@ class _Reader:
                 self.fail(f"has {what} twice")
             if type_number not in TYPES:
                 supported = ", ".join(kind.name for kind in TYPES.values())
-                self.fail(f"{what} has the type number {type_number}; supported are {supported}")
+                self.fail(f"{what} has the type number {type_number}; supported: {supported}")
             kind, n_values = TYPES[type_number], 1
             for length in dims:
                 n_values *= length

@@ -73,7 +73,7 @@ def read_text(metadata: Mapping[str, Any], path: Path, chat_template: Path | Non
         spec = dataclasses.replace(spec, added=added, adds_bos=get("add_bos_token", True) is True)
         eos_id = None
     else:
-        raise BadCheckpoint(f"tokenizer.ggml.model is {str(kind)[:40]!r}; supported are 'gpt2' and 'llama'")
+        raise BadCheckpoint(f"tokenizer.ggml.model is {str(kind)[:40]!r}; supported: 'gpt2' and 'llama'")
     template = metadata.get("tokenizer.chat_template") if chat_template is None else read_template(chat_template)
     if template is not None and not isinstance(template, str):
         raise BadCheckpoint("tokenizer.chat_template is not a text")
@@ -153,7 +153,7 @@ def _cuts(pre: Any) -> list[dict[str, Any]]:
     if pre in LLAMA3_LIKE or pre == "tekken":
         return [split(TEKKEN if pre == "tekken" else LLAMA3), whole]
     supported = ", ".join((*GPT2_LIKE[:2], *SMOLLM_LIKE[:2], *LLAMA3_LIKE[:2], "tekken"))
-    raise BadCheckpoint(f"tokenizer.ggml.pre is {str(pre)[:40]!r}; supported are {supported} and those like them")
+    raise BadCheckpoint(f"tokenizer.ggml.pre is {str(pre)[:40]!r}; supported: {supported} and those like them")
 
 
 def _sentencepiece(

@@ -145,7 +145,7 @@ def match(
             if ".lora_" in name:
                 what = ": it is a LoRA adapter's; merge it first, or give the adapter with --lora"
             elif name.endswith(".bias"):
-                what = ": supported are models without biases"
+                what = "; supported: models without biases"
             raise BadCheckpoint(f"{tensor} does not belong to a model with this config{what}")
     return matched
 
