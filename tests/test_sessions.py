@@ -228,7 +228,7 @@ def test_run_and_sessions(tmp_path):
     code, out, _ = command("sessions", path, "--verify")
     assert code == 1 and "the rest is damaged" in out
     code, _, err = command("run", "demo", "And in Rome?", "--greedy", "--session", path)
-    assert code == 0 and "note: " in err and "goes on from" in err
+    assert code == 0 and "note: " in err and "continues from" in err
     for arguments in (["--raw", "x"], ["--json", "-"]):
         code, _, err = command("run", "demo", *arguments, "--session", path)
         assert code == 2 and len(err.splitlines()) == 1
