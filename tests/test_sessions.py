@@ -214,7 +214,7 @@ def test_run_and_sessions(tmp_path):
         "run", "demo", "--greedy", "--session", path, text="And in winter?\n/stats\n/save " + str(tmp_path / "a.json") + "\n"
     )
     saved = json.loads((tmp_path / "a.json").read_text())["messages"]
-    assert code == 0 and "(going on with 2 messages" in err and len(saved) == 4 and saved[1]["content"] == first[:-1]
+    assert code == 0 and "(continuing with 2 messages" in err and len(saved) == 4 and saved[1]["content"] == first[:-1]
     assert "of them known already" in out
     (tmp_path / "other.txt").write_text("not ours")
     code, out, _ = command("sessions", tmp_path, "--json")
@@ -260,7 +260,7 @@ class TestInTheChat:
         chat.take("And in winter?")
         assert chat._last.usage.cached_tokens > 8
         chat.take("/resume rome.session")
-        assert "the present conversation" in capsys.readouterr().err
+        assert "the current conversation" in capsys.readouterr().err
         model.session(paris).close()            # it was let go of
         chat.close()
         with model.session(rome) as session:

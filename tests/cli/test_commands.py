@@ -205,7 +205,7 @@ def test_an_interrupted_quantizer_says_how_to_go_on(monkeypatch, tmp_path):
     monkeypatch.setattr("edgemistral_quantize.quantize", interrupted)
     result = CliRunner().invoke(main, ["quantize", str(tmp_path), str(tmp_path / "a.safetensors")])
     assert result.exit_code == 130
-    expected = f"interrupted: {tmp_path / 'a.safetensors.partial'} holds what is done, --resume goes on with it"
+    expected = f"interrupted: {tmp_path / 'a.safetensors.partial'} holds what is done, --resume continues it"
     assert result.stderr.rstrip("\n") == expected     # click ends the line of ^C
 
 
