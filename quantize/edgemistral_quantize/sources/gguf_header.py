@@ -7,8 +7,7 @@
     tensors    name, number of dimensions, dimensions (columns first), type, offset from the start of the data
     the data   from the next multiple of `general.alignment` bytes on
 
-Every count is checked against the bytes that are left before anything is made of it, so that a short file cannot ask
-for much memory.
+Every count is checked against the remaining bytes before it is used, so that a short file cannot ask for much memory.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class TensorType:
     n_bytes: int
 
 
-TYPES = {   # by their numbers in ggml; those without a name here are not read
+TYPES = {   # by their numbers in ggml; all others are not read
     0: TensorType("F32", 1, 4), 1: TensorType("F16", 1, 2), 30: TensorType("BF16", 1, 2),
     2: TensorType("Q4_0", 32, 18), 3: TensorType("Q4_1", 32, 20), 6: TensorType("Q5_0", 32, 22),
     7: TensorType("Q5_1", 32, 24), 8: TensorType("Q8_0", 32, 34), 20: TensorType("IQ4_NL", 32, 18),
@@ -117,7 +116,7 @@ class _Reader:
         return name, dims, self.number("<I", name), self.number("<Q", name)
 
     def place(self, listed: list[tuple[str, list[int], int, int]], start: int, alignment: int) -> dict[str, GgufEntry]:
-        """The entries, each of which lies inside the file and overlaps no other."""
+        """The entries, checked to lie inside the file without overlaps."""
         entries: dict[str, GgufEntry] = {}
         for name, dims, type_number, offset in listed:
             what = f"tensor {name[:80]!r}"
