@@ -35,7 +35,7 @@ def announcement(url: str, key: str) -> str:
 
 
 class ParentWatch:
-    """Calls `on_gone` once, on a thread of its own, when the parent process dies or closes our standard input.
+    """Calls `on_gone` once, on a separate thread, when the parent process dies or closes our standard input.
 
     Until `on_gone` is set, the process exits at once: it has nothing to save yet.
     """

@@ -215,7 +215,7 @@ def test_run_and_sessions(tmp_path):
     )
     saved = json.loads((tmp_path / "a.json").read_text())["messages"]
     assert code == 0 and "(continuing with 2 messages" in err and len(saved) == 4 and saved[1]["content"] == first[:-1]
-    assert "of them known already" in out
+    assert "of them from the cache" in out
     (tmp_path / "other.txt").write_text("not ours")
     code, out, _ = command("sessions", tmp_path, "--json")
     listed = json.loads(out)

@@ -64,7 +64,7 @@ class Safety:
         for origin in origins:
             parts = urlsplit(origin)
             if origin != "null" and (not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}"):
-                raise ValueError(f"{origin!r} is no origin such as https://app.example.com: scheme, name and port only")
+                raise ValueError(f"{origin!r} is not an origin such as https://app.example.com: scheme, name and port only")
         return cls(api_key, frozenset(map(_name_of, hosts)), frozenset(origin.lower() for origin in origins), max_body)
 
 
