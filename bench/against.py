@@ -1,9 +1,9 @@
-"""This tree beside an earlier one on the same machine, in turns: prefill, decode and the first compile.
+"""Compares this tree with an earlier one on the same machine, in turns: prefill, decode and the first compile.
 
     python bench/against.py WORK --revision COMMIT [--rounds 9]
 
-Both run the same blob of four layers of 7B shapes, which bench/parallel.py leaves in WORK. Only names of the contract are used,
-so that any tree can be asked. The first compile is that of a first answer with an empty cache of kernels.
+Both run the same blob of four layers of 7B shapes, which bench/parallel.py leaves in WORK. Only public names are used, so that
+any tree can be measured. The first compile is that of a first answer with an empty cache of kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a step of several rows costs beside one of one row, in turns: one token each of so many sequences.
+"""The time of a step with one token of each of several sequences, relative to a step of one row, in turns.
 
     python bench/batches.py WORK [--bits 8]
 
@@ -39,7 +39,7 @@ def measure(blob: Path, threads: int, rounds: int) -> list[dict[str, Any]]:
 
     for size in SIZES:
         took(size)
-    # One token stands on both sides of each batch: what the machine's speed does meanwhile concerns both alike.
+    # One token is measured before and after each batch, so that changes of the machine's speed affect both.
     samples: dict[int, list[tuple[float, float]]] = {size: [] for size in SIZES}
     for _ in range(rounds):
         before = took(1)

@@ -1,11 +1,11 @@
-"""What each calibration costs on true 7B shapes: seconds and memory of 1 and 2 layers, and what follows for 32.
+"""The cost of each calibration on true 7B shapes: seconds and memory of 1 and 2 layers, extrapolated to 32.
 
     python bench/calibration_cost.py WORK [--method none --method fast --method full]
 
-Time grows evenly with the layers, so two depths give the time of a layer and of the rest (embeddings, head, start). The 32
-layers are that line drawn on: extrapolated, not run. "full" runs with 1 layer only; the rest is that of "fast".
+Time grows linearly with the layers, so two depths give the time of a layer and of the rest (embeddings, head, start). The time
+of 32 layers is extrapolated, not measured. "full" runs with 1 layer only; its rest is that of "fast".
 `python bench/seven_b.py WORK` runs all of a 7B with the default. Results are kept one by one, so methods can be measured in
-runs of their own. The weights are random.
+separate runs. The weights are random.
 """
 
 from __future__ import annotations

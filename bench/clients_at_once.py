@@ -1,4 +1,4 @@
-"""Clients that stream answers from one server at the same time: all their tokens a second, for bench/parallel.py."""
+"""Clients that stream answers from one server at the same time: their total tokens per second, for bench/parallel.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMPLETIONS = "/v1/completions"
 
 
 def measure(blob: Path, n_clients: int, rounds: int) -> dict[str, Any]:
-    """tokens/s of one client and of so many, in turns, and the median of their ratio."""
+    """tokens/s of one client and of `n_clients`, in turns, and the median of their ratio."""
     with Server(blob, "--no-lookup", "--parallel", str(n_clients)) as server:
         tokens_per_second(server, n_clients)
         samples = []
@@ -29,7 +29,7 @@ def measure(blob: Path, n_clients: int, rounds: int) -> dict[str, Any]:
 
 
 def tokens_per_second(server: Server, n_clients: int) -> float:
-    """While all of them receive tokens: from the last one's first token to the first one's last."""
+    """The rate while all clients receive tokens: from the last client's first token to the first client's last."""
     arrivals: list[list[float]] = [[] for _ in range(n_clients)]
 
     def client(number: int) -> None:

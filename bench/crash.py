@@ -1,15 +1,15 @@
 """python bench/crash.py [--minutes 2] [--kind NAME]: kill -9, power cuts, full disks at random moments; promises are checked.
 
-Adds to bench/results/crash.json. What each kind promises:
+Adds to bench/results/crash.json. The promise of each kind:
 
-    quantize    a killed run leaves no model file or a whole one; `resume` ends with the bytes of a run that was never killed
-    two         of two runs on one file one is refused; what comes out is whole
-    session     what was said to be saved is there again after kill -9, and nothing that was never written
-    store       a segment of the KV store is whole or is not found; what was stored before stays
-    demo        the demo model in the cache is whole or made anew
-    power       writes of a model file that were not synced are dropped, sector by sector: as with quantize
-    power, session    the same for a session file: as with session
-    full        the disk is full after a random number of bytes: one error of ours, and what was there stays
+    quantize    a killed run leaves no model file or a complete one; `resume` ends with the bytes of a run that was never killed
+    two         of two runs on one file, one is refused; the result is complete
+    session     after kill -9, everything reported as saved is there, and nothing that was never written
+    store       a segment of the KV store is complete or not found; earlier segments stay
+    demo        the demo model in the cache is complete or made again
+    power       unsynced writes of a model file are dropped, sector by sector; the same promise as quantize
+    power, session    the same for a session file; the same promise as session
+    full        the disk is full after a random number of bytes: one error of ours, and existing files stay
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Lost(AssertionError):
 
 
 def forked(work: Callable[[], None], after: float | None = None) -> tuple[int, bytes]:
-    """Run it in a child, and kill that after so many seconds; (exit status, what it wrote to descriptor 3)."""
+    """Run `work` in a child, and kill it `after` seconds; (exit status, its output on descriptor 3)."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -76,7 +76,7 @@ def is_whole(path: Path) -> None:
 
 
 class Quantizing:
-    """A small checkpoint and the blob of a run that nobody killed."""
+    """A small checkpoint and the blob of a run that was not killed."""
 
     def __init__(self, folder: Path) -> None:
         from edgemistral_quantize import quantize
@@ -116,7 +116,7 @@ class Quantizing:
         return kills
 
     def two(self, folder: Path, chance: random.Random) -> int:
-        """A second run comes while one is at work, which is killed now and then."""
+        """A second run starts while the first one works; sometimes the first one is killed."""
         dst = folder / "two"
 
         def both() -> None:
@@ -145,7 +145,7 @@ class Quantizing:
         return 1
 
     def full(self, folder: Path, chance: random.Random) -> int:
-        """A limit on the size of files stands for the disk."""
+        """A limit on the size of files simulates a full disk."""
         dst = folder / "full"
         limit = chance.randrange(1, 2 * (folder.parent / "whole").stat().st_size)
 
@@ -159,7 +159,7 @@ class Quantizing:
         return 1
 
     def power(self, folder: Path, chance: random.Random) -> int:
-        """Every write of the blob is recorded; what a power cut leaves is written out, and a run goes on with it."""
+        """Record every write of the blob, write the file that a power cut would leave, and resume with it."""
         from edgemistral.files import blob_writer
         from tests.crash import SECTOR
         from tests.files.written import write
@@ -197,7 +197,7 @@ class Quantizing:
 
 
 def sessions(folder: Path, chance: random.Random) -> int:
-    """A child writes and saves; its word of what is saved is compared with what is there after its end."""
+    """A child writes and saves; what it reports as saved is compared with the file after its end."""
     from edgemistral.runtime.segments import SegmentPool
     from edgemistral.runtime.session import FileSequence
     from tests.runtime.test_session import CONFIG, check, compute, open_file

@@ -1,6 +1,6 @@
-"""A long session without the hours of reading it: every segment holds the keys and values of the first 256 positions.
+"""Makes a long session without reading a long prompt: every segment holds the keys and values of the first 256 positions.
 
-It opens, is verified, continued and decoded from like any other, at the same cost. Only what the model answers means nothing.
+Opening, verifying, continuing and decoding cost the same as for any session. Only the model's answers have no meaning.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmarks share: facts about the machine, commands that are timed and watched, results as JSON."""
+"""Shared by the benchmarks: facts about the machine, commands with time and memory, results as JSON."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from edgemistral.kernels.lowering import choose
 from edgemistral.runtime.threads import performance_cores
 
 RESULTS = Path(__file__).parent / "results"
-OF_MACHINE = RESULTS / llvmlite.binding.get_host_cpu_name()   # what other processors do differently
+OF_MACHINE = RESULTS / llvmlite.binding.get_host_cpu_name()   # results that depend on the processor
 EDGEMISTRAL = (sys.executable, "-m", "edgemistral")
-SAMPLING_SECONDS = 0.05   # between two looks at a process's memory
+SAMPLING_SECONDS = 0.05   # between two samples of a process's memory
 
 work_argument = click.argument("work", type=click.Path(path_type=Path, file_okay=False))
 
@@ -37,7 +37,7 @@ work_argument = click.argument("work", type=click.Path(path_type=Path, file_okay
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on, and nothing that tells whose machine it is."""
+    """The facts that figures depend on, without anything that identifies the machine."""
     return {
         "cpu": f"{_cpu_name()} ({llvmlite.binding.get_host_cpu_name()})",
         "cores": performance_cores(),
@@ -76,25 +76,25 @@ def _os_name() -> str:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 def prepare(work: Path, n_bytes: int) -> None:
-    """Make the folder, and refuse when its disk has less than `n_bytes` free."""
+    """Make the folder; fail if its disk has less than `n_bytes` free."""
     work.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(work).free) < n_bytes:
         raise click.ClickException(f"{work}: needs {n_bytes / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
 
 
 def drop_from_cache(paths: Sequence[Path]) -> bool:
-    """Let the system forget these files, so that the next reader waits for the disk; False where it cannot be asked to."""
+    """Drop these files from the system's cache, so that the next read comes from the disk; False: not supported here."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for path in paths:
         with path.open("rb") as file:
-            os.fdatasync(file.fileno())   # only clean pages can go
+            os.fdatasync(file.fileno())   # only clean pages can be dropped
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return True
 
 
 def save(name: str, command: str, results: Mapping[str, Any], of_machine: bool = True) -> None:
-    """Write bench/results/PROCESSOR/NAME.json: the command that makes it again, the commit, the machine, and the results.
+    """Write bench/results/PROCESSOR/NAME.json: the command, the commit, the machine, and the results.
 
     of_machine False: the figures are the same on every machine, and the file is in bench/results itself.
     """
@@ -105,7 +105,7 @@ def save(name: str, command: str, results: Mapping[str, Any], of_machine: bool =
 
 
 def commit() -> str | None:
-    """The commit that is measured, with a + when its files were changed since; None outside of a git checkout."""
+    """The measured commit, with a + if its files were changed since; None outside of a git checkout."""
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=True)
         return done.stdout.strip()
@@ -122,8 +122,8 @@ def commit() -> str | None:
 class PeakMemory:
     """Watches a process's anonymous memory while the context is open.
 
-    Anonymous is what must stay in memory: mapped files (weights, KV cache, checkpoints) do not count, for the system can
-    drop their pages. `bytes` is the largest sample, None on systems without /proc.
+    Anonymous memory must stay in memory: mapped files (weights, KV cache, checkpoints) do not count, because the system
+    can drop their pages. `bytes` is the largest sample, None on systems without /proc.
     """
 
     def __init__(self, pid: int) -> None:
@@ -141,7 +141,7 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        with contextlib.suppress(OSError):   # no /proc, or the process is gone
+        with contextlib.suppress(OSError):   # no /proc, or the process has ended
             while not self._stop.is_set():
                 if found := re.search(r"^RssAnon:\s*(\d+) kB", self._status.read_text("utf-8"), re.M):
                     self.bytes = max(self.bytes or 0, int(found[1]) * 1024)
@@ -155,11 +155,11 @@ class Finished:
     output: str
     first_output_seconds: float
     seconds: float
-    peak_anonymous_bytes: int | None   # None where it cannot be known
+    peak_anonymous_bytes: int | None   # None if unknown
 
 
 def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Finished:
-    """Run a command, its standard error shown; fails when it does."""
+    """Run a command and show its standard error; fails if it fails."""
     start = time.perf_counter()
     with (
         subprocess.Popen(
@@ -179,7 +179,7 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None) ->
 
 
 def median_of(times: int, command: Sequence[str], environment: Mapping[str, str] | None = None) -> float:
-    """Median seconds to the first output of a command, over so many runs after one that fills the caches."""
+    """Median seconds to the first output of a command, over `times` runs after one that fills the caches."""
     run(command, environment)
     return median(run(command, environment).first_output_seconds for _ in range(times))
 

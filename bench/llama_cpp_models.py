@@ -26,7 +26,7 @@ NAMES = {   # theirs by ours
 
 
 def new_writer(path: Path, c: ModelConfig) -> gguf.GGUFWriter:
-    """A GGUF of a Mistral without its tensors; its tokenizer is a list of made-up words, for ids are all that it is given."""
+    """A GGUF of a Mistral without tensors; its tokenizer is a list of made-up words, because only ids are used."""
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(c.context)
     writer.add_embedding_length(c.dim)
@@ -54,7 +54,7 @@ def finish(writer: gguf.GGUFWriter) -> None:
 
 
 def write_float32(path: Path, checkpoint: Checkpoint) -> None:
-    """The weights of a checkpoint as they are."""
+    """Write the weights of a checkpoint unchanged."""
     writer = new_writer(path, checkpoint.config)
     for name, values in _tensors(checkpoint):
         writer.add_tensor(name, np.ascontiguousarray(values))
@@ -91,9 +91,9 @@ def quantize(
     source: Path, target: Path, kind: str, embeddings: str | None = None, output: str | None = None,
     importance: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> None:
-    """What `llama-quantize SOURCE TARGET KIND` does; `embeddings` and `output` are types for these tensors alone.
+    """Like `llama-quantize SOURCE TARGET KIND`; `embeddings` and `output` are types for only these tensors.
 
-    importance: its importance matrix, by llama.cpp's name of the tensor the mean squares (cols,) of what the columns meet.
+    importance: its importance matrix: llama.cpp's name of the tensor -> mean squares (cols,) of the columns' inputs.
     """
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
@@ -113,7 +113,7 @@ def quantize(
 
 
 def bits_per_weight(path: Path) -> dict[str, float]:
-    """Of the layers' matrices, and of all tensors."""
+    """Bits per weight of the layers' matrices, and of all tensors."""
     tensors = gguf.GGUFReader(path).tensors
     layers = [t for t in tensors if t.name.startswith("blk.") and len(t.shape) == 2]
     return {name: 8 * sum(int(t.n_bytes) for t in some) / sum(int(t.n_elements) for t in some)
@@ -123,7 +123,7 @@ def bits_per_weight(path: Path) -> dict[str, float]:
 class LlamaCpp:
     """What `evaluate` needs of a model, computed by llama.cpp with its defaults.
 
-    kv: the type of keys and values, by gguf's name. Others than F16 need its flash attention, which is on then.
+    kv: the type of keys and values, by gguf's name. Types other than F16 need its flash attention, which is then on.
     """
 
     def __init__(

@@ -1,11 +1,11 @@
-"""A prompt of 30,000 tokens through two layers of 7B shapes: speed by depth, memory, and whether the logits are right.
+"""A prompt of 30,000 tokens through two layers of 7B shapes: speed by depth, memory, and a check of the logits.
 
     python bench/long_context.py WORK              # 4-bit weights
     python bench/long_context.py WORK --bits 8
 
-Needs 3 GB of disk in WORK, 6 GB of memory and some six minutes. The logits are compared with float32 arithmetic on the
-same dequantized weights. How much a fault could hide there is measured too: the same distance, had attention seen only the
-last half of the prompt.
+Needs 3 GB of disk in WORK, 6 GB of memory and about six minutes. The logits are compared with float32 arithmetic on the
+same dequantized weights. To show that a fault would be seen, the same distance is measured with attention to only the last
+half of the prompt.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from tests import naive
 
 CONFIG = dataclasses.replace(V2, n_layers=2)
 TOKENS = 30_000
-PIECE = 2_000       # tokens between two looks at clock and logits; no multiple of a chunk, a segment or a block of the cache
-DECODED = 16        # tokens a round, after a first one that is not counted
+PIECE = 2_000       # tokens between two measurements; not a multiple of a chunk, a segment or a block of the cache
+DECODED = 16        # tokens in each round, after a first one that is not counted
 ROUNDS = 5
 MAX_KL = 0.001      # mean over the sampled positions, in nats
 DISK_BYTES = 3 * 10**9
@@ -52,7 +52,7 @@ DISK_BYTES = 3 * 10**9
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second from a depth on, and the share of the machine's limit measured beside it."""
+    """Tokens per second from a depth on, and the share of the machine's limit, measured at the same time."""
 
     depth: int                 # positions in the cache before
     tokens: int
@@ -69,7 +69,7 @@ class LongRun:
         self.engine, self.ceilings = Engine(self.transformer), Roofline(self.transformer.threads, opened.data)
         self.config, self.piece = opened.config, piece
         self.ids = prompt(self.config, tokens)
-        self.engine.prefill([self.config.eos_id])   # loads the kernels; the prompt begins otherwise
+        self.engine.prefill([self.config.eos_id])   # loads the kernels; the prompt begins with another token
 
     def prefill(self) -> tuple[list[Speed], NDArray[np.float32]]:
         """Speeds of the pieces, and the logits (pieces, vocab_size) at the end of each."""
@@ -78,7 +78,7 @@ class LongRun:
             end = min(depth + self.piece, len(self.ids))
             before = self.ceilings.int8_peak()
             took = seconds(lambda end=end: logits.append(self.engine.prefill(self.ids[:end])))
-            peak = max(before, self.ceilings.int8_peak())    # of a moment each: a disturbed one would make shares over 100 %
+            peak = max(before, self.ceilings.int8_peak())    # short measurements: a disturbed one would give shares over 100 %
             share = products(self.config, end - depth, depth) / took / peak
             speeds.append(Speed(depth, end - depth, (end - depth) / took, share))
         return speeds, np.stack(logits)
@@ -99,8 +99,8 @@ class LongRun:
         return Speed(depth, DECODED, median(rates), median(shares))
 
     def overflow(self, last_logits: NDArray[np.float32]) -> str:
-        """The error of a prompt one token over the context. The conversation survives it: the last token, computed anew on
-        its own from what the cache holds, gives the same bits as in the prompt."""
+        """The error of a prompt one token over the context. The conversation survives it: the last token, computed again
+        alone from the cache, gives the same bits as in the prompt."""
         try:
             self.engine.prefill(np.resize(self.ids, self.engine.context + 1))
         except ContextOverflow as error:

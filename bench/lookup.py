@@ -4,9 +4,9 @@
     python bench/lookup.py WORK
 
 SmolLM2-135M-Instruct answers. Each of its steps is also computed by a 7B of 32 layers (the blob that seven_b.py leaves in
-WORK), whose answers are thrown away: so guesses are as good as a real model's, and steps as slow as a 7B's (2 to 8 % slower in
-fact: both models are computed). Both engines compute step by step in turns, whichever has given fewer tokens. An answer at
-temperature 100 is noise in which no three tokens are repeated: nothing can be looked up there.
+WORK), whose results are discarded: so guesses are as good as a real model's, and steps as slow as a 7B's (2 to 8 % slower,
+because both models compute). The two engines compute in turns: the next step is for the one with fewer tokens. An answer at
+temperature 100 is noise without repeated groups of three tokens: nothing can be looked up there.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ TASKS = {
 
 
 class Costly:
-    """The answers of one model at the cost of another: both compute every step, each over sequences of its own."""
+    """The answers of one model at the cost of another: both compute every step, each with its own sequences."""
 
     def __init__(self, answers: Transformer, costs: Transformer) -> None:
         self.config, self.context, self.chunk, self.pool = answers.config, answers.context, answers.chunk, answers.pool
@@ -137,7 +137,7 @@ class Side:
                 raise one.error
 
     def begin(self) -> None:
-        """Up to the first token of each; what that takes is not counted."""
+        """Compute up to the first token of each answer, without counting the time."""
         while not all(one.length > one.usage.prompt_tokens for one in self.running):
             self.step()
         self.seconds, self._begun = 0.0, self.tokens

@@ -1,4 +1,4 @@
-"""A control group that limits the memory of one process on Linux: what a laptop with less memory would do."""
+"""A control group that limits the memory of one process on Linux, to simulate a computer with less memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ ROOT = Path("/sys/fs/cgroup")
 
 
 class NoCgroup(Exception):
-    """None can be made here; the message says why."""
+    """No group can be made here; the message says why."""
 
 
 class Group:
-    """One group: its processes' anonymous memory, and the pages of files that they read first, are within its limit."""
+    """One group. Its limit includes its processes' anonymous memory and the file pages that they read first."""
 
     def __init__(self, folder: Path, limit: int, v2: bool) -> None:
         self.folder, self._v2 = folder, v2
@@ -30,14 +30,14 @@ class Group:
 
     @property
     def peak(self) -> int | None:
-        """Most bytes so far, pages of files counted; None where the kernel does not say."""
+        """Most bytes so far, with file pages; None if the kernel does not report it."""
         with contextlib.suppress(OSError, ValueError):
             return int((self.folder / ("memory.peak" if self._v2 else "memory.max_usage_in_bytes")).read_text())
         return None
 
     @property
     def killed(self) -> int:
-        """Processes that the kernel killed because nothing could be given back."""
+        """How many processes the kernel killed because no memory could be freed."""
         with contextlib.suppress(OSError):
             text = (self.folder / ("memory.events" if self._v2 else "memory.oom_control")).read_text()
             return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill "))
@@ -73,7 +73,7 @@ def join(folder: Path) -> None:
 
 
 def _parent() -> tuple[Path, bool]:
-    """Where a group with a limit of memory can be made, and whether it is one of version 2."""
+    """The folder in which a group with a memory limit can be made, and whether it has version 2."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -85,7 +85,7 @@ def _parent() -> tuple[Path, bool]:
     for line in lines:
         if line.startswith("0::"):
             here = ROOT / line[3:].lstrip("/")
-            for folder in (here, *here.parents):       # a group with processes cannot hand on its memory: one above it may
+            for folder in (here, *here.parents):       # a group with processes cannot have limited subgroups: try its parents
                 with contextlib.suppress(OSError):
                     if "memory" in (folder / "cgroup.subtree_control").read_text().split():
                         return folder, True

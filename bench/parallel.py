@@ -1,10 +1,9 @@
-"""Several sequences at once: beside llama.cpp's parallel decoding in turns, and a reader beside another's long prompt.
+"""Several sequences at once, compared with llama.cpp's parallel decoding in turns; a reader during another's long prompt.
 
     python bench/parallel.py WORK [--n-layers 4] [--reader-blob WORK/7b-q4.safetensors]
 
-Models of 7B shapes with random weights: ours a blob, theirs a GGUF (Q4_0, head Q6_K), both made in WORK. Each lives in a
-process of its own that computes only when told to. A step of n sequences computes one token of each,
-at a depth of some 64 positions.
+Models of 7B shapes with random weights: ours a blob, theirs a GGUF (Q4_0, head Q6_K), both made in WORK. Each has its own
+process, which computes only on request. A step of n sequences computes one token of each, at a depth of about 64 positions.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from edgemistral.runtime.threads import performance_cores
 
 SEQUENCES = (1, 2, 4, 8)
 DEPTH, STEPS = 64, 16
-PROMPT = 4000           # tokens of the prompt beside a reader
-FORKED = 8000           # positions of the conversation that is forked
+PROMPT = 4000           # tokens of the prompt that is read while another answer is decoded
+FORKED = 8000           # positions of the forked conversation
 ROUNDS = 7
 
 
@@ -58,7 +57,7 @@ def ours(model: str, threads: int) -> dict[str, Any]:
 
 
 def reader(blob: Path, threads: int, rounds: int) -> list[dict[str, float]]:
-    """A reader's tokens a second alone and beside a prompt, and the prompt's seconds alone and beside the reader."""
+    """A reader's tokens per second alone and during a prompt, and the prompt's seconds alone and with the reader."""
     from edgemistral.generate.engine import Engine
     from edgemistral.generate.sampler import SamplingParams
     from edgemistral.runtime.transformer import Transformer
@@ -96,7 +95,7 @@ def reader(blob: Path, threads: int, rounds: int) -> list[dict[str, float]]:
 
 
 def fork_seconds(rounds: int = 5) -> float:
-    """Of a fork of a 7B conversation, 32 layers, at a position where its last segment must be copied."""
+    """Seconds of a fork of a 7B conversation, 32 layers, at a position where its last segment must be copied."""
     from edgemistral.runtime.segments import SegmentPool, Sequence
 
     pool = SegmentPool(V2)
@@ -155,7 +154,7 @@ def theirs(model: str, threads: int) -> dict[str, Any]:
 
 
 def work(kind: str, model: str, threads: str) -> None:
-    """The life of a worker process."""
+    """The main function of a worker process."""
     tasks = (ours if kind == "edgemistral" else theirs)(model, int(threads))
     for line in sys.stdin:
         print("RESULT", tasks[line.strip()](), flush=True)

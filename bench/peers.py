@@ -1,11 +1,11 @@
-"""edgemistral beside llama.cpp on the same shapes, in turns: A B A B within one run, ratios round by round.
+"""edgemistral and llama.cpp on the same shapes, in turns: A B A B within one run, with a ratio for each round.
 
     python bench/peers.py WORK [--bits 8]
     python bench/peers.py WORK --avx2 PYTHON     # both without AVX-512, see README.md
 
-Both run models of true Mistral-7B shapes with random weights: ours a blob (`seven_b.py` makes it, or give --blob), theirs a
-GGUF made here, Q4_0 (or Q8_0) with a Q6_K head, which is what llama.cpp's own quantizer makes. Each lives in a process of
-its own that computes only when told to, so neither's threads disturb the other. Needs the `bench` extra.
+Both run models of true Mistral-7B shapes with random weights: ours a blob (made by `seven_b.py`, or --blob), theirs a GGUF made
+here, Q4_0 (or Q8_0) with a Q6_K head, as llama.cpp's own quantizer makes it. Each has its own process, which computes only on
+request, so that their threads do not disturb each other. Needs the `bench` extra.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from edgemistral.runtime.threads import performance_cores
 PROMPT, DECODED = 512, 16
 DECODES_A_ROUND = 4     # decoding takes a tenth of a prompt's time
 AVX2_ONLY = {"EDGEMISTRAL_SIMD": "avx2", "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""}
-QUIET = 0.9             # of the highest bandwidth seen: below, something else on the machine uses its memory
+QUIET = 0.9             # of the highest bandwidth seen: below this, another program uses the memory
 Sample = dict[str, float]
 TYPES = {4: "Q4_0", 8: "Q8_0"}
 
@@ -75,20 +75,20 @@ def write_gguf(path: Path, blob: Blob, bits: int) -> None:
 # ---- one process each ------------------------------------------------------------------------------------------------
 
 class Peer:
-    """A process that measures when it reads a line: "prefill" or "decode" (and for ours "bandwidth" or "peak")."""
+    """A process that measures on request. A request is a line: "prefill" or "decode" (for ours also "bandwidth", "peak")."""
 
     def __init__(
         self, python: str, kind: str, model: Path, threads: int, environment: Mapping[str, str] | None = None,
         module: str = "bench.peers",
     ) -> None:
-        """module: whose `--worker` it runs; its tasks are the lines."""
+        """module: the module whose `--worker` it runs; the lines name the module's tasks."""
         command = [python, "-m", module, "--worker", kind, str(model), str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                          text=True, env={**os.environ, **(environment or {})}, cwd=Path(__file__).parents[1])
         self.ask("decode")     # warms up, and waits for the model to be loaded
 
     def ask(self, task: str) -> float:
-        """Tokens a second, or bytes or multiplications a second."""
+        """Tokens per second, or bytes or multiplications per second."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(task + "\n")
         self._process.stdin.flush()
@@ -102,7 +102,7 @@ class Peer:
 
 
 def work(kind: str, model: str, threads: str) -> None:
-    """The life of a worker process."""
+    """The main function of a worker process."""
     tasks = (ours if kind == "edgemistral" else theirs)(model, int(threads))
     for line in sys.stdin:
         print("RESULT", tasks[line.strip()](), flush=True)
@@ -161,7 +161,7 @@ def theirs(model: str, threads: int) -> dict[str, Any]:
 
 
 def facts_of(python: str) -> str:
-    """The version of llama-cpp-python, and what its llama.cpp was built for."""
+    """The version of llama-cpp-python, and the instructions that its llama.cpp was built for."""
     code = ("import importlib.metadata, llama_cpp; "
             "print(importlib.metadata.version('llama-cpp-python'), llama_cpp.llama_print_system_info().decode())")
     return subprocess.check_output([python, "-c", code], text=True, stderr=subprocess.DEVNULL).strip()

@@ -1,4 +1,4 @@
-"""Plots of results that several benchmarks share."""
+"""Plots that combine the results of several benchmarks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROCESSORS = {"znver4": "Zen 4", "znver5": "Zen 5"}   # as LLVM and as people ca
 
 
 def peers(path: Path = RESULTS / "peers.png") -> None:
-    """Tokens a second of ours and llama.cpp's, in bars, the ratio above."""
+    """Bars of tokens per second, ours and llama.cpp's, with the ratio above."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,11 +1,11 @@
-"""What quantizing costs a trained model: our blobs beside llama.cpp's types, all against the float32 model.
+"""The loss by quantizing a trained model: our blobs and llama.cpp's types, all compared with the float32 model.
 
     python bench/quality.py
 
-The model is the demo model (models/demo), the only trained one at hand; the texts are prose and conversations that it never
-saw. Prints a table; writes quality.json and .png. Everything runs as users run it, activations and KV cache
-rounded too. A file keeps some tensors better than others, so there are two comparisons: whole files as either program makes
-them, and the layers alone, where llama.cpp keeps embeddings and output head as a blob does. Needs the `bench` extra.
+The model is the demo model (models/demo); the texts are prose and conversations that it never saw. Prints a table; writes
+quality.json and .png. Everything runs as in normal use, with rounded activations and KV cache. A file stores some tensors with
+more bits than others, so there are two comparisons: whole files as each program makes them, and only the layers, with
+llama.cpp's embeddings and output head stored as in a blob. Needs the `bench` extra.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python bench/quality_random.py
 
-Prints a table; writes bench/results/quality_random.json and .png. The blobs run as users run them, activations and KV cache
-rounded as well; Q4_0 (every matrix, or all but the output head) has the advantage of float32 activations. For weights that
-were trained see quality.py.
+Prints a table; writes bench/results/quality_random.json and .png. The blobs run as in normal use, with rounded activations and
+KV cache; Q4_0 (every matrix, or all but the output head) has the advantage of float32 activations. For trained weights see
+quality.py.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""How much of the weights' energy the quantizers lose: a table, and JSON in bench/results.
+"""The relative squared error of the quantized weights: a table, and JSON in bench/results.
 
     python bench/quantization_error.py          # the table
-    python bench/quantization_error.py --fit    # where the default levels come from
+    python bench/quantization_error.py --fit    # makes the default levels
 
 The figure is  sum((w - restored)**2) / sum(w**2).
 
-"Fitted" levels are made for the one matrix. A blob could hold them, for it stores levels with every matrix; but only
-tails heavier than trained weights have would make them worth the time.
+"Fitted" levels are made for one matrix. A blob could hold them, because it stores levels with every matrix. But they would be
+worth the time only for heavier tails than those of trained weights.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def fit_levels(w: F32, start: NDArray[np.generic], iterations: int) -> list[int]
         weight = np.bincount(codes, (scale**2).ravel(), 16)
         np.divide(np.bincount(codes, (scale * w).ravel(), 16), weight, out=levels, where=weight > 0)
         levels *= LEVEL_ZERO / np.abs(levels).max()
-    factors = np.linspace(0.8, 63 / 64, 200)[:, None]   # of all common factors, the one at which rounding costs least
+    factors = np.linspace(0.8, 63 / 64, 200)[:, None]   # the common factor with the least rounding error is chosen
     whole = np.rint(levels * factors)
     best: list[int] = whole[np.argmin(((whole / factors - levels) ** 2 * weight).sum(axis=1))].astype(int).tolist()
     return best
@@ -114,7 +114,7 @@ def compare() -> dict[str, dict[str, float]]:
 
 
 def speed() -> dict[str, float]:
-    """Millions of weights a second that one thread quantizes: the best of three."""
+    """Millions of weights per second that one thread quantizes: the best of three."""
     w = gaussian(np.random.default_rng(1))
     rates = {}
     for bits in (4, 8):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from bench import report
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = (     # as bench/report.py names them beside its sections
+COMMANDS = (     # as named in the sections of bench/report.py
     "python bench/startup.py",
     "python bench/seven_b.py WORK",
     "edgemistral quantize WORK/7b WORK/7b-q8.safetensors --bits 8 --force",
@@ -71,7 +71,7 @@ def main(work: Path | None, avx2: str | None, only_report: bool) -> None:
     failed = []
     for command in tqdm(() if work is None else COMMANDS, disable=None):
         if "PYTHON" in command and avx2 is None:
-            click.echo(f"\nleft out, for want of --avx2: {command}\n", err=True)
+            click.echo(f"\nskipped, because it needs --avx2: {command}\n", err=True)
             continue
         click.echo(f"\n{command}\n")
         if work is None or subprocess.run(command_line(command, work, avx2), cwd=ROOT).returncode != 0:

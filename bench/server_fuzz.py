@@ -1,9 +1,9 @@
 """Malformed requests of a seeded fuzzer over every route: no 500, no leak, and how long /health takes meanwhile.
 
-    python bench/server_fuzz.py [MODEL] [--requests 10000]   # minutes with the demo model, which no MODEL means
+    python bench/server_fuzz.py [MODEL] [--requests 10000]   # takes minutes with the demo model, the default
 
-Each request is a right one of some interface with one to three things changed: a value, a name, the text of the JSON, a header,
-the method or the address. The same seed makes the same requests.
+Each request is a valid one of some interface with one to three changes: a value, a name, the text of the JSON, a header, the
+method or the address. The same seed makes the same requests.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import edgemistral
 from bench import harness
 from bench.server_process import Server, ask
 
-CLIENTS, SEED, WARM_UP = 8, 7, 0.2        # of the requests, before memory is looked at
+CLIENTS, SEED, WARM_UP = 8, 7, 0.2        # of the requests, before memory is measured
 USER = [{"role": "user", "content": "Where is it?"}]
 PARAMETERS = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": PARAMETERS}}]
@@ -90,7 +90,7 @@ class Request:
 
 
 def requests(number: int, seed: int = SEED) -> Iterator[Request]:
-    """So many requests, the same for the same seed."""
+    """`number` requests, the same for the same seed."""
     rng = random.Random(seed)
     for _ in range(number):
         path, value = rng.choice(RIGHT)
@@ -109,7 +109,7 @@ def requests(number: int, seed: int = SEED) -> Iterator[Request]:
 
 
 def _changed(value: Any, rng: random.Random) -> Any:
-    """One thing of a JSON value is another, is gone, or is new."""
+    """A JSON value with one change: something replaced, removed or added."""
     places: list[tuple[Any, Any]] = []
 
     def visit(inner: Any) -> None:
@@ -134,7 +134,7 @@ def _changed(value: Any, rng: random.Random) -> Any:
 
 
 def _text(value: Any, rng: random.Random) -> bytes:
-    """As JSON, which is spoilt now and then."""
+    """The value as JSON text, sometimes damaged."""
     text = json.dumps(value, ensure_ascii=rng.random() < 0.9).encode("utf-8", "surrogatepass")
     kind, at = rng.random(), rng.randrange(len(text) + 1)
     if kind < 0.04:
@@ -149,7 +149,7 @@ def _text(value: Any, rng: random.Random) -> bytes:
 # ---- against a server ------------------------------------------------------------------------------------------------
 
 def send(connect: Callable[[], HTTPConnection], request: Request) -> tuple[int, bytes]:
-    """The status and the body of the answer; status 0 where there was none that is HTTP."""
+    """The status and the body of the answer; status 0 if there was no HTTP answer."""
     with closing(connect()) as connection:
         try:
             connection.request(request.method, request.path or "/", request.body or None, request.headers)
@@ -160,7 +160,7 @@ def send(connect: Callable[[], HTTPConnection], request: Request) -> tuple[int, 
 
 
 def wrong(request: Request, status: int, body: bytes) -> str | None:
-    """What nobody may be answered."""
+    """The fault of an answer that must never be given, or None."""
     if status in (0, 500) or status > 503 or b"Traceback" in body or b"an error inside the server" in body:
         return f"{request.method} {request.path} {request.body[:300]!r} {request.headers}: {status} {body[:200]!r}"
     return None
@@ -169,7 +169,7 @@ def wrong(request: Request, status: int, body: bytes) -> str | None:
 def run(
     connect: Callable[[], HTTPConnection], sent: Iterator[Request], clients: int = CLIENTS
 ) -> tuple[Counter[int], list[str]]:
-    """Send them, some at once -> how often each status came, and what was wrong."""
+    """Send the requests, some at once -> how often each status came, and the faults."""
     statuses: Counter[int] = Counter()
     found: list[str] = []
 
@@ -205,7 +205,7 @@ class Health(threading.Thread):
 
 
 def held(server: Server) -> dict[str, int]:
-    """Threads and open files of the process, where the system tells."""
+    """Threads and open files of the process, if the system reports them."""
     folder = Path(f"/proc/{server.process.pid}")
     return {name: len(list((folder / place).iterdir())) for name, place in (("threads", "task"), ("files", "fd"))
             if (folder / place).exists()}

@@ -1,9 +1,9 @@
-"""Many clients at once, some of them unkind: is every answer the right one, and does the server stay well?
+"""Many clients at once, some of them hostile: checks every answer, and the server's memory and shutdown.
 
-    python bench/server_load.py [MODEL]   # two minutes with the demo model, which no MODEL means
+    python bench/server_load.py [MODEL]   # two minutes with the demo model, the default
 
-The right answers are those of the Python API for the same messages and seed: every bit of a model's arithmetic is the same
-in both, so an answer that is lost, mixed up with another or computed in a spoilt cache cannot equal its own.
+The right answers are those of the Python API for the same messages and seed: both compute the same bits. So an answer that is
+lost, mixed up with another or computed in a damaged cache is different.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from training.travel import cities
 CLIENTS, REQUESTS, WARM_UP = 50, 1000, 400
 QUESTIONS, MAX_TOKENS = 60, 32
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
-MALFORMED = (   # body, headers, the status it must have
+MALFORMED = (   # body, headers, the expected status
     (b"{", {}, 422), (b"", {}, 422), (b"[" * 100_000, {}, 422), (b'{"messages": "\xff"}', {}, 422), (b"null", {}, 422),
     ({"messages": []}, {}, 422), ({"messages": [{"role": "user", "content": 5}]}, {}, 422),
     ({"messages": [{"role": "user", "content": "a"}], "temperature": -1}, {}, 422),
@@ -46,7 +46,7 @@ MALFORMED = (   # body, headers, the status it must have
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and what the Python API answers with the seed and, greedily, without."""
+    """A question, and the Python API's answers with the seed and greedily."""
 
     messages: list[dict[str, str]]
     seed: int
@@ -58,7 +58,7 @@ class Question:
 
 
 def questions(path: Path, number: int) -> list[Question]:
-    """So many different ones, with different answers."""
+    """`number` different questions with different answers."""
     asked, places = [], cities()
     with edgemistral.load(path) as model:
         for i in range(number):
@@ -67,7 +67,7 @@ def questions(path: Path, number: int) -> list[Question]:
             greedy = "".join(model.chat(messages, MAX_TOKENS, temperature=0))
             asked.append(Question(messages, i, answer, greedy))
     if len({question.answer for question in asked}) < number:
-        raise click.ClickException("two questions have the same answer: they could be mixed up and nobody would see it")
+        raise click.ClickException("two questions have the same answer: a mix-up could not be seen")
     return asked
 
 
@@ -100,7 +100,7 @@ def three_at_once(connection: HTTPConnection, asked: list[Question], rng: random
 
 
 def gone(connection: HTTPConnection, asked: list[Question], rng: random.Random) -> None:
-    """Goes away before the answer, or in the middle of it."""
+    """Disconnects before or during the answer."""
     question, wanted = rng.choice(asked), rng.randrange(8)
     if wanted == 0:
         connection.request("POST", CHAT, json.dumps(question.body()), {"Content-Type": "application/json"})
@@ -151,7 +151,7 @@ BEHAVIOURS: dict[Behaviour, int] = {   # and their shares in percent
 # ---- the measurement -------------------------------------------------------------------------------------------------
 
 class Crowd:
-    """Clients in threads, each of which asks one thing after another."""
+    """Clients in threads; each asks one question after another."""
 
     def __init__(self, server: Server, asked: list[Question]) -> None:
         self.server, self.asked = server, asked

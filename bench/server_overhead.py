@@ -1,13 +1,13 @@
-"""What HTTP costs: the time to the first text and the time of a token, over the Python API's, for the same prompts in turns.
+"""The cost of HTTP: time to the first text and time per token, compared with the Python API, for the same prompts in turns.
 
     python bench/server_overhead.py WORK          # the 7B that bench/seven_b.py left in WORK; five minutes
     python bench/server_overhead.py WORK --model demo
 
-Each prompt is asked of the Python API in two processes and of a server, one after the other, in changing order. All have the
-same threads and the same cache. The second process is the control: it differs from the first in nothing but where its memory
-happens to lie, and what it seems to cost is the noise. Two figures are free of it: the road alone, the time to the first text
-without what the engine itself says that its first token took; and the processor time of the server's event loop, which is the
-most that decoding can lose to it. The last part asks /health while a long prompt is read.
+Each prompt goes to the Python API in two processes and to a server, one after another, in changing order. All have the same
+threads and the same cache. The second process is the control: only the place of its memory differs, so its difference from
+the first one is noise. Two figures have no such noise: the road, which is the time to the first text without the engine's time
+for the first token; and the processor time of the server's event loop, the most that decoding can lose to it. The last part
+requests /health while a long prompt is read.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class Answer:
     """Seconds of one answer."""
 
     first: float    # to the first text
-    road: float     # of these, not the engine's
+    road: float     # the part outside of the engine
     gaps: tuple[float, ...]   # between one piece of text and the next
     loop: float | None = None # processor time of the server's event loop
 
 
 def options(model: Model) -> dict[str, Any]:
-    """Greedy, and never the end."""
+    """Greedy, without an end of turn."""
     return {"temperature": 0, "logit_bias": {model.config.eos_id: -100}}
 
 
@@ -82,7 +82,7 @@ def ask_server(server: Server, model: Model, text: str) -> Answer:
 
 
 def control(path: str, connection: Connection) -> None:
-    """The life of the second process: answers what it is asked."""
+    """The main function of the second process: answers requests."""
     with edgemistral.load(path) as model:
         while (text := connection.recv()) is not None:
             connection.send(ask_api(model, text))
@@ -116,11 +116,11 @@ def measure(path: Path, rounds: int = ROUNDS) -> dict[str, Any]:
         return _spread([getattr(b, what) - getattr(a, what) for a, b in zip(api, other, strict=True)])
 
     def slower(other: list[Answer]) -> dict[str, float]:
-        """A piece's time, as a multiple of the same piece's from the API."""
+        """The time of a piece relative to that of the same piece from the API."""
         return _spread([y / x for a, b in zip(api, other, strict=True) for x, y in zip(a.gaps, b.gaps, strict=False)])
 
     def undisturbed(other: list[Answer]) -> float:
-        """The fastest tenth: what other users of the memory do meanwhile is not in it."""
+        """The fastest tenth, which other programs have not disturbed."""
         fastest = [sorted(gap for each in of for gap in each.gaps) for of in (api, other)]
         return median(fastest[1][: len(fastest[1]) // 10]) / median(fastest[0][: len(fastest[0]) // 10])
 

@@ -1,4 +1,4 @@
-"""A real `edgemistral serve` on a free port of this computer, for the benchmarks that ask it."""
+"""A real `edgemistral serve` on a free port of this computer, for benchmarks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ else:
 
 
 class Server:
-    """The process; a context manager that kills it at the latest."""
+    """The process; a context manager that kills it at the end if it still runs."""
 
     def __init__(self, model: Path, *options: str) -> None:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")   # noqa: SIM115
@@ -47,7 +47,7 @@ class Server:
         with closing(self.connect()) as connection:
             while not self._healthy(connection):
                 time.sleep(0.05)
-        self._at_start = self.errors()   # it may have said that kernels are compiled
+        self._at_start = self.errors()   # possibly the notice that kernels are compiled
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -73,7 +73,7 @@ class Server:
         return response.status == 200
 
     def resident_bytes(self) -> int | None:
-        """Memory of the process, None where it cannot be known."""
+        """Memory of the process, None if unknown."""
         try:
             status = Path(f"/proc/{self.process.pid}/status").read_text("utf-8")
         except OSError:
@@ -82,14 +82,14 @@ class Server:
         return int(found[1]) * 1024 if found else None
 
     def loop_seconds(self) -> float | None:
-        """Processor time that the event loop has taken, which is the process's first thread; None where it cannot be known."""
+        """Processor time of the event loop, which is the process's first thread; None if unknown."""
         try:
             return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/schedstat").read_text("ascii").split()[0]) / 1e9
         except OSError:
             return None
 
     def stop(self) -> float:
-        """Ask the process to stop; the seconds that it took. Fails when it does not end well, or has complained."""
+        """Stop the process; returns the seconds that it took. Fails if its exit code is wrong or it printed errors."""
         start = time.perf_counter()
         self.process.send_signal(STOP_SIGNAL)
         code = self.process.wait(30)
@@ -101,7 +101,7 @@ class Server:
 def ask(
     connection: HTTPConnection, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
 ) -> HTTPResponse:
-    """The response to a request, its body not read yet. body: bytes, or what becomes JSON."""
+    """The response to a request, its body not read yet. body: bytes, or a value to send as JSON."""
     content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     connection.request(method, path, content, {"Content-Type": "application/json", **(headers or {})})
     return connection.getresponse()

@@ -4,8 +4,8 @@
     python bench/seven_b.py WORK --clean    # the same, and the 14.5 GB checkpoint deleted at the end
     python bench/seven_b.py WORK --only run # the speed of the blob that an earlier run left there
 
-The weights are random, which costs the same time as any others. The checkpoint is written when it is not there yet. It is
-read from the disk, not from the system's memory of it, where the system can be told to forget.
+The weights are random, which takes the same time as trained ones. The checkpoint is made if it does not exist. It is read from
+the disk, not from the system's cache, if the system can drop it from there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ READ_BYTES = 1 << 24
 
 
 def measure_quantize(checkpoint: Path, blob: Path) -> dict[str, Any]:
-    """Time, memory and size of `edgemistral quantize`, beside the time that only reading the checkpoint takes."""
+    """Time, memory and size of `edgemistral quantize`, and the time of only reading the checkpoint."""
     shards = sorted(checkpoint.glob("*.safetensors"))
     cold = harness.drop_from_cache(shards)
     read_seconds = seconds(lambda: [read(shard) for shard in shards])

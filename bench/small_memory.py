@@ -1,11 +1,11 @@
-"""The whole 7B with a conversation of 32,000 tokens on less memory than both take: peak memory, tokens/s, bytes read again.
+"""The whole 7B with a conversation of 32,000 tokens in less memory than both need: peak memory, tokens/s, bytes read again.
 
     python bench/small_memory.py WORK [--gib 6 --gib 4] [--kv-bits 8] [--tokens 8]
 
-Linux only: each run is a process in a control group of its own that limits its memory, pages of files counted, without swap.
-The bench makes the group, as root or in a delegated group, or says why it cannot. The blob is the one that seven_b.py leaves in
+Linux only: each run is a process in its own control group, which limits its memory, including file pages, without swap. The
+script makes the group, as root or in a delegated group, or says why it cannot. The blob is the one that seven_b.py leaves in
 WORK. The conversation is a session file whose segments all hold the keys and values of the first 256 tokens
-(`bench/filled_session.py`): reading 32,000 tokens would take most of an hour, and what they say does not change the cost.
+(`bench/filled_session.py`): reading 32,000 tokens would take most of an hour, and their content does not change the cost.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from edgemistral.files.records import KV_VERSION
 from edgemistral.runtime.plan import plan
 
 CONVERSATION = 32_000
-LIMITS = (0, 6, 4)           # GiB; 0: as much as there is
+LIMITS = (0, 6, 4)           # GiB; 0: no limit
 TOKENS = 8                   # decoded, after a first one that pages everything in
 
 
 # ---- the process that is measured ------------------------------------------------------------------------------------
 
 def work(blob: str, session: str, kv_bits: str, tokens: str) -> None:
-    """Open the session, decode, and print what it took."""
+    """Open the session, decode, and print the figures."""
     import edgemistral
 
     started = time.perf_counter()
@@ -58,7 +58,7 @@ def work(blob: str, session: str, kv_bits: str, tokens: str) -> None:
 
 
 def _bytes_read() -> int:
-    """From the disk, since the start."""
+    """Bytes read from the disk since the start."""
     return int(re.findall(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.M)[0])
 
 
@@ -73,9 +73,9 @@ def _status(name: str) -> int:
 # ---- the comparison --------------------------------------------------------------------------------------------------
 
 def measure(blob: Path, session: Path, kv_bits: int, tokens: int, gib: int) -> dict[str, Any]:
-    """One run within so many GiB, with nothing of its files in memory at the start."""
+    """One run within `gib` GiB, with its files not in memory at the start."""
     if not harness.drop_from_cache([blob, session]):
-        raise click.ClickException("this system cannot be asked to forget a file")
+        raise click.ClickException("this system cannot drop a file from its cache")
     if not gib:
         return {"gib": 0, **_run(None, blob, session, kv_bits, tokens)}
     with memory_cgroup.limited(gib << 30) as group:

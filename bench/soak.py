@@ -1,8 +1,8 @@
-"""python bench/soak.py HOURS: a real server with the demo model under mixed load; answers are compared, and what grows is seen.
+"""python bench/soak.py HOURS: a real server with the demo model under mixed load; answers and growth of memory are checked.
 
-Clients chat, stream, fork conversations, go away in the middle, read slowly, use sessions, and now and then the model is loaded
-once more in another process. Every answer is greedy, so it must be the text that a quiet server gave to the same messages:
-another text is a mixed answer. Memory, open files, threads and temporary bytes are sampled. Adds to bench/results/soak.json.
+Clients chat, stream, fork conversations, disconnect during an answer, read slowly and use sessions; now and then another
+process loads the model. Every answer is greedy, so it must be the text that a quiet server gave to the same messages: any other
+text is a mixed answer. Memory, open files, threads and temporary bytes are sampled. Adds to bench/results/soak.json.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Soak:
 
 
 def grown(samples: list[dict[str, float]], name: str) -> float:
-    """From the first quarter's end on: the median of the last tenth over that of the tenth after the first quarter, less 1."""
+    """Growth after the first quarter: median of the last tenth over that of the tenth after the first quarter, minus 1."""
     n, part = len(samples), max(1, len(samples) // 10)
     values = [sample[name] for sample in samples]
     first, last = sorted(values[n // 4 : n // 4 + part]), sorted(values[-part:])

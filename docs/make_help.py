@@ -1,4 +1,4 @@
-"""docs/help.md: what `--help` prints, for every command. `python -m docs.make_help` writes it; a test compares."""
+"""docs/help.md: the output of `--help` for every command. `python -m docs.make_help` writes it; a test compares."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgemistral.cli import main
 PATH = Path(__file__).parent / "help.md"
 HEAD = """# Commands
 
-What `edgemistral COMMAND --help` prints. Made by `python -m docs.make_help`; a test checks that it is current.
+The output of `edgemistral COMMAND --help`. Made by `python -m docs.make_help`; a test checks that it is current.
 """
 
 

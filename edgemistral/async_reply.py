@@ -1,4 +1,4 @@
-"""An answer for programs with an event loop: the same pieces, computed on a thread, and the loop is never blocked."""
+"""An answer for programs with an event loop: the same pieces, computed on a thread. The loop is never blocked."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from edgemistral.generate.tasks import Usage
     from edgemistral.model import Reply
 
-MOST = 64      # answers at once that have a thread
+MOST = 64      # threads: answers computed at the same time
 
 
 class Threads:
-    """The threads of a model's `achat`: none before the first answer, none after `close`."""
+    """The threads of a model's `achat`. They start with the first answer and end with `close`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -27,7 +27,7 @@ class Threads:
 
     def get(self) -> ThreadPoolExecutor:
         """Raises EdgeMistralError once they are closed."""
-        from concurrent.futures import ThreadPoolExecutor  # here and below: what takes a while to import, when it is wanted
+        from concurrent.futures import ThreadPoolExecutor  # here and below: slow imports happen at first use
 
         with self._lock:
             if self._closed:
@@ -44,21 +44,21 @@ class Threads:
 
 
 class AsyncReply(AsyncIterator[str]):
-    """`async for piece in reply`. Made by `Model.achat`; nothing happens before the first piece is asked for.
+    """`async for piece in reply`. Made by `Model.achat`. Nothing is computed before the first piece is requested.
 
-    When the task that waits for a piece is cancelled, the answer is, too; `await reply.aclose()` ends it from outside. An
-    answer that is dropped computes nothing more. One task at a time may ask for pieces.
+    Cancelling the task that waits for a piece cancels the answer; `await reply.aclose()` ends it from outside. A deleted
+    answer computes nothing more. Only one task at a time may request pieces.
     """
 
     def __init__(self, start: Callable[[], Reply], threads: Threads) -> None:
-        """start: makes the reply; called on a thread, for tokenizing a long conversation takes a while."""
+        """start: makes the reply; called on a thread, because tokenizing a long conversation is slow."""
         self._start, self._threads = start, threads
         self._reply: Reply | None = None
         self._cancelled = False
 
     @property
     def reply(self) -> Reply | None:
-        """The answer behind it; None before the first piece was asked for."""
+        """The answer behind it; None until the first piece was requested."""
         return self._reply
 
     @property
@@ -72,7 +72,7 @@ class AsyncReply(AsyncIterator[str]):
 
     @property
     def finish_reason(self) -> str | None:
-        """As of `Reply`."""
+        """See `Reply`."""
         return self._reply.finish_reason if self._reply is not None else None
 
     def cancel(self) -> None:
@@ -98,7 +98,7 @@ class AsyncReply(AsyncIterator[str]):
         return piece
 
     def _next(self) -> str | None:
-        """The next piece, None at the end: a StopIteration cannot leave a thread."""
+        """The next piece; None at the end, because a thread's future cannot raise StopIteration."""
         if self._reply is None:
             self._reply = self._start()
             if self._cancelled:

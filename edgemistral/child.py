@@ -1,10 +1,10 @@
-"""A server as the child process of an application: what it tells its parent, how it ends with it, and that it is alone.
+"""A server as the child process of an application: it announces itself, stops when its parent ends, and locks its sessions.
 
-Whether the parent lives is asked in two ways, because each has a gap:
+Two checks tell whether the parent is alive, because each has a gap:
 
-* The parent's end of our standard input closes when it dies, on every system, however it dies. But another child may have
-  inherited that end.
-* The system says who our parent is (POSIX), or lets us wait for it (Windows). But a launcher between the two may outlive it.
+* Our standard input closes when the parent dies, on every system and in every case. But another child may have inherited
+  the parent's end of it.
+* The system names our parent (POSIX), or lets us wait for it (Windows). But a launcher between the two may outlive it.
 
 Linux' PR_SET_PDEATHSIG is not used: its signal comes when the thread that started us ends, not the process.
 """
@@ -24,20 +24,20 @@ from pathlib import Path
 from edgemistral.errors import BadInput, BadSession
 from edgemistral.files.disk import Disk
 
-PROTOCOL = 1          # of the announcement and of --parent-watch: counts changes that a parent would notice
-LOOK_EVERY = 0.25     # seconds between two looks at who our parent is
+PROTOCOL = 1          # version of the announcement and of --parent-watch
+LOOK_EVERY = 0.25     # seconds between two checks of our parent
 LOCK_FILE = ".edgemistral.lock"
 
 
 def announcement(url: str, key: str) -> str:
-    """The line that tells the parent that requests are answered from now on, and how to make them."""
+    """The line for the parent: requests are answered from now on, and how to make them."""
     return json.dumps({"url": url, "key": key, "pid": os.getpid(), "protocol": PROTOCOL})
 
 
 class ParentWatch:
-    """Calls `on_gone` once, on a thread of its own, when the parent process dies or closes our standard input.
+    """Calls `on_gone` once, on a separate thread, when the parent process dies or closes our standard input.
 
-    Until `on_gone` is set, the process ends at once: nothing that has begun by then must be kept.
+    Until `on_gone` is set, the process exits at once: it has nothing to save yet.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class ParentWatch:
 
 
 def _piped_input() -> int | None:
-    """The descriptor of standard input if a process is at its other end: a terminal, a file or nothing never closes."""
+    """The descriptor of standard input if it is a pipe or socket: a terminal or a file never closes."""
     try:
         number = sys.__stdin__.fileno() if sys.__stdin__ is not None else 0
         mode = os.fstat(number).st_mode
@@ -69,11 +69,11 @@ def _piped_input() -> int | None:
 
 
 def _wait_for_end_of(number: int) -> None:
-    """Until nothing more can come; what comes means nothing. Not through sys.stdin: its lock would be held at our exit."""
+    """Read until the end, and ignore the content. Not through sys.stdin: its lock would be held at our exit."""
     try:
         while os.read(number, 4096):
             pass
-    except OSError:      # a pipe that is broken has ended, too
+    except OSError:      # a broken pipe has ended, too
         pass
 
 
@@ -86,7 +86,7 @@ def _poll_parent(parent: int) -> Callable[[], None]:
 
 
 def _wait_for_parent() -> None:
-    """Windows keeps a dead parent's number for us, and may give it to another process: so hold on to the process itself."""
+    """Wait on a handle of the parent: Windows may give the number of a dead parent to another process."""
     if sys.platform == "win32":
         import ctypes
 
@@ -100,9 +100,9 @@ def _wait_for_parent() -> None:
 
 @contextmanager
 def only_user_of(folder: Path | None) -> Iterator[None]:
-    """Hold a folder of sessions for this process. BadInput: another one has it, or it cannot be had.
+    """Lock a folder of sessions for this process. BadInput: another process has it, or it cannot be used.
 
-    The system lets go of the lock when a process ends, however it ends; the file stays and means nothing by itself.
+    The system releases the lock whenever and however the process ends. The lock file stays and has no meaning by itself.
     """
     if folder is None:
         yield
@@ -129,5 +129,5 @@ def _lock(folder: Path) -> Disk:
         holder = path.read_bytes()[:20].decode("ascii", "replace").strip()
         raise BadInput(
             f"{folder}: another server uses this folder of sessions (process {holder or 'unknown'}): "
-            "end that one, or give this one another --session-dir"
+            "end that server, or use another --session-dir"
         ) from None

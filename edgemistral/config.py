@@ -17,18 +17,18 @@ from numpy.typing import NDArray
 
 from edgemistral.errors import BadConfig
 
-MAX_DIMENSION = 1 << 20   # of any size in a config: keeps every product of two of them far inside int64
+MAX_DIMENSION = 1 << 20   # limit of each size: the product of two sizes fits easily into int64
 MAX_CONTEXT = 1 << 24
 
 HF_ARCHITECTURES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}   # by model_type
-LLAMA_ROPE_THETA = 10000.0   # of the first Llamas, whose config.json does not have the field
+LLAMA_ROPE_THETA = 10000.0   # the config.json of the first Llama models has no rope_theta
 HF_NAMES = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads", "hidden_dim": "intermediate_size", "vocab_size": "vocab_size",
     "context": "max_position_embeddings", "norm_eps": "rms_norm_eps",
     "bos_id": "bos_token_id", "eos_id": "eos_token_id",
 }
-MISTRAL_NAMES = {   # params.json and we use the same words
+MISTRAL_NAMES = {   # params.json uses our names
     "dim": "dim", "n_layers": "n_layers", "n_heads": "n_heads", "n_kv_heads": "n_kv_heads", "head_dim": "head_dim",
     "hidden_dim": "hidden_dim", "vocab_size": "vocab_size", "norm_eps": "norm_eps", "rope_theta": "rope_theta",
 }
@@ -36,7 +36,7 @@ ROPE_SCALINGS = {   # by rope_type: the parameters that each needs
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-MISTRAL_CONTEXT = 32768   # tokens, where params.json does not say
+MISTRAL_CONTEXT = 32768   # tokens, if params.json does not give the context
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ModelConfig:
     context: int                 # the model's longest context in tokens
     norm_eps: float
     rope_theta: float
-    sliding_window: int | None   # attend to the last so many positions, or to all of them
+    sliding_window: int | None   # how many of the last positions a token attends to; None: all
     bos_id: int
     eos_id: int
     rope_factors: tuple[float, ...] | None = None   # head_dim / 2 divisors of the rotary frequencies; None: all 1
@@ -74,13 +74,13 @@ class ModelConfig:
                 high = MAX_CONTEXT if name in ("context", "sliding_window") else MAX_DIMENSION
                 ok = type(value) is int and low <= value <= high
             if not ok:
-                raise BadConfig(f"{name} is {value!r}, which no Mistral model has")
+                raise BadConfig(f"{name} is {value!r}: out of range or of the wrong type")
         if self.n_heads % self.n_kv_heads:
             raise BadConfig(f"n_heads ({self.n_heads}) is not a multiple of n_kv_heads ({self.n_kv_heads})")
         for name, step, high in (("dim", 32, 1 << 16), ("hidden_dim", 32, 1 << 18), ("head_dim", 32, 512)):
             size = getattr(self, name)
             if size % step or size > high:
-                raise BadConfig(f"{name} is {size}: supported are multiples of {step} up to {high}")
+                raise BadConfig(f"{name} is {size}; supported: multiples of {step} up to {high}")
         for name in ("bos_id", "eos_id"):
             if getattr(self, name) >= self.vocab_size:
                 raise BadConfig(f"{name} ({getattr(self, name)}) is outside the vocabulary of {self.vocab_size}")
@@ -110,7 +110,7 @@ class ModelConfig:
         return self.n_heads // self.n_kv_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values, as stored in a blob; those that have a default only where they differ."""
+        """The fields as JSON values, as stored in a blob. A field equal to its default is left out."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -134,26 +134,26 @@ class ModelConfig:
     def from_hf(cls, fields: Mapping[str, Any]) -> ModelConfig:
         """From the content of a Hugging Face config.json, of transformers 4 or 5.
 
-        BadConfig: a field is missing, or names what no kernel here computes (another architecture, biases, rotary
-        positions scaled by YaRN, an already quantized checkpoint).
+        BadConfig: a field is missing, or asks for something that is not supported (another architecture, biases,
+        rotary positions scaled by YaRN, an already quantized checkpoint).
         """
         is_llama = _hf_architecture(fields) == "llama"
         _refuse_unless(fields, "hidden_act", "silu")
         _refuse_quantized(fields)
         kinds = fields.get("layer_types")
         if isinstance(kinds, list) and any(kind != kinds[0] for kind in kinds):
-            raise BadConfig(f"layer_types mixes {' and '.join(sorted({str(kind)[:40] for kind in kinds}))}; supported are "
-                            "models whose layers are all alike")
+            raise BadConfig(f"layer_types mixes {' and '.join(sorted({str(kind)[:40] for kind in kinds}))}; supported: "
+                            "models whose layers are all of one type")
         for name in ("attention_bias", "mlp_bias"):
             if fields.get(name):
-                raise BadConfig(f"{name} is {str(fields[name])[:80]}; supported are models without biases")
-        if is_llama and fields.get("num_key_value_heads") is None:   # as in the first Llamas: one for each query head
+                raise BadConfig(f"{name} is {str(fields[name])[:80]}; supported: models without biases")
+        if is_llama and fields.get("num_key_value_heads") is None:   # the first Llama models: one for each query head
             fields = {**fields, "num_key_value_heads": fields.get("num_attention_heads")}
         ours = _translate(fields, HF_NAMES)
         head_dim = fields.get("head_dim")
         if head_dim is None:
             if not _divides(ours["n_heads"], ours["dim"]):
-                raise BadConfig("head_dim is missing and hidden_size is no multiple of num_attention_heads")
+                raise BadConfig("head_dim is missing and hidden_size is not a multiple of num_attention_heads")
             head_dim = ours["dim"] // ours["n_heads"]
         rope_theta, scaling = _hf_rope(fields, LLAMA_ROPE_THETA if is_llama else None)
         return cls(
@@ -168,16 +168,16 @@ class ModelConfig:
     def from_mistral(cls, fields: Mapping[str, Any], bos_id: int, eos_id: int) -> ModelConfig:
         """From the content of Mistral's own params.json, which leaves the ids of <s> and </s> to the tokenizer.
 
-        The context is `max_seq_len` or `max_position_embeddings`; most files state neither, and then it is the 32768
-        that all Mistral 7B models share. BadConfig: as in `from_hf`.
+        The context is `max_seq_len` or `max_position_embeddings`. Most files have neither: then it is 32768, as in all
+        Mistral 7B models. BadConfig: as in `from_hf`.
         """
-        # "lora" is how the model was trained: where its tensors are still apart, their names are refused.
+        # "lora" is accepted: it describes the training. LoRA tensors that are not merged are refused by name.
         for name in ("moe", "quantization", "yarn", "llama_4_scaling", "multimodal", "vision_encoder"):
             if fields.get(name):
-                raise BadConfig(f"{name} is set; supported is the plain Mistral architecture")
+                raise BadConfig(f"{name} is set; supported: the plain Mistral architecture")
         _refuse_unless(fields, "model_type", "transformer")
         _refuse_unless(fields, "activation", "silu")
-        if fields.get("rope_theta") is None:   # 10000 in v0.1 and 1000000 since: the wrong one gives fluent nonsense
+        if fields.get("rope_theta") is None:   # v0.1 has 10000, later versions 1000000; a wrong one gives fluent nonsense
             raise BadConfig("rope_theta is missing; add it: 10000.0 for Mistral 7B v0.1, 1000000.0 for v0.2 and v0.3")
         window = fields.get("sliding_window")
         if isinstance(window, str) and window.isdecimal() and len(window) < 10:   # some files have it as a string
@@ -197,11 +197,11 @@ def _translate(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str,
 
 def _refuse_unless(fields: Mapping[str, Any], name: str, supported: Any) -> None:
     if (value := fields.get(name, supported)) != supported:
-        raise BadConfig(f"{name} is {str(value)[:80]!r}; supported is {supported!r}")
+        raise BadConfig(f"{name} is {str(value)[:80]!r}; supported: {supported!r}")
 
 
 def _refuse_quantized(fields: Mapping[str, Any]) -> None:
-    """For what other programs write into the config of weights that they have quantized; `quantization` is MLX's."""
+    """Refuse a config that another program wrote for quantized weights; `quantization` is MLX's field."""
     for name in ("quantization_config", "compression_config", "quantization"):
         value = fields.get(name)
         if value is not None:
@@ -218,18 +218,18 @@ def _divides(divisor: Any, number: Any) -> bool:
 
 
 def _hf_architecture(fields: Mapping[str, Any]) -> str:
-    """The model_type, if it is one that the kernels compute."""
+    """The model_type. BadConfig: it is not supported."""
     kind, names = fields.get("model_type"), fields.get("architectures")
     if not isinstance(kind, str) or kind not in HF_ARCHITECTURES or (names and names != [HF_ARCHITECTURES[kind]]):
         supported = " and ".join(f"{kind!r}, [{name!r}]" for kind, name in HF_ARCHITECTURES.items())
-        raise BadConfig(f"model_type is {f'{kind!r}, architectures {names!r}'[:160]}; supported are {supported}")
+        raise BadConfig(f"model_type is {f'{kind!r}, architectures {names!r}'[:160]}; supported: {supported}")
     return kind
 
 
 def _hf_rope(fields: Mapping[str, Any], default_theta: float | None) -> tuple[Any, Mapping[str, Any] | None]:
-    """rope_theta and the description of its scaling, if there is one.
+    """rope_theta, and the description of its scaling or None.
 
-    transformers 4 has theta at the top level, with `rope_scaling` beside it; 5 has all of it under `rope_parameters`.
+    transformers 4 has `rope_theta` and `rope_scaling` at the top level; 5 has both under `rope_parameters`.
     """
     _refuse_unless(fields, "partial_rotary_factor", 1.0)
     found = [fields["rope_theta"]] if fields.get("rope_theta") is not None else []
@@ -241,7 +241,7 @@ def _hf_rope(fields: Mapping[str, Any], default_theta: float | None) -> tuple[An
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else None
         if kind not in ("default", *ROPE_SCALINGS):
             supported = ", ".join(ROPE_SCALINGS)
-            raise BadConfig(f"{name} is {str(rope)[:120]}; supported are unscaled rotary positions and {supported}")
+            raise BadConfig(f"{name} is {str(rope)[:120]}; supported: unscaled rotary positions and {supported}")
         _refuse_unless(rope, "partial_rotary_factor", 1.0)
         if rope.get("rope_theta") is not None:
             found.append(rope["rope_theta"])
@@ -259,10 +259,10 @@ def _hf_rope(fields: Mapping[str, Any], default_theta: float | None) -> tuple[An
 
 
 def rope_factors(scaling: Mapping[str, Any], theta: Any, head_dim: Any) -> tuple[float, ...] | None:
-    """What each rotary frequency is divided by, (head_dim / 2,), for a scaling of one of the ROPE_SCALINGS.
+    """The divisor of each rotary frequency, (head_dim / 2,), for one of the ROPE_SCALINGS.
 
-    None where theta or head_dim are no numbers that a model can have: ModelConfig says so. BadConfig: a parameter of
-    the scaling is missing or out of range. Source: transformers' modeling_rope_utils.py.
+    None if theta or head_dim is invalid: ModelConfig raises the error. BadConfig: a parameter of the scaling is missing
+    or out of range. Source: transformers' modeling_rope_utils.py.
     """
     kind = scaling["type"]
     for name in ROPE_SCALINGS[kind]:

@@ -1,4 +1,4 @@
-"""What is installed only on demand: `pip install edgemistral` brings the library; server, line editor and others are extras."""
+"""Optional dependencies: `pip install edgemistral` installs the library; the server, the line editor and others are extras."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXTRAS = {
 
 
 def missing(error: ModuleNotFoundError) -> str | None:
-    """One line that says what to install, or None when no extra has the module."""
+    """One line that says what to install, or None if no extra has the module."""
     module = (error.name or "").partition(".")[0]
     if module not in EXTRAS:
         return None

@@ -1,4 +1,4 @@
-"""Loading with news for the user: reads the file and compiles the kernels, which otherwise happens at the first answer."""
+"""Loading with progress: reads the file and compiles the kernels now. Otherwise the first answer does both."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ LoadProgress = Callable[[str, int, int], object]     # (stage, done, total)
 
 PIECE = 64 << 20      # bytes between two calls
 PAGE = 4096           # the smallest page of any system
-_hooks = threading.Lock()      # the compiler has one place for a function that it tells
+_hooks = threading.Lock()      # the compiler has only one callback
 
 
 def told(progress: LoadProgress, blob: Blob, first_step: Callable[[], object]) -> None:
-    """Read the blob into memory if it fits there, compile by making a first step, and tell `progress` of both."""
+    """Read the blob into memory if it fits, compile by running a first step, and report both to `progress`."""
     _read(progress, blob)
     _compile(progress, first_step)
 
@@ -29,14 +29,14 @@ def _read(progress: LoadProgress, blob: Blob) -> None:
 
     data, total = blob.data, blob.data.nbytes
     progress("reading", 0, total)
-    if total < 0.8 * physical_memory():      # else what is read first would have gone when it is wanted
+    if total < 0.8 * physical_memory():      # otherwise the first pages would be dropped before their use
         for start in range(0, total, PIECE):
             np.bitwise_or.reduce(data[start : start + PIECE : PAGE])
             progress("reading", min(start + PIECE, total), total)
 
 
 def _compile(progress: LoadProgress, first_step: Callable[[], object]) -> None:
-    """Kernels that come from the cache are no news: a stage of (0, 0) to (0, 0) compiles nothing."""
+    """Report only kernels that are compiled, not those from the cache; without any, the stage is (0, 0)."""
     from edgemistral.kernels import jit
 
     begun = done = 0

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 KV_STORE_QUOTA = 8 << 30    # bytes
 
 logger = logging.getLogger("edgemistral")
-logger.addHandler(logging.NullHandler())      # what is logged is shown where the application wants it, and nowhere else
+logger.addHandler(logging.NullHandler())      # the application decides where log lines go
 
 
 def load(
@@ -52,19 +52,19 @@ def load(
     duty: float = 1.0,
     progress: LoadProgress | None = None,
 ) -> Model:
-    """Map a blob and make ready to run it; a context manager.
+    """Map a blob and prepare to run it; a context manager.
 
     context: positions to make room for; None means the model's own maximum (the KV file is sparse).
     kv_bits: 8, 4 for half the memory, or 16 for reference. threads: None means the performance cores that this
     process may use, "auto" the best number measured with this model (once, then remembered). max_ram: bytes.
-    lookup: guess tokens that were said before and verify several at once: the same answers, sooner where they quote.
+    lookup: guess tokens from earlier text and verify several at once. Answers are the same, and faster if they quote.
     kv_budget: bytes for conversations that are kept; None means a quarter of the memory (see `runtime.plan.plan`).
-    kv_store: a folder where prompts and answers of all runs are kept, up to `kv_store_quota` bytes; whatever begins like one
-    of them is not read again.
-    on_overflow: what `Model.chat` does with a conversation that is longer than the context, unless a call says otherwise.
+    kv_store: a folder that keeps prompts and answers of all runs, up to `kv_store_quota` bytes. A prompt that begins like
+    one of them is read from there.
+    on_overflow: what `Model.chat` does with a conversation longer than the context, unless the call says otherwise.
     duty: the share of the time that may be spent computing, see `Model.duty`. progress: called as progress(stage, done, total)
     on this thread, with stage "reading" (bytes of the file) and "compiling" (kernels, on a machine's first run). With it,
-    `load` does both, so that the first answer comes at once; without it they wait for the first answer.
+    `load` does both, so that the first answer comes at once. Without it, the first answer does them.
     Raises BadBlob, BadRequest (its `field` names the argument) or OutOfMemoryBudget before anything is allocated.
     """
     from edgemistral.files.kv_store import KVStore
@@ -106,7 +106,7 @@ def load(
 
 
 def tokenizer_of(blob: Blob) -> Tokenizer:
-    """The tokenizer in a blob. Raises BadInput for bytes that are none."""
+    """The tokenizer in a blob. Raises BadInput if the bytes are not a tokenizer."""
     config, name = blob.config, f"{blob.path}: its tokenizer"
     return blob.text.tokenizer(blob.array("tokenizer").tobytes(), config.vocab_size, name, config.eos_id)
 
@@ -116,7 +116,7 @@ class Model:
 
     The sampling arguments of `generate`, `chat` and `complete` are the fields of `SamplingParams`: temperature (0 is
     greedy), top_p, top_k, min_p, repetition_penalty, seed and more. `progress(done, total)` counts the prompt's tokens that had
-    to be computed; `cancel()` is asked before each chunk of the prompt and each token, and True raises Cancelled.
+    to be computed. `cancel()` is called before each chunk of the prompt and each token; True raises Cancelled.
     All of them raise BadRequest for a wrong argument and ContextOverflow for a prompt that is too long, at once.
     """
 
@@ -124,8 +124,8 @@ class Model:
         self, engine: Engine, tokenizer: Tokenizer, path: Path | None = None, binding: dict[str, Any] | None = None,
         on_overflow: OnOverflow = "error", planned: Plan | None = None,
     ) -> None:
-        """Use `load`; this is for an engine made elsewhere, which the model closes. path: the blob's file. binding: what the
-        bits of its KV cache depend on, for sessions."""
+        """Use `load`. This is for an engine made elsewhere, which the model closes. path: the blob's file. binding: what the
+        bits of the KV cache depend on, for sessions."""
         self.engine, self.tokenizer, self.path, self.on_overflow = engine, tokenizer, path, on_overflow
         self.load_seconds = 0.0
         self._planned, self._answering = planned, AnswerThreads()
@@ -139,18 +139,18 @@ class Model:
 
     @property
     def context(self) -> int:
-        """Positions there is room for."""
+        """The number of positions that there is room for."""
         return self.engine.context
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the KV file now: it grows as the context fills."""
+        """Bytes of the KV file now. It grows as the context fills."""
         return self.engine.kv_bytes
 
     @property
     def duty(self) -> float:
-        """The share of the time that may be spent computing, from 0.01 to 1: after each step the model rests. For running in
-        the background or on battery; may be set at any time, also while an answer comes. The share of cores is `threads`."""
+        """The share of the time that may be spent computing, from 0.01 to 1: the model rests after each step. Useful in the
+        background or on battery. It may be set at any time, even during an answer. `threads` sets the share of cores."""
         return self.engine.duty.share
 
     @duty.setter
@@ -159,7 +159,7 @@ class Model:
 
     @property
     def stats(self) -> Stats:
-        """What it has computed and what it takes now; answers at once, also while another thread computes."""
+        """Counts of what was computed, and memory in use. Returns at once, even while another thread computes."""
         return Stats.of(self.engine, self._planned, self.load_seconds)
 
     def logits(self, ids: Ids) -> NDArray[np.float32]:
@@ -176,16 +176,16 @@ class Model:
         session: Session | None = None,
         **sampling: Any,
     ) -> Generation:
-        """Token ids that continue `ids`, until </s> (which is not given), `max_new_tokens` or a full context."""
+        """Token ids that continue `ids`, until </s> (not included), `max_new_tokens` or a full context."""
         params = SamplingParams(**{**self.tokenizer.defaults, **sampling})
         home = None if session is None else session.sequence
         return self.engine.generate(ids, params, max_new_tokens, progress, cancel, home)
 
     def session(self, path: str | os.PathLike[str]) -> Session:
-        """Open the session in a file, which is made if there is none: give it to `chat`, and a restart loses nothing.
+        """Open the session in a file, or create the file. Give the session to `chat`, and a restart loses nothing.
 
-        BadSession: the file is of another model, tokenizer or KV format, damaged in its header, newer, or in use; it is left
-        as it is. A session of which only a part is valid goes on from there, and its `notice` says so.
+        BadSession: the file belongs to another model, tokenizer or KV format, has a damaged header, is newer, or is in use.
+        The file is not changed. If only a part of a session is valid, it continues from there, and its `notice` says so.
         """
         from edgemistral.session import Session
 
@@ -204,12 +204,12 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **sampling: Any,
     ) -> Reply:
-        """The answer to a conversation, in pieces of text. A last message of the assistant's is continued.
+        """The answer to a conversation, in pieces of text. If the last message is the assistant's, it is continued.
 
-        tools: in OpenAI's shape, for a chat template that takes them.
-        session: keeps tokens and messages in its file. on_overflow: "error" raises ContextOverflow for a conversation that is
-        longer than the context; "drop-oldest" leaves out whole oldest turns, never the system text, and `Reply.dropped` says
-        which; None is what `load` was given.
+        tools: in OpenAI's shape, if the chat template supports them.
+        session: keeps tokens and messages in its file. on_overflow, if the conversation is longer than the context: "error"
+        raises ContextOverflow; "drop-oldest" leaves out whole oldest turns, never the system text, and `Reply.dropped` says
+        which; None means the choice given to `load`.
         """
         on_overflow = self.on_overflow if on_overflow is None else on_overflow
         check_on_overflow(on_overflow)
@@ -231,8 +231,8 @@ class Model:
     def achat(self, messages: Messages, max_new_tokens: int | None = None, **options: Any) -> AsyncReply:
         """`chat` for an event loop: `async for piece in model.achat(messages)`. options: those of `chat`.
 
-        It computes on a thread; `progress` and `cancel` are called there. What is wrong with the arguments is raised when the
-        first piece is asked for. Cancelling the task cancels the answer.
+        It computes on a thread, and calls `progress` and `cancel` there. Errors in the arguments are raised when the first
+        piece is requested. Cancelling the task cancels the answer.
         """
         return AsyncReply(lambda: self.chat(messages, max_new_tokens, **options), self._answering)
 
@@ -254,7 +254,7 @@ class Model:
         return Reply(generation, self._decoder(ids), stops)
 
     def close(self) -> None:
-        """Wait for the step in progress, then let go of the KV file, the threads and the blob. Answers that are under way raise
+        """Wait for the current step, then release the KV file, the threads and the blob. Unfinished answers raise
         EdgeMistralError."""
         self.engine.close()
         self._answering.close()
@@ -266,14 +266,14 @@ class Model:
         self.close()
 
     def begin(self) -> list[int]:
-        """What a text without a template begins with."""
+        """The ids that a text without a template begins with."""
         return [self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []
 
     def _encode(
         self, messages: Messages, on_overflow: OnOverflow, max_new_tokens: int | None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[Ids, tuple[int, ...]]:
-        """The ids of a conversation, its answers as they were written here; and the messages that are left out."""
+        """The ids of a conversation, with the ids of answers as this model wrote them; and the messages left out."""
         def encode(messages: Messages) -> list[int]:
             return self._written.restore(self.tokenizer.encode_chat(messages, tools), messages, self.engine.end_ids)
 
@@ -282,7 +282,7 @@ class Model:
         return fit(messages, encode, self.context, max_new_tokens)
 
     def _decoder(self, before: Ids) -> StreamDecoder:
-        """A decoder for what follows these ids: only at the start of a text does the first piece lose its space."""
+        """A decoder for tokens after these ids. Only at the start of a text does the first piece lose its space."""
         decoder = StreamDecoder(self.tokenizer)
         for token_id in before[-1:]:
             decoder.push(token_id)
@@ -293,9 +293,9 @@ class Reply(Iterator[str]):
     """Text that arrives in pieces: whole characters, and nothing of a stop string.
 
     text: all pieces so far. usage: counts and times so far. finish_reason: None until the end, then "stop" (</s> or a
-    stop string), "length" (max_new_tokens), "context" (it is full) or "cancelled". token_ids: of the tokens so far, and starts:
-    where the text of each begins; a token that begins at or after the end of `text` is still held back, or at the end
-    was cut off by a stop string.
+    stop string), "length" (max_new_tokens), "context" (it is full) or "cancelled". token_ids: the tokens so far. starts:
+    where the text of each begins. A token that begins at or after the end of `text` is held back, or was cut off by a
+    stop string.
     """
 
     def __init__(
@@ -312,8 +312,8 @@ class Reply(Iterator[str]):
         self._ended = False
 
     def cancel(self) -> None:
-        """Stop it, from any thread: within one token, or one chunk of a long prompt. The text so far stays, whoever iterates
-        gets no more of it, and `finish_reason` is "cancelled". The conversation can go on from there."""
+        """Stop the answer, from any thread, within one token or one chunk of a long prompt. The text so far stays, the
+        iteration ends, and `finish_reason` is "cancelled". The conversation can continue from there."""
         self._generation.cancel()
 
     @property
@@ -332,12 +332,12 @@ class Reply(Iterator[str]):
 
     @property
     def ended(self) -> bool:
-        """Whether no more text comes."""
+        """Whether the text is complete."""
         return self._ended
 
     @property
     def ids_of_text(self) -> list[int]:
-        """The tokens of `text`: without those that a stop string cut off."""
+        """The tokens of `text`, without those that a stop string cut off."""
         return [token for token, start in zip(self.token_ids, self.starts, strict=True) if start < len(self.text)]
 
     @property
@@ -361,14 +361,14 @@ class Reply(Iterator[str]):
         raise StopIteration
 
     def ready_text(self) -> str:
-        """The text of the tokens that are there already, without computing any."""
+        """The text of the tokens computed so far; computes nothing."""
         text = ""
         while not self._ended and self._generation.ready:
             text += self._next_piece()
         return text
 
     def _next_piece(self) -> str:
-        """What the next token brings, which may be nothing."""
+        """The text of the next token; it may be empty."""
         token_id = next(self._generation, None)
         if token_id is None:
             piece = self._stops.push(self._decoder.flush()) + self._stops.flush()

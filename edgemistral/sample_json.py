@@ -4,10 +4,10 @@
 
 `input_string` is one of
     [{"role": ..., "content": ...}, ...]     one conversation, one answer
-    ["text", ...]                            prompts: each one a user's message of its own
+    ["text", ...]                            prompts: each is a conversation with one user message
     [[{"role": ..., ...}, ...], ...]         conversations
-and with "per_message": true in the parameters, every message of a single conversation is a prompt of its own: that is
-how the card's sample output came to have an answer for each of three messages, the third of which never saw the first.
+With "per_message": true in the parameters, every message of a single conversation is a separate prompt. The card's sample
+output was made that way: it has three answers to three messages, and the third answer does not know the first message.
 "safe_prompt": true puts the guardrail that Mistral recommends before every conversation.
 """
 
@@ -49,7 +49,7 @@ class SampleRequest:
     options: dict[str, Any]   # arguments of Model.chat
     return_full_text: bool
     safe_prompt: bool
-    warnings: list[str]       # a line for each name in the request that means nothing here
+    warnings: list[str]       # a line for each unknown name in the request
 
 
 def parse(data: object) -> SampleRequest:
@@ -81,7 +81,7 @@ def parse(data: object) -> SampleRequest:
 
 
 def _in_our_words(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The parameters as they are spelled here; what is not done is a BadRequest, as in the other interfaces."""
+    """The parameters under our names. BadRequest: one is not supported, as in the other interfaces."""
     flags = {name: value for name, value in parameters.items() if name in OTHERS and name not in ("max_new_tokens", "stop")}
     try:
         made = normalised({name: value for name, value in parameters.items() if name not in flags})
@@ -103,15 +103,15 @@ def answer(model: Model, request: SampleRequest) -> list[dict[str, str]]:
 def replies(
     model: Model, request: SampleRequest, progress: Progress | None = None, cancel: Cancel | None = None
 ) -> list[Reply]:
-    """A reply for each prompt, of which nothing is computed yet.
+    """A reply for each prompt. Nothing is computed yet.
 
-    Everything is checked before the first is answered: BadRequest as in `parse`, and ContextOverflow.
+    Raises BadRequest, as `parse` does, and ContextOverflow, for any of the prompts.
     """
     names = {name: f"{PARAMETERS}.{name}" for name in ("stop", "max_new_tokens")}
     made = []
     for prompt in request.prompts:
         with _renamed({"messages": prompt.field, **names}):
-            chat_turns(prompt.messages)   # before the guardrail, which would shift the numbers of messages
+            chat_turns(prompt.messages)   # checked before the guardrail, which shifts the message numbers
             messages = with_guardrail(prompt.messages) if request.safe_prompt else prompt.messages
             made.append(model.chat(messages, progress=progress, cancel=cancel, **request.options))
     return made
@@ -126,7 +126,7 @@ def output(model: Model, request: SampleRequest, texts: Sequence[str]) -> list[d
 
 
 def _text_of(messages: Messages, model: Model) -> str:
-    """A single message as it was given, a conversation as the chat template spells it."""
+    """A single message unchanged; a conversation in the form of the chat template."""
     if len(messages) == 1:
         return str(messages[0]["content"])
     return model.tokenizer.decode(model.tokenizer.encode_chat(messages))
@@ -169,7 +169,7 @@ def _typed(value: object, kind: type, field: str) -> Any:
 
 @contextmanager
 def _renamed(names: dict[str, str]) -> Iterator[None]:
-    """Let a BadRequest about a field that begins with one of these names call it by its path in the request."""
+    """Rename the field of a BadRequest, by its first name, to its path in the request."""
     try:
         yield
     except BadRequest as error:

@@ -1,4 +1,4 @@
-"""A conversation in a file: after a restart, a crash or a power cut it goes on without being read again."""
+"""A conversation in a file: after a restart, a crash or a power cut it continues without reading the prompt again."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 class Session:
     """One session, open until `close`; a context manager. Made by `Model.session`.
 
-    Give it to `Model.chat`, `complete` or `generate`: the tokens of prompt and answer are then kept in its file, and a prompt
-    that begins like them computes the rest only. Without it nothing is read or written.
+    Give it to `Model.chat`, `complete` or `generate`. Its file then keeps the tokens of prompt and answer, and only the rest of
+    a prompt that begins with them is computed. Calls without the session do not read or write the file.
 
-    path: of the file. messages: of the conversation, as the last `chat` left it; a new list may be assigned. notice: one line
-    if the file had to be cut back when it was opened, or "".
+    path: of the file. messages: the conversation after the last `chat`; a new list may be assigned. notice: one line if a part
+    of the file was invalid when it was opened, or "".
     """
 
     def __init__(self, engine: Engine, path: Path, binding: Mapping[str, Any], model: str, written: WrittenTexts) -> None:
@@ -70,7 +70,7 @@ class Session:
 
     @property
     def sequence(self) -> Sequence:
-        """What the engine continues. Raises EdgeMistralError once the session is closed."""
+        """The sequence that the engine continues. Raises EdgeMistralError once the session is closed."""
         if not self._open:
             raise EdgeMistralError(f"{self.path}: the session is closed")
         return self._sequence
@@ -81,13 +81,13 @@ class Session:
 
     @property
     def ids(self) -> NDArray[np.int32]:
-        """The ids of the positions it holds, as a copy."""
+        """The ids of its positions, as a copy."""
         ids: NDArray[np.int32] = self.sequence.ids.copy()
         return ids
 
     @property
     def tokens(self) -> int:
-        """Positions it holds."""
+        """The number of its positions."""
         return self.sequence.length
 
     @property
@@ -100,7 +100,7 @@ class Session:
         self.save()
 
     def save(self) -> None:
-        """Put everything so far on the disk. `chat` does so at the end of each answer. Raises EdgeMistralError if it cannot."""
+        """Write everything to the disk, as `chat` does after each answer. Raises EdgeMistralError if that fails."""
         written = {
             str(n): list(ids) for n, message in enumerate(self._messages)
             if message["role"] == "assistant" and isinstance(text := message.get("content"), str)
@@ -109,12 +109,12 @@ class Session:
         self._engine.save(self.sequence, json.dumps({"messages": self._messages, "written": written}))
 
     def clear(self) -> None:
-        """Forget the conversation, in the file too."""
+        """Delete the conversation, in the file too."""
         self._messages = []
         self._engine.save(self.sequence, json.dumps({"messages": [], "written": {}}), length=0)
 
     def close(self) -> None:
-        """Save and let go of the file. Raises EdgeMistralError if it cannot be saved; it is closed then, too."""
+        """Save and close the file. Raises EdgeMistralError if saving fails; the file is closed in any case."""
         if self._open:
             self._open = False
             self._engine.unpin(self._sequence)
@@ -126,7 +126,7 @@ class Session:
         self.close()
 
     def _read(self, notes: str) -> list[dict[str, Any]]:
-        """The messages in a file's notes; what spells answers otherwise than the tokenizer is remembered."""
+        """The messages in a file's notes. Answers whose ids differ from the tokenizer's are remembered."""
         if not notes:
             return []
         fields = strict_json.parse(notes, f"{self.path}: notes", BadSession)
@@ -143,7 +143,7 @@ class SessionFolder:
     """Sessions by name, for a server. Threads may share it."""
 
     def __init__(self, folder: Path, most: int = MOST_OPEN) -> None:
-        """most: sessions that stay open while nobody uses them. BadInput: the folder cannot be had."""
+        """most: unused sessions that stay open. BadInput: the folder cannot be used."""
         self.folder, self._most = folder, most
         self._open: OrderedDict[str, Session] = OrderedDict()     # the least recently used first
         self._lock = threading.Lock()
@@ -153,16 +153,16 @@ class SessionFolder:
             raise BadInput(f"{folder}: cannot be the folder of sessions: {error.strerror}") from None
 
     def get(self, model: Model, name: str) -> Session:
-        """The session of a name, which is made if there is none. BadRequest: it is no name; BadSession: see `Model.session`."""
+        """The session with this name, made if there is none. BadRequest: an invalid name; BadSession: see `Model.session`."""
         if not re.fullmatch(SESSION_NAME, name) or name.lower() in RESERVED:
-            raise BadRequest("session must be up to 100 letters, digits, - and _, and no name of a device", "session")
+            raise BadRequest("session must be up to 100 letters, digits, - and _, and not the name of a device", "session")
         with self._lock:
             session = self._open.pop(name, None)
             if session is None:
                 self._close_idle(model, self._most - 1)
                 try:
                     session = model.session(self.folder / f"{name}.session")
-                except BadSession as problem:                        # a client need not know where it lies
+                except BadSession as problem:                        # a client must not learn the path
                     raise BadSession(str(problem).replace(f"{self.folder}{os.sep}", "")) from None
                 if session.notice:
                     logger.warning("%s", session.notice)
@@ -171,16 +171,16 @@ class SessionFolder:
             return session
 
     def _close_idle(self, model: Model, most: int) -> None:
-        """Leave so many open, fewer if the memory for conversations is full of them."""
+        """Close unused sessions until `most` are open, or fewer if they fill the memory for conversations."""
         for name in [one for one, held in self._open.items() if not model.engine.writes_to(held.sequence)]:
             if len(self._open) <= most and not model.engine.sessions_over_budget:
                 break
-            with contextlib.suppress(EdgeMistralError):              # what was saved last stays
+            with contextlib.suppress(EdgeMistralError):              # the last save stays valid
                 self._open.pop(name).close()
 
 
 def binding_of(blob: Blob, kv_bits: int) -> dict[str, Any]:
-    """What decides the bits of the KV cache: the session of one model is never taken for that of another."""
+    """Everything that decides the bits of the KV cache, so that a session is never used with another model."""
     return {
         "blob": blob.metadata[SEAL],
         "tokenizer": blob.metadata["sha256:tokenizer"],

@@ -1,8 +1,7 @@
-"""Requests as clients spell them, put into our words before anything is checked.
+"""Translates the field names and values of other servers to ours, before anything is checked.
 
-One table for the names of other servers, one for their ways to say "none", one for what this server does not do: a field that
-limits or shapes an answer is obeyed or refused, never passed over. Only what is known to be harmless is ignored, and named in
-the `warnings` header.
+The tables: names of other servers, their ways to say "none", and fields that are not supported. A field that limits or shapes
+an answer is obeyed or refused, never ignored. Only harmless fields are ignored; the `warnings` header names them.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ ALIASES = {
     "temp": "temperature", "topP": "top_p", "topK": "top_k", "num_return_sequences": "n", "regex": "guided_regex",
     "ebnf": "guided_grammar", "grammar_string": "grammar",
 }
-# What would change the answer and is not done here, with the values that ask for nothing.
+# Fields that would change the answer and are not supported, with the neutral values that are accepted.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "typical_p": (1, 0), "tfs_z": (1, 0), "mirostat": (0, False), "xtc_probability": (0,), "dry_multiplier": (0,),
     "top_a": (0,), "eta_cutoff": (0,), "epsilon_cutoff": (0,), "dynatemp_range": (0,), "suffix": ("",),
@@ -42,7 +41,7 @@ INTEGERS = (
     "max_new_tokens", "max_tokens", "max_completion_tokens", "min_tokens", "n", "top_k",
     "seed", "top_logprobs", "logprobs", "best_of",
 )
-NO_LIMIT = ("max_new_tokens", "max_tokens", "max_completion_tokens")      # -1 is none
+NO_LIMIT = ("max_new_tokens", "max_tokens", "max_completion_tokens")      # -1 means no limit
 
 
 def check_texts(body: Any) -> None:
@@ -63,7 +62,7 @@ def check_texts(body: Any) -> None:
 
 
 def normalised(body: Any) -> Any:
-    """A request's object in our words. Raises BadRequest, whose `field` is the name as it came, for what is not done here."""
+    """A request's object under our names. BadRequest: a field is not supported; `field` is its name in the request."""
     if not isinstance(body, Mapping):
         return body
     made: dict[str, Any] = dict(body)
@@ -71,7 +70,7 @@ def normalised(body: Any) -> Any:
         if theirs in made:
             value = made.pop(theirs)
             if ours in made and made[ours] is not None and made[ours] != value and value is not None:
-                raise BadRequest(f"{theirs} and {ours} are given, which mean the same here", theirs)
+                raise BadRequest(f"{theirs} and {ours} are both given, and mean the same here", theirs)
             made.setdefault(ours, value)
     for name, neutral in REFUSED.items():
         if name not in made:
@@ -80,20 +79,20 @@ def normalised(body: Any) -> Any:
         if value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral):
             del made[name]
         elif name != "best_of":
-            raise BadRequest(f"{name} is {str(value)[:60]!r}, which this server does not do", name)
+            raise BadRequest(f"{name} is {str(value)[:60]!r}: this server does not support it", name)
     if made.pop("do_sample", None) is False:
-        made["temperature"] = 0         # the name of transformers for the most likely token each time
+        made["temperature"] = 0         # transformers' do_sample: false means greedy
     if "modalities" in made and made.pop("modalities") not in (None, ["text"]):
         raise BadRequest("modalities: this server answers in text only", "modalities")
     made = without_none(made)
     best_of = made.pop("best_of", None)
     if best_of is not None and best_of not in (1, made.get("n") or 1):
-        raise BadRequest(f"best_of is {str(best_of)[:20]}: only as many answers as n are written", "best_of")
+        raise BadRequest(f"best_of is {str(best_of)[:20]}: it must be 1 or equal to n", "best_of")
     return made
 
 
 def without_none(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The same parameters, where -1, "" and the like are spelled as null, and whole floats as integers."""
+    """The same parameters, with null for -1, "" and the like, and integers for whole floats."""
     made = dict(parameters)
     for name in INTEGERS:
         value = made.get(name)
@@ -105,14 +104,14 @@ def without_none(parameters: Mapping[str, Any]) -> dict[str, Any]:
     if _is_number(made.get("top_k")) and made["top_k"] < 0:
         made["top_k"] = 0
     if _is_number(made.get("seed")) and made["seed"] < 0:
-        made["seed"] = None             # a new one each time
+        made["seed"] = None             # a new random one each time
     if "stop" in made:
         made["stop"] = _stops(made["stop"])
     return made
 
 
 def _stops(value: Any) -> Any:
-    """Empty strings stop nothing, and null is no string."""
+    """Leave out empty strings, and read null as no stop string."""
     if value == "":
         return None
     if isinstance(value, list):

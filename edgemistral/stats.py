@@ -1,4 +1,4 @@
-"""What a model has done and what it takes, as figures."""
+"""Figures of a model: what it has computed, and the memory it uses."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ class Stats:
     """Counts since `load`, and memory now. `Reply.usage` has the figures of one answer."""
 
     load_seconds: float
-    prompt_tokens: int       # computed: not those that were kept from before
+    prompt_tokens: int       # computed, without those from the cache
     decoded_tokens: int      # computed one at a time or verified; wrong guesses count
     steps: int
     compute_seconds: float
-    threads: int             # 0 for an engine that was made elsewhere, as in the next four
+    threads: int             # this and the next four are 0 for an engine made elsewhere
     weights_bytes: int       # mapped from the file
     work_bytes: int          # ordinary memory
-    kv_budget: int           # bytes that kept conversations may take
+    kv_budget: int           # bytes for conversations that are kept
     context: int             # positions
     kv_bytes: int            # of the KV file now
     duty: float
 
     @property
     def tokens_per_second(self) -> float:
-        """Of everything that was computed."""
+        """The rate over everything that was computed."""
         return (self.prompt_tokens + self.decoded_tokens) / self.compute_seconds if self.compute_seconds else 0.0
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What command line and chat need of a terminal: one changing line, wrapped text that cannot harm it, Ctrl-C as a wish."""
+"""The terminal, for the command line and the chat: a status line, wrapped and safe text, Ctrl-C as a request to stop."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from typing import TextIO
 
 COMPILING = "compiling for this processor, the first time only"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# A model may write any character, and a terminal obeys some: all control characters but tab and line feed. Half a
-# surrogate pair, which a name of a file may hold, cannot be written at all.
+# A model may write any character, and a terminal obeys control characters: all but tab and line feed are replaced. Half a
+# surrogate pair, which a file name may contain, cannot be written at all.
 _CONTROLS = {code: REPLACEMENT for code in (*range(0x20), *range(0x7F, 0xA0), *range(0xD800, 0xE000)) if code not in (9, 10)}
 
 
 def printable(text: str) -> str:
-    """The text without characters that could move the cursor, change colours or worse."""
+    """The text without characters that control a terminal, such as moves of the cursor."""
     return text.translate(_CONTROLS)
 
 
 def columns(stream: TextIO) -> int:
-    """The width of the terminal that a stream writes to, asked anew because windows change; 80 if nobody knows."""
+    """The current width of the terminal that a stream writes to; 80 if it is unknown."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError):   # no terminal, or a stream without a file
@@ -43,7 +43,7 @@ def cells(text: str) -> int:
 
 
 def cut(text: str, width: int) -> str:
-    """The text if it fits into `width` columns, else its beginning and dots: plain ones, for terminals that know no others."""
+    """The text if it fits into `width` columns, else its beginning and three ASCII dots, which every terminal can show."""
     if cells(text) <= width:
         return text
     dots = "..."[: max(width, 0)]
@@ -53,7 +53,7 @@ def cut(text: str, width: int) -> str:
 
 
 class StatusLine:
-    """A line on standard error that is overwritten and leaves nothing behind; silent when that is no terminal.
+    """A line on standard error that is overwritten and leaves nothing behind. It prints nothing if that is not a terminal.
 
     A text wider than the terminal is cut: a line that wraps could not be overwritten.
     """
@@ -64,7 +64,7 @@ class StatusLine:
 
     def show(self, text: str) -> None:
         if self._enabled:
-            room = columns(sys.stderr) - 1   # a cursor after the last column may already be on the next line
+            room = columns(sys.stderr) - 1   # after the last column the cursor may already be on the next line
             text = cut(printable(text), room)
             blanks = max(0, min(self._shown, room) - cells(text))
             print(f"\r{text}{' ' * blanks}", end="", file=sys.stderr, flush=True)
@@ -77,7 +77,7 @@ class StatusLine:
             self._shown = 0
 
     def prompt_progress(self, done: int, total: int) -> None:
-        """A `progress` for the engine: how far the prompt is read, then a word that stays until the first of the answer."""
+        """The engine's `progress` callback: shows how much of the prompt is read, then "thinking" until the answer begins."""
         self.show(f"reading the prompt: {done} of {total} tokens" if done < total else "thinking ...")
 
     def __enter__(self) -> StatusLine:
@@ -88,19 +88,18 @@ class StatusLine:
 
 
 class WordWrap:
-    """Text that comes in pieces, to be printed on a terminal: a word that does not fit goes whole into the next line.
+    """Wraps text that comes in pieces: a word that does not fit moves to the next line.
 
-    width: a function, because a window may change while an answer comes. Lines of code (between ``` fences) are left
-    as they are, so that they can be copied, and so is a word that is wider than a whole line. The last word is held
-    back until it ends.
+    width: a function, because a window may change during an answer. Lines of code (between ``` fences) are not wrapped, so
+    that they can be copied; nor is a word wider than a line. The last word is held back until it ends.
     """
 
     def __init__(self, width: Callable[[], int]) -> None:
         self._width = width
         self._column = 0      # of the cursor
-        self._line = ""       # the text of the line so far, as it came: tells fences
-        self._blanks = ""     # held back: they vanish where a line is wrapped
-        self._word = ""       # held back: it may go on
+        self._line = ""       # the line so far, before wrapping: to find fences
+        self._blanks = ""     # held back: dropped if the line is wrapped there
+        self._word = ""       # held back: it may continue
         self._in_code = False
 
     def push(self, piece: str) -> str:
@@ -125,7 +124,7 @@ class WordWrap:
             printed = self._end_word()
             self._blanks += character
             return printed
-        # A line may break at both sides of a wide character, such as a Chinese one, but not before a combining mark.
+        # A line may break on both sides of a wide (for example Chinese) character, but not before a combining mark.
         wide = cells(character) == 2 or (cells(self._word[:1]) == 2 and cells(character) > 0)
         printed = self._end_word() if wide else ""
         self._word += character
@@ -164,7 +163,7 @@ class WordWrap:
 
 
 def wrapped(text: str, stream: TextIO, indent: int = 0) -> str:
-    """A text for a stream: safe, and wrapped at words where that is a terminal; later lines begin with `indent` blanks."""
+    """A safe text for a stream, wrapped at words if it is a terminal. Later lines begin with `indent` blanks."""
     if not stream.isatty():
         return text
     width = columns(stream)
@@ -174,7 +173,7 @@ def wrapped(text: str, stream: TextIO, indent: int = 0) -> str:
 
 
 def print_answer(pieces: Iterator[str], status: StatusLine) -> None:
-    """Print an answer as it comes, safe and wrapped where standard output is a terminal; the line ends whatever happens.
+    """Print an answer as it comes; if standard output is a terminal, safe and wrapped. Always ends the line, even on errors.
 
     The status line stays until there is a word to print.
     """
@@ -211,7 +210,7 @@ def stoppable() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def compile_notice() -> Iterator[None]:
-    """While inside, say on standard error when kernels have to be compiled: with a clock, if that is a terminal."""
+    """While inside, report on standard error when kernels are compiled; with a clock if it is a terminal."""
     from edgemistral.kernels import jit  # imports numba
 
     before, notice = (jit.on_compile, jit.on_compiled), _CompileNotice()
@@ -224,7 +223,7 @@ def compile_notice() -> Iterator[None]:
 
 
 class _CompileNotice:
-    """Tells of compilations, one after another; the compiler itself cannot tell how far it is."""
+    """Reports compilations, one after another. The compiler gives no progress, so a clock is shown."""
 
     def __init__(self) -> None:
         self._start = 0.0

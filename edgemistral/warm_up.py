@@ -1,4 +1,4 @@
-"""Everything that would be made on a first use, made ahead of time: by an installer, say, or before going on a train."""
+"""Makes everything that a first use would make, ahead of time: for example in an installer, or before going offline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgemistral.paths import cache_dir
 
 @contextlib.contextmanager
 def _cache_in(folder: Path) -> Iterator[None]:
-    """Let the cache be in another folder for a while."""
+    """Use another cache folder while inside."""
     before = os.environ.get("EDGEMISTRAL_CACHE")
     os.environ["EDGEMISTRAL_CACHE"] = str(folder)
     try:
@@ -32,8 +32,8 @@ def _cache_in(folder: Path) -> Iterator[None]:
 def warm_up(into: Path | None = None) -> Path:
     """Compile all kernels for this processor and make the demo model; returns the folder where they are kept.
 
-    into: a folder to put them, in place of the user's cache, for an application that is to be frozen with them.
-    Half a minute the first time, a second when everything is there. Raises BadInput when the folder cannot be written.
+    into: the folder to use instead of the user's cache, for a frozen application that will contain it.
+    Takes half a minute the first time, a second if everything exists. Raises BadInput if the folder cannot be written.
     """
     if into is not None:
         rewritten = {name: stored.read(name) for name in unroll.names}

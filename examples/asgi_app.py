@@ -1,4 +1,4 @@
-"""The server inside an application of your own, with a review of every prompt and answer.
+"""The server inside your own application, with a review of every prompt and answer.
 
     python examples/asgi_app.py [MODEL]        answers one request without a network and ends
     uvicorn examples.asgi_app:app              serves it (the demo model)
@@ -15,7 +15,7 @@ from edgemistral.server import Refused, create_app
 
 
 def review(kind, value):
-    """kind "prompt": messages or a text; "answer": a text. What is returned goes on; Refused goes to the client."""
+    """kind "prompt": messages or a text; "answer": a text. Return the value to use; the client sees the text of Refused."""
     if "password" in str(value):
         raise Refused("no passwords, please")
     return value

@@ -1,4 +1,4 @@
-"""The server as a child process of a desktop application, with nothing but the standard library on its side."""
+"""The server as a child process of a desktop application, which needs only the standard library."""
 
 import json
 import subprocess
@@ -10,11 +10,11 @@ command = [
     sys.executable, "-m", "edgemistral", "serve", model,
     "--port", "0",          # any free one
     "--announce",           # one line of JSON, once requests are answered
-    "--parent-watch",       # it ends with us, also if we crash: our end of its standard input closes then
+    "--parent-watch",       # it stops when we end, even after a crash: its standard input closes then
 ]
 with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
     line = server.stdout.readline()
-    if not line:            # it has said why on standard error
+    if not line:            # the reason is on standard error
         sys.exit("the server did not start")
     told = json.loads(line)
     messages = [{"role": "user", "content": "What should I see in Paris?"}]
@@ -29,4 +29,4 @@ with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, te
                 choices = json.loads(event[6:])["choices"]
                 print(choices[0]["delta"].get("content") or "" if choices else "", end="", flush=True)
     print()
-    server.stdin.close()    # the polite way to end it
+    server.stdin.close()    # ends it cleanly

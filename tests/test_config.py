@@ -110,7 +110,7 @@ def test_rotary_frequencies_are_those_of_transformers(scaling: dict[str, Any] | 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_bias": True}, "attention_bias is True; supported are models without biases"),
+        ({"attention_bias": True}, "attention_bias is True; supported: models without biases"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures.*LlamaForSequenceClassification"),
         ({"architectures": ["MistralForCausalLM"]}, "model_type is 'llama', architectures"),
@@ -119,7 +119,7 @@ def test_rotary_frequencies_are_those_of_transformers(scaling: dict[str, Any] | 
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor 4.0, not below"),
         ({"rope_scaling": {"type": "linear", "factor": -1}}, "'linear' has factor '-1'"),
         ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "'linear' has factor 'None'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "supported are unscaled rotary positions and linear"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "supported: unscaled rotary positions and linear"),
         ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "rope_scaling is"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "contradict"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -116,4 +116,4 @@ def test_the_site_has_no_broken_links(tmp_path):
     done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Map a blob and make ready to run it" in (tmp_path / "python" / "index.html").read_text("utf-8")
+    assert "Map a blob and prepare to run it" in (tmp_path / "python" / "index.html").read_text("utf-8")

@@ -214,8 +214,8 @@ def test_run_and_sessions(tmp_path):
         "run", "demo", "--greedy", "--session", path, text="And in winter?\n/stats\n/save " + str(tmp_path / "a.json") + "\n"
     )
     saved = json.loads((tmp_path / "a.json").read_text())["messages"]
-    assert code == 0 and "(going on with 2 messages" in err and len(saved) == 4 and saved[1]["content"] == first[:-1]
-    assert "of them known already" in out
+    assert code == 0 and "(continuing with 2 messages" in err and len(saved) == 4 and saved[1]["content"] == first[:-1]
+    assert "of them from the cache" in out
     (tmp_path / "other.txt").write_text("not ours")
     code, out, _ = command("sessions", tmp_path, "--json")
     listed = json.loads(out)
@@ -228,7 +228,7 @@ def test_run_and_sessions(tmp_path):
     code, out, _ = command("sessions", path, "--verify")
     assert code == 1 and "the rest is damaged" in out
     code, _, err = command("run", "demo", "And in Rome?", "--greedy", "--session", path)
-    assert code == 0 and "note: " in err and "goes on from" in err
+    assert code == 0 and "note: " in err and "continues from" in err
     for arguments in (["--raw", "x"], ["--json", "-"]):
         code, _, err = command("run", "demo", *arguments, "--session", path)
         assert code == 2 and len(err.splitlines()) == 1
@@ -274,7 +274,7 @@ class TestInTheChat:
         chat.take("And in winter?")
         assert chat._last.usage.cached_tokens > 8
         chat.take("/resume rome.session")
-        assert "the present conversation" in capsys.readouterr().err
+        assert "the current conversation" in capsys.readouterr().err
         model.session(paris).close()            # it was let go of
         chat.close()
         with model.session(rome) as session:

@@ -1,4 +1,4 @@
-"""edgemistral bench: the speed of a model on this computer, beside what this computer can do."""
+"""edgemistral bench: the speed of a model on this computer, compared with the computer's limits."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers above zero or zero, separated by commas."""
+    """Whole numbers, zero or more, separated by commas."""
     try:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
         values = (-1,)
     if min(values) < 0:
-        raise click.BadParameter(f"{text!r} is no list of numbers such as 1,512,2048")
+        raise click.BadParameter(f"{text!r} is not a list of numbers such as 1,512,2048")
     return values
 
 
 @click.command(cls=Command)
 @model_argument
-@click.option("--prompts", type=numbers, default="512", show_default=True, help="Sizes of prompts to read, in tokens.")
-@click.option("--depths", type=numbers, default="0", show_default=True, help="Positions the cache holds before.")
+@click.option("--prompts", type=numbers, default="512", show_default=True, help="Prompt lengths to measure, in tokens.")
+@click.option("--depths", type=numbers, default="0", show_default=True, help="Tokens already in the cache.")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=5, show_default=True, help="Rounds to take medians over.")
 @kv_bits_option
 @threads_option
@@ -43,10 +43,10 @@ def bench(
     threads: Threads,
     as_json: bool,
 ) -> None:
-    """Measure reading a prompt and decoding, in tokens a second and as shares of this computer's own limits.
+    """Measure reading a prompt and decoding, in tokens per second and as shares of this computer's limits.
 
-    Decoding is held against the bandwidth of memory, a prompt against the rate of int8 products; both are measured in the
-    same rounds with the same instructions.
+    The limit of decoding is the memory bandwidth; the limit of reading a prompt is the rate of int8 products. Both limits are
+    measured in the same rounds with the same instructions.
 
     \b
     Example:

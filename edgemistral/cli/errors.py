@@ -1,4 +1,4 @@
-"""How the command line fails: one line on standard error, exit code 2 for bad usage or input, 1 at run time."""
+"""Errors of the command line: one line on standard error, exit code 2 for bad usage or input, 1 for run-time errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Cli(click.Group):
         try:
             code = super().main(args, **{**options, "standalone_mode": False}) or 0
             sys.stdout.flush()
-        except BrokenPipeError:   # the reader has gone: nothing to say, and nothing more to flush at exit
+        except BrokenPipeError:   # the reader has closed the pipe: exit without a message or a flush
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = FAILED
         except (click.Abort, KeyboardInterrupt):
@@ -73,22 +73,22 @@ def describe(error: Exception) -> tuple[str, int]:
         message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), FAILED
         with contextlib.suppress(ValueError, TypeError):
             if error.filename and Path(error.filename).is_relative_to(cache_dir()):
-                message += " (EDGEMISTRAL_CACHE names another folder for what can be made again)"
+                message += " (EDGEMISTRAL_CACHE sets another cache folder)"
     else:
         message, code = f"{type(error).__name__}: {error} (a bug here: --debug shows where)", FAILED
     return " ".join(message.split()), code
 
 
 def _open_closed_streams() -> None:
-    """A program may be started without them: what is read is empty then, and what is written is lost."""
+    """Open the standard streams that are missing: reading gives nothing, and output is lost."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123
 
 
 def _use_utf8() -> None:
-    """Pipes on Windows, and a bare C locale, would otherwise refuse what people ask and models write."""
+    """Use UTF-8: pipes on Windows and the C locale would refuse many characters."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            with contextlib.suppress(io.UnsupportedOperation):     # a debugger has read from it already
+            with contextlib.suppress(io.UnsupportedOperation):     # for example, a debugger has read from it
                 stream.reconfigure(encoding="utf-8", errors="replace")

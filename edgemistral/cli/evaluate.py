@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 def eval_(model: str, text: str, reference: Path | None, threads: Threads, as_json: bool) -> None:
     """Measure how well MODEL predicts the text file TEXT (- is standard input): its perplexity.
 
-    TEXT may be a folder: then every file in it that ends in .txt or .md counts, one by one and together.
+    TEXT may be a folder: then every .txt and .md file in it is measured, each alone and all together.
 
-    With --reference also how far apart two predictions are: the Kullback-Leibler divergence, its mean and percentiles,
-    and how often the most likely token is another one. SOURCE is the checkpoint that MODEL was made of, which is computed
-    in float32, or a second model file of the same shape, which runs as it does for users.
+    With --reference, also compare the predictions of two models: the Kullback-Leibler divergence (mean and percentiles),
+    and how often the most likely token differs. SOURCE is the checkpoint of MODEL, computed in float32, or a second model
+    file of the same shape, which runs as usual.
 
     \b
     Example:
@@ -98,7 +98,7 @@ def _table(results: dict[str, Evaluation]) -> None:
 
 
 def _contents(text: str) -> dict[str, str]:
-    """By name the texts of a file or a folder."""
+    """The texts of a file or a folder, by name."""
     folder = Path(text)
     if text == "-" or not folder.is_dir():
         return {text: read_text(text)}
@@ -107,12 +107,12 @@ def _contents(text: str) -> dict[str, str]:
         raise BadInput(f"{text}: no file in this folder ends in .txt or .md")
     found = {path.name: read_text(str(path)) for path in files}
     if empty := [name for name, content in found.items() if not content]:
-        raise BadInput(f"{folder / empty[0]}: empty; give it a text or take it out of the folder")
+        raise BadInput(f"{folder / empty[0]}: empty; add text or remove the file")
     return found
 
 
 def _is_blob(path: Path) -> bool:
-    """Whether --reference names a model file of ours; a checkpoint is a folder, or a GGUF."""
+    """Whether --reference names one of our model files; a checkpoint is a folder or a GGUF."""
     if not path.is_file():
         return False
     with path.open("rb") as file:

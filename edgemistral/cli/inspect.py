@@ -1,4 +1,4 @@
-"""edgemistral inspect, verify, plan: what a model file holds, whether it is whole, and what it will take."""
+"""edgemistral inspect, verify, plan: the content of a model file, its checksums, and the memory that it needs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @model_argument
 @json_flag
 def inspect(model: str, as_json: bool) -> None:
-    """Show what MODEL holds: config, tensors, bits per weight, size, provenance.
+    """Show the content of MODEL: config, tensors, bits per weight, size, provenance.
 
     \b
     Example:
@@ -71,7 +71,7 @@ def inspect(model: str, as_json: bool) -> None:
 @click.command(cls=Command)
 @model_argument
 def verify(model: str) -> None:
-    """Recompute every checksum of MODEL. Exit code 1 names the tensor that is damaged.
+    """Recompute every checksum of MODEL. If a tensor is damaged, name it and exit with code 1.
 
     \b
     Example:
@@ -97,7 +97,7 @@ def verify(model: str) -> None:
 def plan(
     model: str, context: int | None, kv_bits: str, threads: Threads, kv_budget: int | None, max_ram: int | None, as_json: bool
 ) -> None:
-    """Show the exact memory that MODEL takes, before any of it is taken.
+    """Show how much memory MODEL will need.
 
     \b
     Example:
@@ -112,18 +112,18 @@ def plan(
     else:
         for label, size, remark in (
             ("weights", planned.weights_bytes, "mapped from the file"),
-            ("keys and values", planned.kv_bytes, f"{planned.context} tokens in {planned.kv_bits} bits, as they come"),
+            ("keys and values", planned.kv_bytes, f"{planned.context} tokens in {planned.kv_bits} bits, grows with them"),
             ("work space", planned.work_bytes, f"{planned.threads} threads"),
-            ("the program", planned.program_bytes, "Python, the kernels and the tokenizer, about"),
+            ("the program", planned.program_bytes, "about, for Python, the kernels and the tokenizer"),
             ("in all", planned.total_bytes, ""),
-            ("kept at most", planned.kv_budget, "keys and values of other conversations, too"),
+            ("kept at most", planned.kv_budget, "limit for the keys and values of all conversations"),
         ):
             click.echo(f"{label:16}{size:>16,} bytes{human_bytes(size):>12}   {remark}".rstrip())
     planned.check(max_ram)
 
 
 def _describe_text(blob: Blob) -> dict[str, Any]:
-    """What the blob says of the model's text."""
+    """The blob's facts about text."""
     from edgemistral.model import tokenizer_of
 
     tokenizer = tokenizer_of(blob)
@@ -140,7 +140,7 @@ def _describe_text(blob: Blob) -> dict[str, Any]:
 
 
 def describe(blob: Blob) -> dict[str, Any]:
-    """Everything about a blob that its header tells, as JSON values; sizes in bytes, counts without padding."""
+    """All facts in a blob's header, as JSON values; sizes in bytes, counts without padding."""
     config = blob.config
     per_layer = {
         "wqkv": (config.q_dim + 2 * config.kv_dim) * config.dim,
@@ -174,7 +174,7 @@ def describe(blob: Blob) -> dict[str, Any]:
         "text": _describe_text(blob),
         "calibration": _calibration(blob),
         "config": config.to_dict(),
-        # Equal for two files that were made of the same weights, whatever the recipes and the checkpoint's layout.
+        # Equal for two files made of the same weights, with any recipe and any layout of the checkpoint.
         "source_sha256": sources.hexdigest(),
         "tensors": [
             {
@@ -190,7 +190,7 @@ def describe(blob: Blob) -> dict[str, Any]:
 
 
 def _calibration(blob: Blob) -> dict[str, Any] | None:
-    """How the weights were prepared: method, text_sha256, tokens. None: not at all, or in words that are not known here."""
+    """The calibration of the weights: method, text_sha256, tokens. None: none, or a description that is not understood."""
     try:
         found = json.loads(blob.metadata.get("calibration", "null"))
         return {"method": str(found["method"]), "text_sha256": str(found["text_sha256"]), "tokens": int(found["tokens"])}

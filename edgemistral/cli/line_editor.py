@@ -1,4 +1,4 @@
-"""Reading a message in a terminal: line editing, several lines, history across runs, completion of /commands."""
+"""Reads a message in a terminal: line editing, several lines, history across runs, completion of /commands."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ PROMPT, CONTINUED = "> ", "... "
 
 
 def line_editor(commands: Sequence[str]) -> Callable[[], str]:
-    """A function that reads one message: EOFError for Ctrl-D, KeyboardInterrupt for Ctrl-C when nothing is typed."""
+    """A function that reads one message: EOFError for Ctrl-D, KeyboardInterrupt for Ctrl-C on an empty line."""
     session: PromptSession[str] = PromptSession(
         PROMPT,
-        multiline=True,   # what is pasted keeps its line ends; Enter is bound below
+        multiline=True,   # pasted text keeps its line ends; Enter is bound below
         prompt_continuation=CONTINUED,
         history=_history(),
         completer=WordCompleter(commands, sentence=True),
         complete_while_typing=False,
-        complete_style=CompleteStyle.READLINE_LIKE,   # Tab; a menu would keep eight lines of the screen free
+        complete_style=CompleteStyle.READLINE_LIKE,   # Tab; a menu would reserve eight lines of the screen
         key_bindings=_key_bindings(),
     )
     return session.prompt
 
 
 def _key_bindings() -> KeyBindings:
-    """Enter sends, unless a backslash stands before it; Alt-Enter is a line end; Ctrl-C clears what is typed."""
+    """Enter sends, except after a backslash; Alt-Enter is a line end; Ctrl-C clears the line."""
     bindings = KeyBindings()
 
     @bindings.add("enter")
@@ -58,11 +58,11 @@ def _key_bindings() -> KeyBindings:
 
 
 def _history() -> History:
-    """What was typed in earlier chats; a folder that cannot be written costs only that."""
+    """The lines typed in earlier chats. Without a writable folder there is no history."""
     path = Path(platformdirs.user_data_dir("edgemistral", appauthor=False)) / "history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)   # conversations are nobody else's business
+        path.touch(mode=0o600)   # conversations are private
         with path.open("a"):
             return FileHistory(path)
     except OSError:

@@ -25,7 +25,7 @@ def size(text: str) -> int:
     """A number of bytes: 2GiB, 2G (the same), 2GB (10 ** 9 each), 4096."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(I?B)?|B)?", text.strip().upper())
     if match is None:
-        raise click.BadParameter(f"{text!r} is no size such as 2GiB or 512M")
+        raise click.BadParameter(f"{text!r} is not a size such as 2GiB or 512M")
     base = 1000 if match[3] == "B" else 1024
     return int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
 
@@ -37,7 +37,7 @@ def threads(text: str) -> int | Literal["auto"]:
     try:
         return int(text)
     except ValueError:
-        raise click.BadParameter(f"{text!r} is no whole number, nor auto") from None
+        raise click.BadParameter(f"{text!r} is not a whole number or auto") from None
 
 
 def kv_store(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
@@ -47,7 +47,7 @@ def kv_store(context: click.Context, parameter: click.Parameter, value: str | No
 
         return cache_dir() / "kv-store"
     if value is not None and (Path(value).is_file() or value == DEMO):
-        raise click.BadParameter(f"{value} is no folder; write --kv-store=DIR, or --kv-store behind MODEL", context, parameter)
+        raise click.BadParameter(f"{value} is not a folder; use --kv-store=DIR, or --kv-store after MODEL", context, parameter)
     return None if value is None else Path(value)
 
 
@@ -63,7 +63,7 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 model_argument = click.argument("model")
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 context_option = click.option(
-    "--context", type=int, metavar="N", help="Positions to make room for.  [default: the model's own]"
+    "--context", type=int, metavar="N", help="Tokens to make room for.  [default: the model's own]"
 )
 kv_bits_option = click.option(
     "--kv-bits", type=click.Choice(["4", "8", "16"]), default="8", show_default=True, help="Bits of a stored key or value."
@@ -72,20 +72,20 @@ threads_option = click.option(
     "--threads", type=threads, metavar="N", help="Threads, or auto: measured once.  [default: performance cores]"
 )
 max_ram_option = click.option(
-    "--max-ram", type=size, metavar="SIZE", help="Refuse to start when the plan is over this size."
+    "--max-ram", type=size, metavar="SIZE", help="Refuse to start if the plan needs more memory."
 )
 no_lookup_option = click.option(
-    "--no-lookup", is_flag=True, help="Guess no tokens from what was said before (the answers are the same)."
+    "--no-lookup", is_flag=True, help="Do not guess tokens from earlier text (answers are the same)."
 )
 kv_store_options = options(
     click.option("--kv-store", is_flag=False, flag_value="", metavar="[=DIR]", callback=kv_store,
-                 help="Keep prompts and answers on the disk, for every later run that begins like them."),
+                 help="Keep prompts and answers on disk: later runs do not read the same beginning again."),
     click.option("--kv-store-quota", type=size, default="8GiB", show_default=True, metavar="SIZE",
-                 help="Most bytes of that folder; what was not used for longest goes first."),
+                 help="Size limit of that folder; the files unused for longest are deleted."),
 )
 on_overflow_option = click.option(
     "--on-overflow", type=click.Choice(["error", "drop-oldest"]), default="error", show_default=True,
-    help="A conversation longer than the context: refuse it, or leave out its oldest turns.",
+    help="If a conversation is longer than the context: refuse it, or leave out its oldest turns.",
 )
 kv_budget_option = click.option(
     "--kv-budget", type=size, metavar="SIZE",
@@ -94,9 +94,9 @@ kv_budget_option = click.option(
 
 
 def model_path(name: str | None, runs: bool = False) -> Path:
-    """The path of MODEL. Nothing and the word demo mean the demo model, which is made on first use.
+    """The path of MODEL. None or the word demo means the demo model, which is made on first use.
 
-    runs: the model will compute, so its kernels are compiled meanwhile.
+    runs: the model will compute, so compile its kernels meanwhile.
     """
     is_demo = name is None or name == DEMO
     path = Path(name or DEMO)
@@ -113,7 +113,7 @@ def model_path(name: str | None, runs: bool = False) -> Path:
 
 
 def compile_ahead() -> None:
-    """Until the command at hand ends, let all cores compile what is not in the cache."""
+    """Compile what is not in the cache on all cores, until the current command ends."""
     from edgemistral.runtime.compiling import helpers
     from edgemistral.runtime.transformer import example_call
 
@@ -121,7 +121,7 @@ def compile_ahead() -> None:
 
 
 def about_demo(name: str | None) -> None:
-    """Say on standard error what speaks, if MODEL means the demo model."""
+    """If MODEL means the demo model, say so on standard error."""
     if name is None or name == DEMO:
         from edgemistral.demo import ABOUT
 
@@ -136,15 +136,15 @@ def open_blob(name: str) -> Blob:
 
 
 def read_text(source: str) -> str:
-    """The text of a file, or of standard input for "-", its lines ending in line feeds, without a byte-order mark.
+    """The text of a file, or of standard input for "-", with line feeds as line ends and no byte-order mark.
 
-    Raises BadInput if it cannot be read or is no UTF-8.
+    Raises BadInput if it cannot be read or is not UTF-8.
     """
     name = "standard input" if source == "-" else source
     try:
         data = sys.stdin.buffer.read() if source == "-" else regular.read(Path(source), BadInput, pipes=True)
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{name} is no UTF-8 text (byte {error.start})") from None
+        raise BadInput(f"{name} is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise BadInput(f"{name}: {error.strerror}") from None

@@ -24,7 +24,7 @@ from edgemistral.terminal import compile_notice, human_bytes
 )
 @click.option(
     "--calibrate", type=click.Choice(["none", "fast", "full"]), default="fast", show_default=True,
-    help="Measure on a text what matters, and round that best.",
+    help="Measure on a text which weights matter most, and round them best.",
 )
 @click.option(
     "--calibration-text", type=click.Path(path_type=Path), metavar="FILE", help="The text to measure on, in UTF-8."
@@ -33,13 +33,13 @@ from edgemistral.terminal import compile_notice, human_bytes
     "--chat-template", type=click.Path(path_type=Path), metavar="FILE", help="Use this Jinja template, not the checkpoint's."
 )
 @click.option("--max-ram", type=size, metavar="SIZE", default="2GiB", show_default=True, help="Most working memory.")
-@click.option("--resume", is_flag=True, help="Go on with the tensors that an interrupted run has written.")
-@click.option("--force", is_flag=True, help="Replace DST, and start over.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+@click.option("--force", is_flag=True, help="Replace DST, and start again.")
 def quantize(
     source: Path, destination: Path, bits: float | None, lora: Path | None, calibrate: str, calibration_text: Path | None,
     chat_template: Path | None, max_ram: int, resume: bool, force: bool,
 ) -> None:
-    """Make one quantized model file DST of the checkpoint SRC.
+    """Make a quantized model file DST from the checkpoint SRC.
 
     SRC is a directory in the layout of Hugging Face (config.json, *.safetensors, tokenizer.model or tokenizer.json) or of
     Mistral (params.json, consolidated.safetensors, tokenizer.model), or a GGUF file of the llama architecture.
@@ -61,6 +61,6 @@ def quantize(
     except KeyboardInterrupt:
         partial = Path(f"{destination}.partial")
         if partial.exists():
-            click.echo(f"interrupted: {partial} holds what is done, --resume goes on with it", err=True)
+            click.echo(f"interrupted: {partial} holds what is done, --resume continues it", err=True)
         raise
     click.echo(f"{path}: {human_bytes(path.stat().st_size)}. Next: edgemistral run {shlex.quote(str(path))}")

@@ -26,7 +26,7 @@ from edgemistral.terminal import StatusLine, print_answer, printable, stoppable,
 
 NEARLY_FULL = 0.85      # of the context
 
-# What people type out of habit from other programs. The words without a slash count only when they are the whole line.
+# Commands of other programs that people type by habit. A word without a slash counts only as a whole line.
 ALIASES = {
     "/bye": "/exit", "/quit": "/exit", "/q": "/exit", "exit": "/exit", "quit": "/exit", "exit()": "/exit",
     "quit()": "/exit", ":q": "/exit", "/?": "/help", "/h": "/help", "?": "/help", "help": "/help", "/new": "/clear",
@@ -37,14 +37,14 @@ ALIASES = {
 def chat(
     model: Model, system: str | None = None, max_new_tokens: int | None = None, session: Session | None = None, **sampling: Any
 ) -> None:
-    """Talk until /exit or the end of the input. In a terminal with line editing and history, else line by line.
+    """Chat until /exit or the end of the input. In a terminal with line editing and history, else line by line.
 
-    session: the conversation goes on there.
-    Answers and what commands print go to standard output, everything else to standard error.
+    session: continue its conversation, and keep the new messages there.
+    Answers and the output of commands go to standard output, everything else to standard error.
     """
     conversation = Chat(model, system, max_new_tokens, session, **sampling)
     if conversation.messages:
-        _say(f"(going on with {len(conversation.messages)} messages; /clear begins anew)")
+        _say(f"(continuing with {len(conversation.messages)} messages; /clear starts again)")
     read: Callable[[], str] = _plain_line
     if sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
         try:
@@ -76,9 +76,9 @@ def chat(
 
 
 class Chat:
-    """One conversation and how it is answered. `over` is True after /exit.
+    """One conversation and its settings. `over` is True after /exit.
 
-    Whatever goes wrong with a message is said, and the conversation is as it was before.
+    An error with a message is printed, and the conversation stays unchanged.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Chat:
         if session is not None:
             self._take_over(session.messages, system)
         params = SamplingParams(**{**model.tokenizer.defaults, **sampling})
-        # What a line of text can set; the rest (a grammar, a table of biases) stays as it was given.
+        # Only settings with a number; the others (a grammar, a table of biases) keep their values.
         names = [field.name for field in fields(params) if _is_number(str(field.type)) and field.name != "top_logprobs"]
         self.settings = {"max_new_tokens": max_new_tokens, **{name: getattr(params, name) for name in names}}
         self._fixed = {name: value for name, value in sampling.items() if name not in names}
@@ -100,14 +100,14 @@ class Chat:
         self._last: Reply | None = None
 
     def take(self, text: str) -> None:
-        """One line of the user's: a /command, or a message to answer. No error ends the chat."""
+        """One line from the user: a /command, or a message to answer. No error ends the chat."""
         try:
             command = ALIASES.get(text.rstrip().lower(), text)
             if command.startswith("/"):
                 self._command(command)
             else:
                 self._answer([*self.messages, {"role": "user", "content": text.strip()}], self.settings)
-        except BrokenPipeError:   # nobody reads the answers any more
+        except BrokenPipeError:   # the reader has closed the pipe
             raise
         except Exception as error:
             if "--debug" in sys.argv:
@@ -133,10 +133,10 @@ class Chat:
         """/help                     this list"""
         for name in self.commands():
             _show(getattr(self, f"do_{name[1:]}").__doc__, indent=4)
-        _show("A line that ends in a backslash, or Alt-Enter, goes on in the next. Ctrl-C stops an answer.")
+        _show("A backslash at the end of a line, or Alt-Enter, continues the message on the next line. Ctrl-C stops an answer.")
 
     def do_clear(self, _: str) -> None:
-        """/clear                    forget the conversation; system text and settings stay"""
+        """/clear                    start a new conversation; system text and settings stay"""
         self.messages = []
         if self._session is not None:
             self._session.clear()
@@ -182,7 +182,7 @@ class Chat:
         if self._last is not None:
             usage = self._last.usage
             _show(
-                f"last answer: {usage.prompt_tokens} tokens of prompt, {usage.cached_tokens} of them known already; "
+                f"last answer: {usage.prompt_tokens} tokens of prompt, {usage.cached_tokens} of them from the cache; "
                 f"{usage.new_tokens} new\n"
                 f"speed: {usage.prefill_rate:.1f} tokens/s of prompt, {usage.decode_rate:.1f} tokens/s of answer"
             )
@@ -196,12 +196,12 @@ class Chat:
         _say(f"(saved to {path})")
 
     def do_load(self, file: str) -> None:
-        """/load FILE                go on with a saved conversation"""
+        """/load FILE                continue a saved conversation"""
         path = typed_path(file)
         data = strict_json.parse(read_whole(path), str(path), BadInput)
         messages = data.get("messages") if isinstance(data, dict) else None
         if not isinstance(messages, list):
-            raise BadInput(f"{path}: no saved conversation: it has no list of messages")
+            raise BadInput(f"{path}: not a saved conversation: it has no list of messages")
         turns = [turn_of(message, f"{path}: messages[{i}]") for i, message in enumerate(messages)]
         if turns:
             self._model.tokenizer.encode_chat(turns)   # raises BadRequest, which names the message that is wrong
@@ -210,21 +210,21 @@ class Chat:
         _say(f"({len(self.messages)} messages from {path})")
 
     def do_sessions(self, folder: str) -> None:
-        """/sessions [FOLDER]        the sessions in a folder, or beside the present one"""
+        """/sessions [FOLDER]        list the sessions in FOLDER, or in the folder of the current session"""
         files = session_files(typed_path(folder) if folder else self._folder())
         for file in files:
             show_session(describe_session(file, verify=False))
-        _say("(/resume FILE goes on with one)" if files else "(no sessions: edgemistral run MODEL --session FILE makes one)")
+        _say("(/resume FILE continues one)" if files else "(no sessions: edgemistral run MODEL --session FILE makes one)")
 
     def do_resume(self, file: str) -> None:
-        """/resume FILE              go on with the conversation in a session; it is kept there from now on"""
+        """/resume FILE              continue the conversation of a session, and keep it there from now on"""
         path = typed_path(file, "/resume paris.session")
         if not path.is_absolute() and not path.exists():
             path = self._folder() / path
         if not path.exists():
             raise BadInput(f"{path}: there is no such session: /sessions lists them")
         if self._session is not None and self._session.path.resolve() == path.resolve():
-            _say("(that is the present conversation)")
+            _say("(that is the current conversation)")
             return
         session = self._model.session(path)
         self.close()
@@ -232,23 +232,23 @@ class Chat:
         if session.notice:
             _say(f"note: {session.notice}")
         self._take_over(session.messages, None)
-        _say(f"(going on with {len(self.messages)} messages from {path})")
+        _say(f"(continuing with {len(self.messages)} messages from {path})")
 
     def do_exit(self, _: str) -> None:
         """/exit                     leave; so do exit, quit, /bye and Ctrl-D"""
         self.over = True
 
     def close(self) -> None:
-        """Save the session, if there is one, and let go of its file."""
+        """Save and close the session, if there is one."""
         if self._session is not None:
             self._session.close()
 
     def _folder(self) -> Path:
-        """Where sessions are looked for."""
+        """The folder in which sessions are searched."""
         return Path() if self._session is None else self._session.path.parent
 
     def _take_over(self, turns: list[Message], system: str | None) -> None:
-        """Go on with a conversation; a system text that is given takes the place of its own."""
+        """Continue a conversation; `system`, if given, replaces its system text."""
         own = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system")
         self.system = own if system is None else system
         self.messages = [turn for turn in turns if turn["role"] != "system"]
@@ -261,7 +261,7 @@ class Chat:
         return [{"role": "system", "content": self.system}, *messages] if self.system else messages
 
     def _answer(self, messages: list[Message], settings: dict[str, Any]) -> None:
-        """Stream the answer to `messages`, whose last is the user's; on success they are the conversation."""
+        """Stream the answer to `messages`, the last of which is the user's. On success they become the conversation."""
         stopped = False
         with stoppable() as pressed, StatusLine() as status:
             try:
@@ -273,35 +273,35 @@ class Chat:
                 self._last = reply
                 print_answer(reply, status)
             except ContextOverflow as error:
-                raise BadInput(f"{error}: shorten the message, or begin anew with /clear") from None
+                raise BadInput(f"{error}: shorten the message, or start again with /clear") from None
             except Cancelled:
                 stopped = True
         if reply.text or not stopped:
             self.messages = [*messages, {"role": "assistant", "content": reply.text}]
             self._keep()
         if reply.dropped:
-            _say(f"(left out: the {len(reply.dropped)} oldest messages, for the conversation is too long)")
+            _say(f"(left out: the {len(reply.dropped)} oldest messages, because the conversation is too long)")
         if stopped:
-            _say("(stopped)" if reply.text else "(stopped before the answer began: the conversation is as it was)")
+            _say("(stopped)" if reply.text else "(stopped before the answer began: the conversation is unchanged)")
         elif not reply.text:
             _say("(an empty answer)")
         elif reply.finish_reason == "length":
             _say(f"(ended after {settings['max_new_tokens']} tokens: /set max_new_tokens)")
         elif reply.finish_reason == "context":
-            _say(f"(the context of {self._model.context} tokens is full: /clear begins anew)")
+            _say(f"(the context of {self._model.context} tokens is full: /clear starts again)")
         else:
             self._warn(reply)
 
     def _warn(self, reply: Reply) -> None:
-        """Say what will happen before the context is full."""
+        """Warn before the context is full."""
         share = (reply.usage.prompt_tokens + reply.usage.new_tokens) / self._model.context
         if share >= NEARLY_FULL and not reply.dropped:
-            then = "the oldest turns will be left out" if self._model.on_overflow == "drop-oldest" else "/clear begins anew"
+            then = "the oldest turns will be left out" if self._model.on_overflow == "drop-oldest" else "/clear starts again"
             _say(f"(the context is {share:.0%} full: {then})")
 
 
 def _plain_line() -> str:
-    """A line of standard input; one that ends in a backslash goes on in the next."""
+    """A line of standard input; a backslash at its end continues it on the next line."""
     lines: list[str] = []
     while True:
         if sys.stdin.isatty():
@@ -324,7 +324,7 @@ def _show(text: str, indent: int = 0) -> None:
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    """Raises BadRequest for the first that is out of range."""
+    """Raises BadRequest for the first setting that is out of range."""
     sampling = dict(settings)
     max_new_tokens = sampling.pop("max_new_tokens")
     SamplingParams(**sampling)
@@ -334,7 +334,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
 
 
 def _is_number(kind: str) -> bool:
-    """Whether an annotation is of a number that may be missing."""
+    """Whether an annotation is an optional number."""
     return set(kind.split(" | ")) <= {"int", "float", "None"}
 
 
@@ -343,7 +343,7 @@ def _shown(value: object) -> str:
 
 
 def _number(text: str) -> int | float | str | None:
-    """What was typed as a value: a number or none; anything else stays text, for the setting's own error."""
+    """A typed value as a number or None; other text is returned unchanged, for the setting's own error."""
     if text.lower() in ("none", "off", "null"):
         return None
     for kind in (int, float):

@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from edgemistral.text.overflow import OnOverflow
 
 answer_options = options(
-    click.option("--max-new-tokens", type=int, metavar="N", help="End an answer here.  [default: the context's end]"),
-    click.option("--temperature", type=float, metavar="T", help="0 is greedy, 1 the model's own.  [default: 0.7]"),
-    click.option("--top-p", type=float, metavar="P", help="Only the likeliest tokens that make up P.  [default: 1]"),
+    click.option("--max-new-tokens", type=int, metavar="N", help="Length limit of an answer.  [default: the context's end]"),
+    click.option("--temperature", type=float, metavar="T", help="0 is greedy, 1 the model's own distribution.  [default: 0.7]"),
+    click.option("--top-p", type=float, metavar="P", help="Only the likeliest tokens with total probability P.  [default: 1]"),
     click.option("--top-k", type=int, metavar="K", help="Only the K likeliest tokens; 0 is all.  [default: 0]"),
-    click.option("--min-p", type=float, metavar="P", help="Only tokens P times as likely as the best.  [default: 0]"),
+    click.option("--min-p", type=float, metavar="P", help="Only tokens at least P times as likely as the best.  [default: 0]"),
     click.option("--repetition-penalty", type=float, metavar="R", help="Over 1: repeat less.  [default: 1]"),
     click.option("--seed", type=int, metavar="N", help="The same seed gives the same answer.  [default: a new one]"),
-    click.option("--greedy", is_flag=True, help="Always the likeliest token: --temperature 0."),
+    click.option("--greedy", is_flag=True, help="Always take the likeliest token: --temperature 0."),
     click.option("--system", metavar="TEXT", help="A system text, put before the conversation."),
 )
 
@@ -51,8 +51,8 @@ answer_options = options(
 @click.argument("model", required=False)
 @click.argument("prompt", required=False)
 @click.option("--json", "json_source", metavar="FILE|-", help="Answer the sample JSON of a model card with its output.")
-@click.option("--session", metavar="FILE", help="Keep the conversation in FILE and go on with the one that is there.")
-@click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
+@click.option("--session", metavar="FILE", help="Keep the conversation in FILE, and continue it if FILE exists.")
+@click.option("--raw", is_flag=True, help="Continue the text PROMPT, without the chat template.")
 @answer_options
 @context_option
 @kv_bits_option
@@ -84,10 +84,10 @@ def run(
 ) -> None:
     """Chat with MODEL, or answer PROMPT and exit.
 
-    MODEL is the path of a quantized model, or the word demo (also what no MODEL means). PROMPT may be - for standard
-    input. Without PROMPT this is a chat: /help lists its commands, Ctrl-C stops an answer, Ctrl-D leaves. When its
-    input is no terminal, every line is a turn. With --session the conversation is kept in a file, and a later run
-    goes on there, after a crash too, without reading it again.
+    MODEL is the path of a quantized model, or the word demo (the default). PROMPT may be - for standard input. Without
+    PROMPT this is a chat: /help lists its commands, Ctrl-C stops an answer, Ctrl-D leaves. If the input is not a
+    terminal, every line is a turn. With --session the conversation is kept in a file. A later run continues it, even
+    after a crash, without reading it again.
 
     \b
     Example:
@@ -100,7 +100,7 @@ def run(
     sampling = {name: value for name, value in sampling.items() if value is not None}
     _check_usage(sampling, prompt, json_source, raw, greedy, system, max_new_tokens)
     if session is not None and (raw or json_source is not None):
-        raise click.UsageError("--session keeps a conversation: it goes with neither --raw nor --json")
+        raise click.UsageError("--session keeps a conversation: it cannot be used with --raw or --json")
     path = model_path(model, runs=True)
     if greedy:
         sampling["temperature"] = 0.0
@@ -129,7 +129,7 @@ def _check_usage(
     sampling: dict[str, Any], prompt: str | None, json_source: str | None, raw: bool, greedy: bool, system: str | None,
     max_new_tokens: int | None,
 ) -> None:
-    """Refuse options that would silently be ignored."""
+    """Refuse options that would be ignored."""
     if greedy and "temperature" in sampling:
         raise click.UsageError("--greedy and --temperature exclude each other")
     if raw and (prompt is None or system is not None):
@@ -144,7 +144,7 @@ def _answer(
     model: Model, prompt: str, raw: bool, system: str | None, max_new_tokens: int | None, sampling: dict[str, Any],
     session: Session | None,
 ) -> None:
-    """Stream one answer to standard output: with a session, the next of its conversation."""
+    """Stream one answer to standard output. A session continues its conversation."""
     with StatusLine() as status:
         arguments: dict[str, Any] = {**sampling, "progress": status.prompt_progress}
         status.show("thinking ...")
@@ -161,7 +161,7 @@ def _answer(
         if not reply.text:
             print()
     if reply.dropped:
-        click.echo(f"(left out: the {len(reply.dropped)} oldest messages, for the conversation is too long)", err=True)
+        click.echo(f"(left out: the {len(reply.dropped)} oldest messages, because the conversation is too long)", err=True)
     if reply.finish_reason == "context":
         click.echo(f"(the context of {model.context} tokens is full)", err=True)
 

@@ -1,4 +1,4 @@
-"""Files that the chat in the terminal is told of: their names as people type them, a saved conversation, whole writes."""
+"""Files of the chat in the terminal: typed names, saved conversations, atomic writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_FILE = 64 << 20   # bytes of a conversation to load
 
 
 def turn_of(message: Any, where: str) -> Message:
-    """A message of a saved conversation as one of ours; BadInput says what the chat cannot take."""
+    """A message of a saved conversation as one of ours. BadInput: the chat cannot use it."""
     role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
     if role not in ("system", "user", "assistant"):
         raise BadInput(f"{where} has the role {role!r}: it must be system, user or assistant")
@@ -24,8 +24,8 @@ def turn_of(message: Any, where: str) -> Message:
 
 
 def typed_path(file: str, example: str = "/save chat.json") -> Path:
-    """The path of a file as it was typed, in quotes or not. BadInput: there is none."""
-    if len(file) > 1 and file[0] == file[-1] and file[0] in "\"'":   # as shells want it for names with spaces
+    """The path of a file as typed, with or without quotes. BadInput: no name was typed."""
+    if len(file) > 1 and file[0] == file[-1] and file[0] in "\"'":   # as in a shell, for names with spaces
         file = file[1:-1]
     if not file:
         raise BadInput(f"which file? For example {example}")
@@ -37,10 +37,10 @@ def typed_path(file: str, example: str = "/save chat.json") -> Path:
 
 def read_whole(path: Path) -> bytes:
     try:
-        is_other = path.exists() and not path.is_file()   # a pipe or a device, which may never end
+        is_other = path.exists() and not path.is_file()   # reading a pipe or a device may never end
         size = 0 if is_other else path.stat().st_size
         content = b"" if is_other or size > MAX_FILE else path.read_bytes()
-    except (OSError, ValueError) as error:   # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:   # ValueError: an invalid file name
         raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if is_other:
         raise BadInput(f"{path}: it must be a file")
@@ -60,7 +60,7 @@ def write_whole(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except (OSError, ValueError) as error:   # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:   # ValueError: an invalid file name
         with contextlib.suppress(OSError, ValueError):
             partial.unlink()
         raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from None

@@ -35,20 +35,20 @@ if TYPE_CHECKING:
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
 @click.option("--api-key", envvar="EDGEMISTRAL_API_KEY", metavar="KEY",
               help="Answer only requests with this key.  [default: EDGEMISTRAL_API_KEY]")
-@click.option("--insecure", is_flag=True, help="Listen beyond this computer without a key.")
+@click.option("--insecure", is_flag=True, help="Listen for other computers without a key.")
 @click.option("--allow-origin", "allow_origins", multiple=True, metavar="ORIGIN",
               help="Let pages of this origin call the server.")
 @click.option("--allow-host", "allow_hosts", multiple=True, metavar="NAME",
-              help="Answer to this name, too (of a proxy, or in a network).")
+              help="Also accept this host name (of a proxy, or in a network).")
 @click.option("--queue", type=click.IntRange(1, 100_000), default=128, show_default=True, help="Requests that may wait.")
 @click.option("--max-body", type=size, metavar="SIZE", default="4MiB", show_default=True, help="Largest request.")
 @click.option("--parallel", type=click.IntRange(1, 64), default=4, show_default=True,
-              help="Answers that are written at once; each step computes a token of every one.")
+              help="Answers written at the same time; each step computes a token of each.")
 @click.option("--session-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-              help="Keep conversations here whose requests name a session.")
+              help="Keep the conversations of requests with a session here.")
 @click.option("--announce", is_flag=True,
-              help="Print one line of JSON when requests are answered: url, key (made up without --api-key), pid, protocol.")
-@click.option("--parent-watch", is_flag=True, help="End when the parent process dies or closes standard input.")
+              help="Print one line of JSON when ready: url, key (random without --api-key), pid, protocol.")
+@click.option("--parent-watch", is_flag=True, help="Stop when the parent process dies or closes standard input.")
 @context_option
 @kv_bits_option
 @kv_budget_option
@@ -64,11 +64,11 @@ def serve(
 ) -> None:
     """Serve MODEL over HTTP on this computer: a chat page, the OpenAI interface, and the model card's sample JSON.
 
-    MODEL is the path of a quantized model, or the word demo (also what no MODEL means). The URL is printed on standard
-    output once the port is open; /health tells when the model is loaded. Ctrl-C stops within five seconds.
+    MODEL is the path of a quantized model, or the word demo (the default). The URL is printed on standard output once
+    the port is open; /health says when the model is loaded. Ctrl-C stops within five seconds.
 
-    An application that runs this as its child process starts it with --port 0 --announce --parent-watch and keeps its
-    standard input open: docs/embedding.md.
+    To run it as a child process, use --port 0 --announce --parent-watch and keep its standard input open:
+    docs/embedding.md.
 
     \b
     Example:
@@ -77,7 +77,7 @@ def serve(
     """
     from edgemistral.child import ParentWatch, announcement
 
-    parent = ParentWatch() if parent_watch else None     # first of all: what follows may take a while
+    parent = ParentWatch() if parent_watch else None     # first, because the rest may take a while
     key = secrets.token_hex(16) if announce and api_key is None else api_key
     from edgemistral.files.blob import Blob
     from edgemistral.model import load
@@ -95,7 +95,7 @@ def serve(
 
     path = model_path(model, runs=True)
     with compile_notice():
-        with Blob.open(path) as blob:   # what is wrong is said before the port opens
+        with Blob.open(path) as blob:   # errors are reported before the port opens
             planned = plan(blob, context, int(kv_bits), threads, kv_budget, max_ram)
         planned.check(max_ram)
         run(

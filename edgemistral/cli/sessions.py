@@ -23,9 +23,9 @@ from edgemistral.files.session_header import is_session
 @json_flag
 @click.pass_context
 def sessions(context: click.Context, paths: tuple[str, ...], verify: bool, deletes: bool, as_json: bool) -> None:
-    """List the sessions in a folder, or these session files: their tokens, size, age and model.
+    """List the sessions in a folder, or the given session files: tokens, size, age and model.
 
-    --verify compares every segment with its checksum. --delete deletes files, never one that is not a session or is in use.
+    --verify compares every segment with its checksum. --delete deletes the files; files in use and other files are refused.
 
     \b
     Example:
@@ -55,7 +55,7 @@ def sessions(context: click.Context, paths: tuple[str, ...], verify: bool, delet
 
 
 def session_files(path: Path) -> list[Path]:
-    """The session files in a folder, or the file itself. BadInput: there is neither."""
+    """The session files in a folder, or the file itself. BadInput: neither exists."""
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.is_file() and is_session(file))
     if not path.exists():
@@ -64,7 +64,7 @@ def session_files(path: Path) -> list[Path]:
 
 
 def describe_session(file: Path, verify: bool) -> dict[str, Any]:
-    """What there is to say of a session; `state`: "ok" (as far as it was looked at), "damaged" or "in use"."""
+    """The facts about a session; `state`: "ok" (within the checks made), "damaged" or "in use"."""
     line: dict[str, Any] = {"file": str(file), "tokens": None, "model": "", "kv_bits": None, "note": "", "state": "ok"}
     stat = file.stat()
     line |= {"bytes": stat.st_size, "modified": int(stat.st_mtime)}

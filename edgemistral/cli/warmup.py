@@ -13,11 +13,11 @@ from edgemistral.terminal import compile_notice
 
 @click.command(cls=Command)
 @click.option("--into", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-              help="Put them here, for an application that is frozen with them (docs/embedding.md).")
+              help="Write to this folder, for a frozen application (docs/embedding.md).")
 def warmup(into: Path | None) -> None:
-    """Compile for this processor and make the demo model now, so that no later command has to.
+    """Compile for this processor and make the demo model now, so that later commands start faster.
 
-    Both are kept in the user's cache folder, or in the one that EDGEMISTRAL_CACHE names.
+    Both are kept in the user's cache folder, or in the folder set by EDGEMISTRAL_CACHE.
 
     \b
     Example:

@@ -1,7 +1,7 @@
-"""The model that runs when none is named: a very small one, trained by training/train_demo.py and shipped as a checkpoint.
+"""The default model: a very small one, trained by training/train_demo.py and shipped as a checkpoint.
 
-It is quantized on first use and the blob is kept in the cache folder. It is not calibrated: somebody new waits for it, and it
-answers as many questions right without (92 of 101; 90 with the default, 89 with `--calibrate full`).
+It is quantized on first use, and the blob is kept in the cache folder. It is not calibrated: the first user waits for it, and
+calibration does not help (92 of 101 answers are right without, 90 with the default, 89 with `--calibrate full`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from edgemistral.errors import BadBlob, BadInput
 from edgemistral.files.blob import Blob
 from edgemistral.paths import bundled_dir, cache_dir
 
-REVISION = 5     # counts changes of the quantizer between releases, so that no older file in a cache is taken for its work
-HEAD = 1 << 16   # bytes of weights that tell one training from another: header and first embeddings
+REVISION = 5     # counts changes of the quantizer between releases, so that older files in a cache are not used
+HEAD = 1 << 16   # bytes at the start of the weights (header, first embeddings) that differ for each training
 ABOUT = "the demo model: very small, trained on travel talk; models/README.md tells how to get a real one"
 
 
 def checkpoint_dir() -> Path:
-    """The checkpoint: beside this file in an installed package, in models/demo of a source tree."""
+    """The checkpoint's folder: next to this file in an installed package, models/demo in a source tree."""
     here = Path(__file__).parent
     installed = here / "checkpoint"
     return installed if installed.exists() else here.parents[1] / "models" / "demo"
@@ -30,7 +30,7 @@ def checkpoint_dir() -> Path:
 def demo_model() -> Path:
     """Path of the demo model's blob, made on first use (about a second).
 
-    Safe when several processes ask at once. Raises BadInput when the cache folder cannot be written.
+    Several processes may call it at the same time. Raises BadInput if the cache folder cannot be written.
     """
     source = checkpoint_dir()
     with (source / "model.safetensors").open("rb") as file:
@@ -40,7 +40,7 @@ def demo_model() -> Path:
     for made in (blob, *([bundled / blob.name] if bundled is not None else [])):
         if _is_blob(made):
             return made
-    from edgemistral_quantize import quantize  # only when there is something to make: it loads numba
+    from edgemistral_quantize import quantize  # only if needed: it loads numba
 
     try:
         blob.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def demo_model() -> Path:
             made = quantize(source, Path(scratch) / blob.name, calibrate="none", progress=False)
             try:
                 made.replace(blob)
-            except PermissionError:   # Windows: another process was faster and has it open
+            except PermissionError:   # Windows: another process made it first and has it open
                 if not _is_blob(blob):
                     raise
     except OSError as problem:

@@ -1,29 +1,28 @@
 """The blob: one model (config, tokenizer, packed weights) in one file that is mapped and never copied.
 
-A blob is a valid safetensors file (safetensors.py shows the bytes). What it adds to that:
+A blob is a valid safetensors file (safetensors.py shows the bytes), with these rules:
 
-* Its tensors are exactly those of `layout.tensors`, in that order, one after another; layout.py tells what their bytes
-  mean.
+* Its tensors are exactly those of `layout.tensors`, in that order, one after another; layout.py describes their bytes.
 * The data starts at a multiple of 64 bytes, and so does every tensor in it.
 * Its metadata holds
       format             "edgemistral"
       format_version     "2", or "1", in which `text` is missing and means its defaults
       config             the JSON of `ModelConfig.to_dict`
-      recipe             the JSON of `Recipe`: {"bits": 4, "output_bits": 8}; with "eight": [NAME, ...] where some of the
-                         layers' matrices take 8 bits instead of 4
+      recipe             the JSON of `Recipe`: {"bits": 4, "output_bits": 8}; with "eight": [NAME, ...] if some of the
+                         layers' matrices have 8 bits instead of 4
       text               the JSON of `TextSpec.to_dict`: the kind of tokenizer, chat template, ends of turn, ...
       sha256:NAME        of the stored bytes of tensor NAME, 64 hexadecimal digits
       source_sha256:NAME of the values that NAME was made of: the rows of the checkpoint's tensors in the order in which
                          NAME stores them, without padding, in the checkpoint's own dtype; rotary pairs as
                          (i, i + head_dim / 2), so that it does not depend on the layout of the checkpoint
-      calibration        how the weights were prepared, when they were: the JSON of {"method": "fast", "version": 2,
-                         "text_sha256": …, "tokens": …}; nothing that reads the weights needs it
+      calibration        how the weights were calibrated, if they were: the JSON of {"method": "fast", "version": 2,
+                         "text_sha256": …, "tokens": …}; not needed to read the weights
       header_sha256      of the whole header (padding included) with these 64 digits replaced by zeros
 * Unknown metadata is ignored.
 
-While a blob is being written it is called NAME.partial and its checksums are zeros; those of a tensor are filled in
-when the tensor is complete. So the header is the journal from which an interrupted run goes on, and a file whose
-`header_sha256` is still zero is not a blob yet.
+While a blob is being written, its name is NAME.partial and its checksums are zeros; a tensor's checksums are filled in when
+the tensor is complete. So the header is the journal from which an interrupted run continues. A file whose `header_sha256` is
+still zero is not a blob yet.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ class Blob:
     data: NDArray[np.uint8]          # (file size,), read-only: the mapping of the whole file
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
-        """Check and map an open file; `Blob.open` is the way in."""
+        """Check and map an open file; use `Blob.open`."""
         header = read_header(file, path, BadBlob)
         self.path, self.metadata = path, header.metadata
         _check_format(header, path)
@@ -85,10 +84,10 @@ class Blob:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Blob:
-        """Map a blob in milliseconds, after checking everything about it but the bytes of its tensors.
+        """Map a blob in milliseconds, after checking everything except the bytes of its tensors.
 
-        Raises BadBlob, naming the file and the tensor or field, when the file cannot be read, is not a blob of this
-        format version, or its tensors are not exactly those that its config asks for.
+        Raises BadBlob, naming the file and the tensor or field, if the file cannot be read, is not a blob of this
+        format version, or its tensors are not exactly those of its config.
         """
         path = Path(path)
         if path.is_dir():
@@ -110,7 +109,7 @@ class Blob:
         `progress` is called with the number of bytes that were read since the last call.
         """
         for name, spec in self.tensors.items():
-            try:   # through the file, not the mapping: a disk error is then an exception and not the end of the process
+            try:   # read the file, not the mapping: a disk error is then an exception instead of a crash
                 with self.path.open("rb") as file:
                     digest = sha256_of(file, self.offsets[name], spec.n_bytes, progress)
             except OSError as problem:
@@ -119,11 +118,11 @@ class Blob:
                 raise DamagedBlob(f"{self.path}: tensor {name} is damaged: its checksum does not match", name)
 
     def let_go(self, offset: int, size: int) -> None:
-        """This process need not keep these bytes in memory (Linux): they are read again when they are used. Whole pages."""
+        """Let this process drop these bytes from memory (Linux); they are read again when used. Whole pages."""
         self._map.madvise(mmap.MADV_DONTNEED, offset, size)
 
     def close(self) -> None:
-        """Let go of the mapping; it goes when the last array made from it goes."""
+        """Release the mapping; it is unmapped with the last array made from it."""
         del self.data
         with contextlib.suppress(BufferError):   # arrays of it are still in use
             self._map.close()
@@ -143,7 +142,7 @@ def _check_format(header: Header, path: Path) -> None:
         raise BadBlob(f"{path}: has format version {version[:20]!r}; this edgemistral reads {' and '.join(READ_VERSIONS)}")
     seal = header.metadata.get(SEAL, "")
     if seal == NO_DIGEST:
-        raise BadBlob(f"{path}: unfinished; `edgemistral quantize --resume` goes on with it under its .partial name")
+        raise BadBlob(f"{path}: unfinished; `edgemistral quantize --resume` continues it under its .partial name")
     if not _is_digest(seal) or seal != seal_of(header.text, seal):
         raise BadBlob(f"{path}: its header is damaged: {SEAL} does not match")
 
@@ -162,7 +161,7 @@ def _read_recipe(header: Header, path: Path) -> Recipe:
     except ValueError as problem:
         raise BadBlob(f"{path}: recipe is {str(fields)[:80]}, {problem}") from None
     if strangers := [name for name in recipe.eight if name not in header.tensors]:
-        raise BadBlob(f"{path}: recipe names {strangers[0][:80]}, which the file does not hold")
+        raise BadBlob(f"{path}: recipe names {strangers[0][:80]}, which is not in the file")
     return recipe
 
 
@@ -218,7 +217,7 @@ def seal_of(text: bytes, seal: str) -> str:
 def sha256_of(
     file: BinaryIO | io.FileIO, offset: int, n_bytes: int, progress: Callable[[int], object] | None = None
 ) -> str:
-    """Of a stretch of a file, or of as much of it as there is."""
+    """The SHA-256 of a range of a file, or of the part that exists."""
     digest = hashlib.sha256()
     file.seek(offset)
     while n_bytes and (piece := file.read(min(n_bytes, HASH_PIECE))):

@@ -1,4 +1,4 @@
-"""Writing a blob, tensor by tensor, so that an interrupted run can go on; blob.py describes the file."""
+"""Writes a blob, tensor by tensor, so that an interrupted run can continue; blob.py describes the file."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ SECTOR = 512    # bytes that a disk writes at once, at least
 
 
 class BlobWriter:
-    """Writes a blob tensor by tensor under the name DST.partial and gives it its name when it is whole.
+    """Writes a blob tensor by tensor under the name DST.partial, and renames it when it is complete.
 
-    A context manager. Killed at any moment it leaves no DST (or the old one) and a DST.partial from which `resume` goes
-    on. Raises BadInput when DST exists (unless `force`), when a DST.partial exists (unless `resume` or `force`) or was
-    begun with another config, recipe, calibration or size of tokenizer, when the disk is too small and whenever the
-    system refuses.
+    A context manager. Killed at any moment, it leaves no DST (or the old one) and a DST.partial from which `resume`
+    continues. Raises BadInput if DST exists (unless `force`), if a DST.partial exists (unless `resume` or `force`) or was
+    begun with another config, recipe, calibration or size of tokenizer, if the disk is too small, and on any system error.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class BlobWriter:
             raise BadInput(f"{self.dst}: exists already; pass force to replace it")
         resume = resume and self.partial.exists()
         if self.partial.exists() and not (resume or force):
-            raise BadInput(f"{self.partial}: an unfinished run; pass resume to go on with it or force to start again")
+            raise BadInput(f"{self.partial}: an unfinished run; pass resume to continue it or force to start again")
         with self._system_errors():
             already = self.partial.stat().st_size if resume else 0
             if self.size - already > (free := shutil.disk_usage(self.dst.parent).free):
@@ -84,12 +83,12 @@ class BlobWriter:
             raise
 
     def _opened(self) -> io.FileIO:
-        """The unfinished file, which nobody else writes."""
+        """The unfinished file, locked against other writers."""
         regular.check(self.partial, BadInput)
         file = self.partial.open("r+b" if self.partial.exists() else "x+b", buffering=0)
         try:
             whole = os.name == "nt" or locked(file.fileno())
-            whole = whole and os.path.samestat(os.fstat(file.fileno()), self.partial.stat())    # else: finished just now
+            whole = whole and os.path.samestat(os.fstat(file.fileno()), self.partial.stat())    # else finished just now
         except FileNotFoundError:
             whole = False
         if not whole:
@@ -98,9 +97,9 @@ class BlobWriter:
         return file
 
     def _read_journal(self) -> None:
-        """Take over the checksums of an unfinished file whose header is otherwise the one that we would write."""
+        """Use the checksums of an unfinished file, if its header is otherwise the one that we would write."""
         found = bytearray(self._file.read(len(self._header)))
-        if self._header.startswith(found):   # nothing yet, or killed before the header was whole
+        if self._header.startswith(found):   # empty, or killed before the header was complete
             self._write_at(0, self._header)
             return
         found += self._header[len(found) :]
@@ -117,7 +116,7 @@ class BlobWriter:
         self._write_at(0, found)
 
     def done(self, name: str) -> bool:
-        """Whether the tensor was written, by an earlier run too, and its bytes in the file match their checksum."""
+        """Whether the tensor was written, now or by an earlier run, and its bytes match their checksum."""
         digest = self._digest("sha256:" + name)
         if name not in self._complete and digest != NO_DIGEST and not self._is_torn("source_sha256:" + name):
             with self._system_errors():
@@ -126,14 +125,14 @@ class BlobWriter:
         return name in self._complete
 
     def _is_torn(self, key: str) -> bool:
-        """Whether a checksum, or its part in one of the disk's sectors, was never written: nothing else would show that."""
+        """Whether a checksum, or its part in one sector of the disk, was never written."""
         at = _digest_position(self._header, key)
         cut = min(len(NO_DIGEST), SECTOR - at % SECTOR)
         digest = self._digest(key)
         return any(part and not part.strip("0") for part in (digest[:cut], digest[cut:]))
 
     def source_sha256(self, name: str) -> str:
-        """The checksum of the source that a tensor which is done was made of."""
+        """The checksum of the source of a finished tensor."""
         return self._digest("source_sha256:" + name)
 
     def write(self, name: str, pieces: Iterable[Any], source_sha256: Callable[[], str]) -> None:
@@ -152,23 +151,23 @@ class BlobWriter:
             n_bytes += view.nbytes
         if n_bytes != spec.n_bytes:
             raise ValueError(f"tensor {name} has {n_bytes} bytes instead of {spec.n_bytes}")
-        # No fsync here: whoever resumes recomputes the checksum, so a tensor that did not reach the disk is not done.
+        # No fsync here: `resume` checks the checksum, and writes a tensor again that did not reach the disk.
         self._fill_in("source_sha256:" + name, source_sha256())
         self._fill_in("sha256:" + name, digest.hexdigest())
         self._complete.add(name)
 
     def finish(self) -> Path:
-        """Seal the header, push everything to the disk and give the file its name; returns it."""
+        """Seal the header, write everything to the disk and rename the file; returns its path."""
         if missing := [name for name in self.tensors if name not in self._complete]:
             raise ValueError(f"tensor {missing[0]} was not written")
         with self._system_errors():
-            os.fsync(self._file.fileno())   # all data first: a sealed header promises whole tensors
-            self._fill_in(SEAL, NO_DIGEST)   # of a run that was killed after its seal
+            os.fsync(self._file.fileno())   # all data first: a sealed header promises complete tensors
+            self._fill_in(SEAL, NO_DIGEST)   # an earlier run may have been killed after its seal
             self._fill_in(SEAL, seal_of(bytes(self._header[8:]), NO_DIGEST))
             os.fsync(self._file.fileno())
             if os.name == "nt":
                 self._file.close()           # an open file cannot be renamed there
-            self.partial.replace(self.dst)   # while it is locked: nobody may begin to write it now
+            self.partial.replace(self.dst)   # while locked, so that no other process begins to write it
             self._file.close()
             _sync_directory(self.dst.parent)
         return self.dst
@@ -186,7 +185,7 @@ class BlobWriter:
     def _write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         self._file.seek(offset)
         rest = memoryview(data)
-        while rest:   # the file has no buffer, and the system may take less than all at once
+        while rest:   # the file is unbuffered, and the system may write only a part
             rest = rest[self._file.write(rest) :]
 
     @contextlib.contextmanager
@@ -235,7 +234,7 @@ def _digest_positions(header: bytearray) -> Iterator[int]:
 
 
 def _difference(file: io.FileIO, header: bytearray) -> str:
-    """What distinguishes an unfinished file from the one that would begin with `header`, for a message."""
+    """The difference between an unfinished file and one that begins with `header`, for a message."""
     file.seek(0)
     length = min(int.from_bytes(file.read(8), "little"), MAX_HEADER)
     try:
@@ -248,7 +247,7 @@ def _difference(file: io.FileIO, header: bytearray) -> str:
 
 
 def _sync_directory(path: Path) -> None:
-    """Make a rename in it last; Windows has no such call and needs none."""
+    """Make a rename in it permanent; Windows has no such call and needs none."""
     if os.name != "nt":
         directory = os.open(path, os.O_RDONLY)
         try:

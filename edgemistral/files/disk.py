@@ -1,4 +1,4 @@
-"""A file that is written in an order: what `sync` has seen is on the disk before anything that is written after it."""
+"""A file with ordered writes: everything written before a `sync` is on the disk before anything written after it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from edgemistral.errors import BadSession
 from edgemistral.files import lost, regular
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)      # there is no more room
-_LOCKED = 1 << 62                                     # Windows locks bytes, and these are read by nobody
+_LOCKED = 1 << 62                                     # Windows locks bytes: these are far behind the content
 
 
 class Disk:
-    """An open file, locked against other users of this class. Only the holder of the engine's lock may call it."""
+    """An open file, locked against other users of this class. The caller must hold the engine's lock."""
 
     reads_at_once = hasattr(os, "preadv")
 
@@ -30,9 +30,9 @@ class Disk:
 
     @classmethod
     def open(cls, path: Path, create: bool = False, lock: bool = True) -> Disk:
-        """Open and lock a file; with `create` a new one, which must not exist, for its owner only. lock: False to look only.
+        """Open and lock a file; with `create` a new one, which must not exist, for its owner only. lock: False to only read.
 
-        BadSession: it cannot be opened, is no regular file, or is in use.
+        BadSession: it cannot be opened, is not a regular file, or is in use.
         """
         flags = os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
         regular.check(path, BadSession)
@@ -65,7 +65,7 @@ class Disk:
         return b"".join(parts)
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fill a buffer; returns how many bytes there were. Several threads may, if `reads_at_once`."""
+        """Fill a buffer; returns how many bytes were read. Several threads may call it if `reads_at_once`."""
         at = 0
         if sys.platform != "win32" and self.reads_at_once:
             while at < len(buffer) and (n := os.preadv(self._file.fileno(), [buffer[at:]], offset + at)):
@@ -83,29 +83,29 @@ class Disk:
             rest = rest[self._file.write(rest) :]
 
     def sync(self) -> None:
-        """Everything that was written is on the disk."""
+        """Wait until everything that was written is on the disk."""
         self._file.flush()
         if sys.platform == "darwin":
             import fcntl
 
-            with contextlib.suppress(OSError):       # else the file system has no such call
+            with contextlib.suppress(OSError):       # the file system has no such call
                 fcntl.fcntl(self._file, fcntl.F_FULLFSYNC)
                 return
         os.fsync(self._file.fileno())
 
     def flush(self, mapping: mmap.mmap) -> None:
-        """What was written to a mapping of this file is on the disk after the next `sync`."""
+        """Make the next `sync` include what was written to a mapping of this file."""
         mapping.flush()
 
     def map(self, offset: int, size: int) -> mmap.mmap:
-        """Map a stretch of the file, which must be there, for reading and writing."""
+        """Map an existing range of the file for reading and writing."""
         mapping = mmap.mmap(self._file.fileno(), size, offset=offset)
         lost.watch(mapping, self.path)
         return mapping
 
     def grow(self, size: int) -> None:
-        """Make the file at least so long, and take the room on the disk now: a full disk is an OSError here and no crash
-        later. Then the file is as it was."""
+        """Make the file at least `size` bytes long, and allocate the disk space now: a full disk is an OSError here instead
+        of a crash later. After the error the file is unchanged."""
         had = self.size
         if size <= had:
             return
@@ -127,21 +127,21 @@ class Disk:
             raise
 
     def shrink(self, size: int) -> None:
-        """Cut the file, if the system lets us: nothing depends on it."""
+        """Cut the file if the system allows it; nothing depends on it."""
         with contextlib.suppress(OSError):
             os.truncate(self._file.fileno(), size)
 
     def close(self) -> None:
-        """Unlock and close the file: each mapping that is left holds a duplicate of it, and the lock would stay with them."""
+        """Unlock and close the file. Each remaining mapping holds a duplicate of it, which would keep the lock."""
         if not self._file.closed:
             _unlock(self._file.fileno())
             self._file.close()
 
 
 def put_in_place(path: Path, write: Callable[[Disk], None]) -> Disk:
-    """Make a file under another name, write it, and give it its own name when it is on the disk; it stays open and locked.
+    """Make a file under another name, write it, and rename it when it is on the disk; it stays open and locked.
 
-    BadSession: it cannot be made. Whatever has the name by then is replaced if it is empty, else left as it is.
+    BadSession: it cannot be made. A file that has the name by then is replaced if it is empty, else not changed.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with contextlib.suppress(OSError):
@@ -175,7 +175,7 @@ def put_in_place(path: Path, write: Callable[[Disk], None]) -> Disk:
 
 
 def sync_directory(path: Path) -> None:
-    """Make a rename in it last; Windows has no such call and needs none."""
+    """Make a rename in it permanent; Windows has no such call and needs none."""
     if os.name != "nt":
         directory = os.open(path, os.O_RDONLY)
         try:
@@ -185,11 +185,11 @@ def sync_directory(path: Path) -> None:
 
 
 def share(file: int) -> None:
-    """Lock an open file for reading, as long as it or a mapping of it is open: programs that ask leave it as it is."""
+    """Lock an open file for reading while it or a mapping of it is open: programs that check locks do not change it."""
     if sys.platform != "win32":
         import fcntl
 
-        with contextlib.suppress(OSError):          # somebody writes it, or the file system has no locks
+        with contextlib.suppress(OSError):          # another process writes it, or the file system has no locks
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
@@ -208,7 +208,7 @@ def _unlock(file: int) -> None:
 
 
 def locked(file: int) -> bool:
-    """Lock an open file until it is closed; False if somebody else has."""
+    """Lock an open file until it is closed; False if another process has locked it."""
     if sys.platform == "win32":
         import msvcrt
 

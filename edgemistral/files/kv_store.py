@@ -1,12 +1,12 @@
-"""A folder of KV segments that finds prefixes by itself: one file each, named by everything up to its end.
+"""A folder of KV segments, found by prefix: one file for each, named by a hash of all ids up to its end.
 
     DIR/MODEL/CHAIN.kv    MODEL: `records.root_of` the model and its KV format; CHAIN: `records.chain_of` the segment's ids and
                           all ids before. The bytes are those of a segment in a session file: data, and a record at the end
 
-A file is written under another name, put on the disk, renamed, and never written again. It says itself what it is, so there is
-no index that could be lost. Whoever uses one sets its time of modification, and those of the segments before it. Over the quota
-the file goes that was not used for longest and that no other continues: the beginning of a prompt outlives its end. A file
-whose checksum does not match is deleted when it is met. Nothing else is deleted but what a killed process left half written.
+A file is written under another name, synced, renamed, and never written again. It describes itself, so there is no index that
+could be lost. Each use sets the modification time of the file and of the segments before it. Over the quota, the file unused
+for longest that no other file continues is deleted: the beginning of a prompt outlives its end. A file whose checksum does not
+match is deleted when it is found. Nothing else is deleted, except files that a killed process left half written.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Stored:
     path: Path
     size: int
     used: int            # nanoseconds: when it was used last
-    parent: bytes        # chain of what it continues; b"" if the file does not say
+    parent: bytes        # chain of the segment before it; b"" if the file does not say
 
     @property
     def chain(self) -> bytes:
@@ -52,10 +52,10 @@ class KVStore:
     """The segments of one model in a store, which may hold others, and be used by other processes at the same time."""
 
     def __init__(self, folder: Path, root: bytes, geometry: Geometry, quota: int) -> None:
-        """quota: bytes of all files in the store. BadInput: the folder cannot be had."""
+        """quota: bytes of all files in the store. BadInput: the folder cannot be used."""
         self.folder, self.root, self.geometry, self.quota = folder, root, geometry, quota
         self._own = folder / root.hex()
-        self._parents: dict[Path, bytes] = {}        # what a file says never changes
+        self._parents: dict[Path, bytes] = {}        # a cache: files never change
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._own.mkdir(exist_ok=True, mode=0o700)
@@ -63,7 +63,7 @@ class KVStore:
             raise BadInput(f"{folder}: cannot be the folder of a KV store: {error.strerror}") from None
 
     def known(self, ids: NDArray[np.int32]) -> int:
-        """How many segments of the longest stored prefix of `ids` there are, as far as their names tell."""
+        """How many segments of `ids` are stored, judged by file names only."""
         chain, n = self.root, 0
         while SEGMENT * (n + 1) <= len(ids):
             chain = records.chain_of(chain, ids[SEGMENT * n : SEGMENT * (n + 1)])
@@ -73,7 +73,7 @@ class KVStore:
         return n
 
     def load(self, ids: NDArray[np.int32]) -> list[mmap.mmap]:
-        """Read-only mappings of the segments of a prompt, as far as they are there and whole; they count as used now."""
+        """Read-only mappings of the leading segments of a prompt that are stored and valid; marks them as used now."""
         chain, made = self.root, []
         for number in range(len(ids) // SEGMENT):
             part = ids[SEGMENT * number : SEGMENT * (number + 1)]
@@ -88,7 +88,7 @@ class KVStore:
         return made
 
     def has(self, parent: bytes, ids: NDArray[np.int32]) -> bool:
-        """Whether a segment is there; it counts as used now."""
+        """Whether a segment is stored; marks it as used now."""
         try:
             os.utime(self._path(records.chain_of(parent, ids)))
         except OSError:
@@ -98,7 +98,7 @@ class KVStore:
     def put(self, number: int, parent: bytes, ids: NDArray[np.int32], data: NDArray[np.uint8]) -> bool:
         """Store a full segment unless it is there. OSError: it cannot be written.
 
-        False: the quota or the disk has no room, or what it continues is not there, so that nobody would find it.
+        False: the quota or the disk has no room, or the segment before it is not stored, so that it would never be found.
         """
         if self.has(parent, ids):
             return True
@@ -131,23 +131,23 @@ class KVStore:
             if not folder.is_dir():
                 continue
             for path in folder.iterdir():
-                with contextlib.suppress(OSError):      # gone meanwhile
+                with contextlib.suppress(OSError):      # deleted meanwhile
                     stat = path.stat()
                     if NAME.fullmatch(path.name):
                         found.append(Stored(path, stat.st_size, stat.st_mtime_ns, self._parent(path, stat.st_size)))
                     elif path.name.endswith(PARTIAL) and time.time() - stat.st_mtime > ABANDONED:
-                        path.unlink()                   # of a process that was killed while it wrote
+                        path.unlink()                   # left by a process that was killed while it wrote
         return found
 
     def _load(self, path: Path, wanted: Record) -> mmap.mmap | None:
-        """Map a file that is what it should be; one that is not is deleted."""
+        """Map a file if it is the wanted segment and valid; otherwise delete it."""
         try:
             with regular.reading(path, BadInput) as file:
                 if os.fstat(file.fileno()).st_size != self.geometry.stride:
                     raise ValueError
                 mapping = mmap.mmap(file.fileno(), self.geometry.stride, access=mmap.ACCESS_READ)
                 lost.watch(mapping, path)
-        except (BadInput, OSError):      # gone, or no file at all
+        except (BadInput, OSError):      # deleted, or not a file
             return None
         except ValueError:
             self._delete(path)
@@ -163,7 +163,7 @@ class KVStore:
         return mapping
 
     def _make_room(self, parent: bytes) -> bool:
-        """Delete until one more segment fits; never what the new one continues."""
+        """Delete files until one more segment fits, but never those before the new one."""
         stride, files = self.geometry.stride, self.files()
         room = self.quota - sum(file.size for file in files)
         if stride > self.quota or shutil.disk_usage(self._own).free < stride + SPARE:

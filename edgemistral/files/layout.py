@@ -1,4 +1,4 @@
-"""What a blob holds and in which order its bytes lie: the one description that quantizer, reader and kernels share.
+"""The content of a blob and the order of its bytes: the only description, shared by quantizer, reader and kernels.
 
 A weight matrix (rows x cols, y = W x) is cut into **panels** of 16 rows and **blocks** of 128 columns; rows are padded to
 whole pairs of panels and columns to whole blocks. The panels of a matrix follow each other, the blocks of a panel follow
@@ -10,8 +10,8 @@ each other, and a block is the unit that a kernel streams:
                 4 bits: 4 chunks of 64 bytes; byte j is row j // 4, column 8 c + j % 4 in the low nibble and
                         column 8 c + 4 + j % 4 in the high nibble, as an index into the matrix's 16 levels
 
-so that 64 bytes of codes meet 4 broadcast bytes of activations in one dot-product instruction and 16 rows accumulate side
-by side. A weight is worth  row_scale * group_scale * (level - 64)  in 4 bits and  row_scale * group_scale * code  in 8.
+so that one dot-product instruction multiplies 64 bytes of codes with 4 broadcast bytes of activations, and 16 rows accumulate
+side by side. A weight is  row_scale * group_scale * (level - 64)  in 4 bits and  row_scale * group_scale * code  in 8.
 Levels are kept within 0..127, so that no instruction set's 16-bit intermediate sums can saturate.
 """
 
@@ -84,19 +84,19 @@ _LAYER_MATRIX = re.compile(r"layers\.[0-9]+\.(wqkv|wo|w13|w2)")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How many bits the layers' matrices and the output head take. Embeddings stay bf16: a token reads one row of them."""
+    """The bits of the layers' matrices and of the output head. Embeddings stay bf16: a token reads one row of them."""
 
     bits: int = 4
     output_bits: int = 8
-    eight: tuple[str, ...] = ()   # matrices of the layers that take 8 bits where `bits` is 4, in file order
+    eight: tuple[str, ...] = ()   # the layers' matrices with 8 bits if `bits` is 4, in file order
 
     def bits_of(self, name: str) -> int:
-        """Of a matrix of the layers."""
+        """The bits of a matrix of the layers."""
         return 8 if name in self.eight else self.bits
 
     @classmethod
     def from_dict(cls, fields: Any) -> Recipe:
-        """Of what `to_dict` gives. Raises ValueError with a few words."""
+        """The inverse of `to_dict`. Raises ValueError with a few words."""
         if not isinstance(fields, dict) or not {"bits", "output_bits"} <= set(fields) <= {"bits", "output_bits", "eight"}:
             raise ValueError("not bits and output_bits of 4 or 8")
         if not all(type(fields[name]) is int and fields[name] in BLOCK_BYTES for name in ("bits", "output_bits")):
@@ -109,7 +109,7 @@ class Recipe:
         return cls(fields["bits"], fields["output_bits"], tuple(eight))
 
     def to_dict(self) -> dict[str, Any]:
-        """As a blob's metadata has it."""
+        """As stored in a blob's metadata."""
         fields: dict[str, Any] = {"bits": self.bits, "output_bits": self.output_bits}
         return fields | ({"eight": list(self.eight)} if self.eight else {})
 
@@ -119,7 +119,7 @@ def layer_matrices(config: ModelConfig, layer: int, recipe: Recipe) -> tuple[Mat
 
     wqkv: the rows of wq, wk, wv one after another, rotary pairs as (i, i + head_dim / 2).
     w13: 16 rows of the gate (w1) and 16 of the up projection (w3) in turn, each padded to whole blocks of w2's columns,
-    so that whoever computes a pair of panels can apply SwiGLU to it at once.
+    so that SwiGLU can be applied to a pair of panels as soon as it is computed.
     """
     c, at = config, f"layers.{layer}."
 

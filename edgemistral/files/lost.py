@@ -1,10 +1,10 @@
-"""Mapped files that are cut, or whose disk goes, while they are in use.
+"""Mapped files that are cut, or whose disk disappears, while they are in use.
 
-The system answers a read of such a page with SIGBUS, which ends the process without a word. Here a handler of a few machine
-instructions puts zeros in place of what is gone, notes which file it was, and lets the thread go on: threads inside kernels
-take no Python handler. Whoever computed asks `check` afterwards and gets `FileLost` in place of a result.
+A read of such a page raises SIGBUS, which ends the process without a message. Here a handler of a few machine instructions maps
+zeros in place of the lost part, notes the file, and lets the thread continue: threads inside kernels run no Python handlers.
+After computing, the caller calls `check`, which raises `FileLost`.
 
-Faults outside of the files that are watched go to whoever handled them before. Windows lets nobody cut a file that is mapped.
+Faults outside of the watched files go to the previous handler. Windows does not allow a mapped file to be cut.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SIGBUS, _SIGINFO, _ADDRESS_AT, _MAP_FLAGS = (
 )
 
 _table: NDArray[np.int64] = np.zeros((ENTRIES, FIELDS), np.int64)
-_any: NDArray[np.int64] = np.zeros(1, np.int64)          # whether any file was lost; never taken back by the handler
+_any: NDArray[np.int64] = np.zeros(1, np.int64)          # whether any file was lost; the handler only sets it
 _paths: dict[int, Path] = {}
 _free = list(range(ENTRIES - 1, -1, -1))
 _lock = threading.Lock()
@@ -41,7 +41,7 @@ _tried = False
 
 
 def watch(mapping: mmap.mmap, path: Path) -> None:
-    """Look after a mapping of a file until it is gone."""
+    """Watch a mapping of a file until it is unmapped."""
     if not SUPPORTED:
         return
     with _lock:
@@ -56,12 +56,12 @@ def watch(mapping: mmap.mmap, path: Path) -> None:
 
 
 def check() -> None:
-    """Raise FileLost if a file that is still mapped was cut or went away."""
+    """Raise FileLost if a file that is still mapped was cut or disappeared."""
     if _any[0]:
         with _lock:
             lost = np.flatnonzero(_table[:, 2])
             if not len(lost):
-                _any[0] = 0           # what was lost is not used any more
+                _any[0] = 0           # the lost file is not used any more
                 return
             path = _paths[int(lost[0])]
         raise FileLost(f"{path}: was cut, or its disk has gone, while it was in use; nothing more can be computed from it")
@@ -75,14 +75,14 @@ def _forget(number: int) -> None:
 
 
 def install() -> None:
-    """Set the handler, once: before the first mapping is read by code that takes no exception. It needs LLVM."""
+    """Set the handler, once, before compiled code reads the first mapping. It needs LLVM."""
     global _tried
     with _lock:
         if SUPPORTED and not _tried:
             _tried = True
             try:
                 _set_handler()
-            except Exception:      # a system that is made otherwise than we know goes without
+            except Exception:      # on an unknown system we work without the handler
                 logger.warning("cut files will not be noticed here", exc_info=True)
 
 
@@ -105,14 +105,14 @@ def _set_handler() -> None:
     action = _Action(handler=address, flags=_SIGINFO)
     if system.sigaction(_SIGBUS, ctypes.byref(action), None) == 0:
         _kept.extend((engine, before, system))
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(_kept))       # also while the interpreter ends
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(_kept))       # they are needed until the process ends
 
 
 def _compile(system: Any, before: int) -> tuple[Any, int]:
-    """(what holds the code, address of the handler).
+    """(the owner of the code, address of the handler).
 
     for every entry: if start <= address of the fault < end: note it, map zeros from the fault's page to the end, return.
-    No entry: put the handler before back and return, so that the fault comes again and goes there.
+    No entry: restore the previous handler and return, so that the fault occurs again and goes there.
     """
     from llvmlite import binding, ir
 

@@ -1,4 +1,4 @@
-"""What a segment holds, written down so that no fault can pass for it: the records of session files and of the KV store.
+"""Records of session files and of the KV store: they describe a segment so that damaged data is never used.
 
 A record is 1176 bytes, little-endian:
 
@@ -10,9 +10,9 @@ A record is 1176 bytes, little-endian:
     1024  the ids of its positions as int32; then zeros
     32    BLAKE2b of all bytes before
 
-It stands in the last 2048 bytes of the segment's stride, behind the data that kernels read, and is written when that data is on
-the disk. Whoever reads it compares the digests with the data. So a record that was torn, or whose data was, counts for nothing;
-and as chains begin with the `root` of a model and its KV format, no record of another model continues one.
+It is in the last 2048 bytes of the segment's stride, behind the data that kernels read, and is written when that data is on the
+disk. A reader compares the digests with the data, so a torn record, or one with torn data, is ignored. Chains begin with the
+`root` of a model and its KV format, so a record of another model never continues one.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-POSITIONS, BLOCKS = 64, 4        # of a block; of a segment. files/ stands below kernels/, which has the same numbers
+POSITIONS, BLOCKS = 64, 4        # of a block; of a segment. As in kernels/, which files/ must not import
 SEGMENT = POSITIONS * BLOCKS
 TRAILER = 2048                   # bytes at the end of a segment's stride
 CHAIN = 32                       # bytes
-KV_VERSION = 3                   # counts changes of what the bytes of a block mean, or of the arithmetic that makes them
+KV_VERSION = 3                   # counts changes of the meaning of a block's bytes, or of the arithmetic behind them
 
 _MAGIC = b"KVRECORD"
 _HEAD = struct.Struct("<8sQI4x32s64s1024s")
@@ -38,7 +38,7 @@ _NOTHING = bytes(16)
 
 
 class Geometry(NamedTuple):
-    """Where a segment's blocks lie: for each layer and KV head four, one after another."""
+    """The places of a segment's blocks: for each layer and KV head four, one after another."""
 
     heads: int           # n_layers * n_kv_heads
     block_bytes: int
@@ -57,13 +57,13 @@ class Record(NamedTuple):
 
 
 def root_of(binding: Mapping[str, Any]) -> bytes:
-    """Where the chains of a model and its KV format begin."""
+    """The start of all chains of a model and its KV format."""
     text = repr(sorted((name, str(value)) for name, value in binding.items()))
     return hashlib.blake2b(text.encode(), digest_size=CHAIN).digest()
 
 
 def chain_of(parent: bytes, ids: NDArray[np.int32]) -> bytes:
-    """Names everything up to the end of a segment: `parent` does so for what is before it."""
+    """A hash of all ids up to the end of a segment; `parent` is the hash of those before it."""
     return hashlib.blake2b(parent + ids.astype("<i4").tobytes(), digest_size=CHAIN).digest()
 
 
@@ -82,7 +82,7 @@ def digests_of(data: NDArray[np.uint8], geometry: Geometry, blocks: int = BLOCKS
 
 
 def blocks_of(positions: int) -> int:
-    """Blocks that hold so many positions of a segment."""
+    """How many blocks hold this many positions of a segment."""
     return (positions + POSITIONS - 1) // POSITIONS
 
 
@@ -96,7 +96,7 @@ def encode(record: Record) -> bytes:
 
 
 def decode(data: bytes) -> Record | None:
-    """The record that `data` begins with; None if it is not one, whole and as it was written."""
+    """The record at the start of `data`; None if there is none, or it is damaged."""
     head, digest = data[: _HEAD.size], data[_HEAD.size : RECORD]
     if len(digest) < CHAIN or hashlib.blake2b(head, digest_size=CHAIN).digest() != digest:
         return None
@@ -110,7 +110,7 @@ def decode(data: bytes) -> Record | None:
 
 
 def intact(record: Record, data: NDArray[np.uint8], geometry: Geometry) -> int:
-    """How many of the record's leading positions the data still holds."""
+    """How many of the record's leading positions have undamaged data."""
     found = digests_of(data, geometry, len(record.digests))
     good = next((n for n, pair in enumerate(zip(found, record.digests, strict=True)) if pair[0] != pair[1]), len(found))
     return min(POSITIONS * good, len(record.ids))

@@ -1,4 +1,4 @@
-"""Files that come from elsewhere are opened here only: what is no regular file is refused before it is opened.
+"""Opens all files that a user names: anything except a regular file is refused before it is opened.
 
 Opening a FIFO waits for a writer, reading a device may never end, and opening some devices does something.
 """
@@ -22,37 +22,37 @@ KINDS = (
     (stat.S_ISBLK, "a device, not a file"),
     (stat.S_ISSOCK, "a socket, not a file"),
 )
-# A shell's <(command) and /dev/stdin: the writer is there already.
+# A shell's <(command) and /dev/stdin: their writer exists already.
 PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 
 def refusal(path: Path) -> str | None:
-    """Why a path is not opened: it is no regular file, or a loop of links. None: open it, or it is not there."""
+    """The reason not to open a path: not a regular file, or a loop of links. None: it may be opened, or does not exist."""
     try:
         mode = path.stat().st_mode
     except OSError as problem:
-        return "a loop of links, which leads to no file" if problem.errno == errno.ELOOP else None
+        return "a loop of links, without a file" if problem.errno == errno.ELOOP else None
     except ValueError:
-        return "no path: it has a zero byte"
+        return "not a path: it has a zero byte"
     return next((what for is_kind, what in KINDS if is_kind(mode)), None)
 
 
 def there(path: Path) -> bool:
-    """Whether a name is taken, be it by a link to nothing or by something that is no file: opening it says so."""
+    """Whether a name exists, even as a broken link or something other than a file: opening it then gives the error."""
     return path.is_symlink() or path.exists()
 
 
 def check(path: Path, error: type[BadInput]) -> None:
-    """Raise `error` for what must not be opened."""
+    """Raise `error` if a path must not be opened."""
     if what := refusal(path):
         raise error(f"{path}: {what}")
 
 
 @contextlib.contextmanager
 def reading(path: Path, error: type[BadInput]) -> Iterator[BufferedReader]:
-    """A regular file, open for reading. Raises `error` for what is none, OSError when it cannot be opened."""
+    """A regular file, open for reading. Raises `error` if it is not a regular file, OSError if it cannot be opened."""
     check(path, error)
-    # Not blocking: the path may have become a FIFO since it was looked at.
+    # Non-blocking: the path may have become a FIFO since the check.
     flags = sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK"))
     number = os.open(path, os.O_RDONLY | flags)
     with os.fdopen(number, "rb") as file:
@@ -62,9 +62,9 @@ def reading(path: Path, error: type[BadInput]) -> Iterator[BufferedReader]:
 
 
 def read(path: Path, error: type[BadInput], pipes: bool = False) -> bytes:
-    """All bytes of a file. Raises `error` when it is no regular file or cannot be read.
+    """All bytes of a file. Raises `error` if it is not a regular file or cannot be read.
 
-    pipes: take what a shell's <(command) gives, too.
+    pipes: accept a shell's <(command), too.
     """
     try:
         if pipes and str(path).startswith(PIPES):

@@ -68,9 +68,9 @@ def make_header(
 
 
 def read_header(file: BinaryIO, path: Path, error: type[BadInput]) -> Header:
-    """Read and check the header of an open file; whatever is wrong with it is an `error` naming `path` and tensor.
+    """Read and check the header of an open file. Any fault raises `error` with `path` and the tensor's name.
 
-    After it, every tensor lies inside the file, has the bytes that its dtype and shape take, and no two overlap.
+    Then every tensor lies inside the file, has the size of its dtype and shape, and no two overlap.
     """
     size = os.fstat(file.fileno()).st_size
     start = file.read(sniff.SNIFFED)

@@ -1,22 +1,21 @@
-"""A session file: the KV cache of one conversation, mapped where it lies, and what makes it safe to go on with.
+"""A session file: the KV cache of one conversation, used by mapping, with the records that make it safe to continue.
 
     0                 header: "edgemistral session\\n", the format's version and the length of what follows as two uint32,
-                      JSON, and the BLAKE2b (32 bytes) of everything before. It says which model, tokenizer, template and KV
-                      format the file is for, and where the rest lies
-    64 KiB            slot 0, and behind it slot 1, each `slot_bytes` long: what is known at the end of a turn. "KVSTATE\\n",
+                      JSON, and the BLAKE2b (32 bytes) of everything before. It names the model, tokenizer, template and KV
+                      format of the file, and the places of the rest
+    64 KiB            slot 0, then slot 1, each `slot_bytes` long: the state at the end of a turn. "KVSTATE\\n",
                       a counter and the length of the notes as two uint64, the record (`files.records`) of the last, partial
                       segment, the notes (zlib), and the BLAKE2b of everything before. The slots take turns
     start             the segments, `stride` bytes each, in the layout of the KV cache. The record of a full segment stands at
                       its end
 
-All numbers are little-endian. The order of writing makes a valid prefix of every file that a crash, a power loss or a full
-disk leaves behind:
+All numbers are little-endian. The order of writes guarantees a valid prefix after a crash, a power loss or a full disk:
 
 * A full segment is on the disk before its record is written, the partial one before its slot is.
-* Records and slots carry a checksum of their own, and checksums of the data. A reader takes the segments in turn for as long as
-  all of this holds, then the newer slot that continues them. Of a partial segment that grew after its slot was written, the
-  blocks of 64 positions that did not change count.
-* Before positions that were counted are written over, the slots and records that count them are replaced on the disk.
+* Records and slots contain a checksum of themselves, and checksums of the data. A reader takes the segments in turn while all
+  of these match, then the newest slot that continues them. If a partial segment grew after its slot was written, its unchanged
+  blocks of 64 positions are valid.
+* Before recorded positions are overwritten, the slots and records with them are replaced on the disk.
 
 The file is for its owner only (0600) and locked while it is open.
 """
@@ -63,9 +62,9 @@ MAX_NOTES = 1 << 28           # bytes of notes, unpacked
 
 
 class SessionFile:
-    """An open session file: `ids` and `notes` are what it holds. Not thread-safe.
+    """An open session file with its content, `ids` and `notes`. Not thread-safe.
 
-    cut_back: one line if less than the end of the last turn was found, or "".
+    cut_back: one line if not everything up to the end of the last turn was valid, or "".
     """
 
     def __init__(self, disk: Disk, header: Header) -> None:
@@ -74,17 +73,17 @@ class SessionFile:
         self.path, self.geometry = disk.path, header.geometry
         self.ids: NDArray[np.int32] = np.zeros(0, np.int32)
         self.notes = self.cut_back = ""
-        self._chains = [records.root_of(header.binding)]     # before segment 0, 1, ...: as far as the records go
+        self._chains = [records.root_of(header.binding)]     # before segment 0, 1, ..., for all that have records
         self._counter = 1
-        self._saved = 0                                      # positions that slots and records count
+        self._saved = 0                                      # positions in slots and records
 
     @classmethod
     def open(
         cls, path: Path, binding: Mapping[str, Any], geometry: Geometry, context: int, model: str = ""
     ) -> SessionFile:
-        """Open a session, or make one where there is no file, or an empty one.
+        """Open a session, or make one if there is no file or an empty one.
 
-        BadSession: it belongs to another model or KV format, is damaged in its header, newer, in use, or cannot be had.
+        BadSession: it belongs to another model or KV format, has a damaged header, is newer, in use, or cannot be opened.
         """
         path = Path(path)
         header = Header(dict(binding), model, geometry, slot_bytes_of(context))
@@ -109,7 +108,7 @@ class SessionFile:
 
     @classmethod
     def inspect(cls, path: Path) -> SessionFile:
-        """Open a session of whatever model and check all of it, changing nothing. Raises as `open` does."""
+        """Open a session of any model and check all of it, without changes. Raises as `open` does."""
         disk = Disk.open(Path(path))
         try:
             made = cls(disk, read_header(disk))
@@ -124,22 +123,21 @@ class SessionFile:
 
     @property
     def sealed(self) -> int:
-        """Full segments that are counted."""
+        """How many full segments are recorded."""
         return len(self._chains) - 1
 
     @property
     def segments(self) -> int:
-        """Segments that the file has room for."""
+        """How many segments the file has room for."""
         return max(0, (self.disk.size - self.header.start) // self.geometry.stride)
 
     def map(self, number: int) -> mmap.mmap:
-        """Map a segment, which is made if it is the next. OSError: the disk is full; the file is as it was."""
+        """Map a segment; the next one is made. OSError: the disk is full; the file is unchanged."""
         self.disk.grow(self._at(number + 1))
         return self.disk.map(self._at(number), self.geometry.stride)
 
     def seal(self, number: int, mapping: mmap.mmap, data: NDArray[np.uint8], ids: NDArray[np.int32]) -> None:
-        """Count segment `number`, the next after those that are counted; ids (256,). The record itself may reach the disk
-        later."""
+        """Record segment `number`, the next after those recorded; ids (256,). The record may reach the disk later."""
         record = Record(number, self._chains[number], ids, records.digests_of(data, self.geometry))
         self.disk.flush(mapping)
         self.disk.sync()
@@ -148,9 +146,9 @@ class SessionFile:
         self._saved = SEGMENT * (number + 1)
 
     def save(self, tail: tuple[mmap.mmap, NDArray[np.uint8]] | None, ids: NDArray[np.int32], notes: str) -> None:
-        """Count the positions of the partial segment, `ids`, and keep the notes; all full segments must be sealed.
+        """Record the partial segment's positions, `ids`, and the notes; all full segments must be sealed.
 
-        tail: mapping and data of the segment, None if there are no such positions. Notes that find no room are left out.
+        tail: mapping and data of the segment, None if it has no positions. Notes that do not fit are left out.
         """
         number = self.sealed
         digests: tuple[bytes, ...] = ()
@@ -165,9 +163,9 @@ class SessionFile:
         self._saved = SEGMENT * number + len(ids)
 
     def forget(self, length: int, tail: NDArray[np.uint8] | None, ids: NDArray[np.int32]) -> None:
-        """Count no more than `length` positions, on the disk too; `ids` and data of the partial segment that is the last then.
+        """Record at most `length` positions, on the disk too. ids, tail: of the partial segment that is then the last.
 
-        To be called before anything from there on is written over.
+        Call it before any position from `length` on is overwritten.
         """
         if length >= self._saved:
             return
@@ -176,7 +174,7 @@ class SessionFile:
         self._saved = length
 
     def close(self, segments: int | None = None) -> None:
-        """Unlock the file. segments: how many it keeps the room of; nobody may use the others any more."""
+        """Unlock the file. segments: how many it keeps room for; the others must not be used any more."""
         if segments is not None:
             self.disk.shrink(self._at(segments))
         self.disk.close()
@@ -184,7 +182,7 @@ class SessionFile:
     # ---- reading ------------------------------------------------------------------------------------------------------
 
     def _recover(self) -> None:
-        """Find what is valid, and see to it that nothing else can count again."""
+        """Find the valid part, and make sure that the rest is never used again."""
         states = self._find()
         if self.cut_back or len(self.ids) != states[0].positions:
             tail = self.ids[SEGMENT * self.sealed :]
@@ -215,11 +213,11 @@ class SessionFile:
         expected = states[0].positions if states else 0
         if len(self.ids) < expected or not whole or not states or torn:
             had = f" of {expected}" if expected > len(self.ids) else ""
-            self.cut_back = f"{self.path}: goes on from {len(self.ids)}{had} tokens: the rest is damaged or was never written"
+            self.cut_back = f"{self.path}: continues from {len(self.ids)}{had} tokens: the rest is damaged or was never written"
         return states
 
     def _full(self) -> list[Record]:
-        """The records of the full segments, as far as each continues the one before; their chains are noted."""
+        """The records of the full segments, as long as each continues the one before; notes their chains."""
         found: list[Record] = []
         for number in range(self.segments):
             record = self._trailer(number)
@@ -230,7 +228,7 @@ class SessionFile:
         return found
 
     def _all_intact(self, full: list[Record]) -> list[int]:
-        """How many positions of each full segment are as they were written; two gigabytes take a few tenths of a second."""
+        """How many positions of each full segment are undamaged; two gigabytes take a few tenths of a second."""
         workers = min(CHECKERS, os.cpu_count() or 1, len(full)) if self.disk.reads_at_once else 1
         buffers = [np.empty(self.geometry.data_bytes, np.uint8) for _ in range(max(1, workers))]
 
@@ -246,7 +244,7 @@ class SessionFile:
         return goods
 
     def _tail(self, states: list[State], number: int) -> NDArray[np.int32]:
-        """The longest partial segment that continues the full ones and whose data is there."""
+        """The longest partial segment with valid data that continues the full ones."""
         best, buffer = np.zeros(0, np.int32), np.empty(self.geometry.data_bytes, np.uint8)
         for state in states:
             record = state.record
@@ -259,7 +257,7 @@ class SessionFile:
     def _intact(self, number: int, record: Record, buffer: NDArray[np.uint8]) -> int:
         try:
             read = self.disk.read_into(self._at(number), memoryview(buffer.data))
-        except OSError:                # the disk cannot read it any more
+        except OSError:                # a read error of the disk
             read = 0
         return records.intact(record, buffer, self.geometry) if read == len(buffer) else 0
 
@@ -290,10 +288,10 @@ class SessionFile:
     # ---- writing ------------------------------------------------------------------------------------------------------
 
     def _count(self, tail: NDArray[np.uint8] | None, ids: NDArray[np.int32]) -> None:
-        """Count the sealed segments and `ids` behind them, whose data is `tail`; nothing else counts any more."""
+        """Record exactly the sealed segments and the `ids` after them, whose data is `tail`."""
         digests = () if tail is None else records.digests_of(tail, self.geometry, records.blocks_of(len(ids)))
         self._write_state(Record(self.sealed, self._chains[-1], ids, digests))
-        self.disk.sync()                                     # one of the slots is always whole
+        self.disk.sync()                                     # one of the slots is always valid
         self.disk.write(self._slot_at(self._counter + 1), bytes(STATE.size))
         self._forget_trailers(self.sealed)
         self.disk.sync()
@@ -321,9 +319,9 @@ class SessionFile:
 
 
 def summary(path: Path) -> tuple[Header, int]:
-    """Whose session a file is, and how many tokens it held at the end of its last turn; it may be in use meanwhile.
+    """The header of a session, and its tokens at the end of its last turn. The file may be in use.
 
-    BadSession: it is no session, newer, or damaged in its header.
+    BadSession: it is not a session, is newer, or has a damaged header.
     """
     disk = Disk.open(path, lock=False)
     try:
@@ -336,7 +334,7 @@ def summary(path: Path) -> tuple[Header, int]:
 
 
 def _begin(disk: Disk, header: Header) -> None:
-    """Write everything that a session has before its first segment."""
+    """Write everything before the first segment of a session."""
     fields = {**header.geometry._asdict(), "binding": header.binding, "model": header.model, "slot_bytes": header.slot_bytes}
     text = json.dumps(fields).encode()
     head = HEAD.pack(MAGIC, VERSION, len(text)) + text
@@ -347,7 +345,7 @@ def _begin(disk: Disk, header: Header) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a session that nobody has open. BadSession: it is no session, in use, or cannot be deleted."""
+    """Delete a session that is not open. BadSession: it is not a session, is in use, or cannot be deleted."""
     if not is_session(path):
         raise BadSession(f"{path}: not a session file; it was left as it is")
     disk = Disk.open(path)

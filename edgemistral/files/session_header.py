@@ -1,4 +1,4 @@
-"""What a session file begins with, and what its slots hold: see `files.session` for the whole of it."""
+"""The header and the slots of a session file; `files.session` describes the whole file."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from edgemistral.files.records import RECORD, SEGMENT, TRAILER, Geometry, Record
 
 VERSION = 1
 GRANULE = 1 << 16             # offsets of mappings are multiples of this
-NOTES_OF_POSITION = 8         # bytes of compressed notes that a position has room for
+NOTES_OF_POSITION = 8         # bytes of compressed notes reserved for each position
 
 MAGIC = b"edgemistral session\n"
 HEAD = struct.Struct("<20sII")
 STATE = struct.Struct("<8sQQ")
 STATE_MAGIC = b"KVSTATE\n"
 DIGEST = 32
-# What the message says where a part of the binding differs; of several the first.
+# The message if a part of the binding differs; if several do, the first.
 DIFFERENT = {
     "kv_bits": "holds keys and values of {theirs} bits; this model runs with --kv-bits {ours}",
     "kv_version": "holds keys and values in a format of another edgemistral ({theirs}; this one has {ours})",
@@ -57,7 +57,7 @@ class Header(NamedTuple):
 
 
 def read_header(disk: Disk) -> Header:
-    """What a file is for, and where its parts lie. BadSession: it is no session, newer, or damaged here."""
+    """The binding of a file, and the places of its parts. BadSession: it is not a session, is newer, or is damaged here."""
     path, head = disk.path, disk.read(0, HEAD.size)
     if len(head) < HEAD.size or not head.startswith(MAGIC):
         raise BadSession(f"{path}: not a session file; it was left as it is")
@@ -67,23 +67,23 @@ def read_header(disk: Disk) -> Header:
     rest = disk.read(HEAD.size, min(size, GRANULE) + DIGEST)
     text, digest = rest[:size], rest[size:]
     if digest_of(head + text) != digest:
-        raise BadSession(f"{path}: its header is damaged; nothing of it can be used: delete it to begin anew")
+        raise BadSession(f"{path}: its header is damaged, so it cannot be used; delete it to start again")
     fields = strict_json.parse(text, f"{path}: header", BadSession)
     try:
         geometry = Geometry(*(int(fields[name]) for name in Geometry._fields))
         header = Header(dict(fields["binding"]), str(fields["model"]), geometry, int(fields["slot_bytes"]))
     except (KeyError, TypeError, ValueError):
-        raise BadSession(f"{path}: its header lacks what this edgemistral needs") from None
+        raise BadSession(f"{path}: its header lacks fields that this edgemistral needs") from None
     if (
         not all(1 <= size < 1 << 40 for size in (*geometry, header.slot_bytes)) or geometry.block_bytes % 8
         or geometry.data_bytes + TRAILER > geometry.stride
     ):
-        raise BadSession(f"{path}: its header describes no segments")
+        raise BadSession(f"{path}: its header does not describe the segments")
     return header
 
 
 def is_session(path: Path) -> bool:
-    """Whether a file begins as a session does."""
+    """Whether a file begins like a session."""
     try:
         with regular.reading(path, BadSession) as file:
             return file.read(len(MAGIC)) == MAGIC

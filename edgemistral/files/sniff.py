@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, when it is not what its name says: one phrase for an error message."""
+"""Recognizes a file with a wrong name by its first bytes: one phrase for an error message."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from edgemistral.errors import BadInput
 from edgemistral.files import regular
 
-SNIFFED = 512   # bytes that are looked at
+SNIFFED = 512   # bytes that are examined
 
 MAGICS: tuple[tuple[bytes, str], ...] = (
     (b"GGUF", "a GGUF file (`edgemistral quantize FILE.gguf DST` makes a model file of it)"),
@@ -33,7 +33,7 @@ WEB_PAGE = "an HTML page, as servers send for a login or an error, not the file 
 
 
 def describe(start: bytes) -> str | None:
-    """What begins with these bytes (a few hundred, or all of a shorter file); None: not known."""
+    """A phrase for a file that begins with these bytes (a few hundred, or the whole file); None: unknown."""
     if not start:
         return "an empty file; is the download complete?"
     for magic, what in MAGICS:
@@ -50,7 +50,7 @@ def describe(start: bytes) -> str | None:
 
 
 def describe_text(start: bytes) -> str | None:
-    """The same for a file that is binary when it is right: a short text in its place is quoted."""
+    """The same for a file that should be binary: a short text in its place is quoted."""
     what = describe(start)
     if what is None and len(start) >= 8 and start[:8].isascii():
         text = start.decode("utf-8", "replace").split("\n")[0].strip()
@@ -60,7 +60,7 @@ def describe_text(start: bytes) -> str | None:
 
 
 def describe_file(path: Path) -> str | None:
-    """`describe` of the beginning of a file; None too where it cannot be read."""
+    """`describe` of the beginning of a file; None also if it cannot be read."""
     try:
         with path.open("rb") as file:
             return describe(file.read(SNIFFED))
@@ -69,7 +69,7 @@ def describe_file(path: Path) -> str | None:
 
 
 def refuse_other_files(path: Path, error: type[BadInput]) -> None:
-    """Raise `error` for a file that is certainly something else than its name says, or a link to nothing."""
+    """Raise `error` for a file that is certainly not what its name says, or for a broken link."""
     if path.is_symlink() and not path.exists():
         raise error(f"{path}: a link to a file that is not there; is the download complete?")
     try:

@@ -1,4 +1,4 @@
-"""JSON from files that we did not write: parsed without surprises, or refused with one error."""
+"""JSON from files of other programs: parsed strictly, or refused with one error."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from edgemistral.errors import BadInput
 
-MAX_DIGITS = 64   # of an integer: what a file here counts fits into 64 bits, but transformers writes 10**30 for "no limit"
+MAX_DIGITS = 64   # of an integer: all counts fit into 64 bits, but transformers writes 10**30 for "no limit"
 
 
 def parse(text: str | bytes, where: str, error: type[BadInput]) -> Any:
     """The value of a JSON text.
 
     Refused with `error`, its message starting with `where`: invalid UTF-8 or JSON, a name given twice in one object
-    (readers differ in which one they take), NaN and Infinity, integers beyond 64 bits, bottomless nesting.
+    (readers differ in which one they take), NaN and Infinity, integers of more than 64 digits, very deep nesting.
     """
     try:
         return json.loads(
@@ -42,4 +42,4 @@ def _bounded_integer(digits: str) -> int:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")

@@ -1,4 +1,4 @@
-"""What freezes applications: PyInstaller finds the folder of our hook through the entry point `pyinstaller40`."""
+"""Support for frozen applications: PyInstaller finds our hooks through the entry point `pyinstaller40`."""
 
 from __future__ import annotations
 

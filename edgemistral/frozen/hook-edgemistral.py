@@ -1,8 +1,8 @@
-"""PyInstaller's hook for edgemistral: what a frozen application needs and PyInstaller cannot see.
+"""PyInstaller's hook for edgemistral: adds what a frozen application needs and PyInstaller does not find.
 
-* Kernels are compiled on the user's machine from their sources, so these lie in the bundle beside the compiled modules.
+* Kernels are compiled on the user's machine from their sources, so the bundle contains these next to the compiled modules.
 * The demo model's checkpoint, the server's pages and the calibration texts are data.
-* Much is imported when it is first used.
+* Many modules are imported at first use.
 * `edgemistral warmup --into DIR`, then EDGEMISTRAL_BUNDLE=DIR pyinstaller ...: compiled kernels and the demo model, too.
 """
 
@@ -18,7 +18,7 @@ hiddenimports = [
     name for package in ("edgemistral", "edgemistral_quantize")
     for name in collect_submodules(package, lambda name: "frozen" not in name, on_error="ignore")
 ]
-excludedimports = ["torch", "transformers", "matplotlib", "IPython"]      # what libraries use if they find it
+excludedimports = ["torch", "transformers", "matplotlib", "IPython"]      # optional for other libraries
 module_collection_mode = {"edgemistral": "pyz+py", "edgemistral_quantize": "pyz+py"}
 datas = [
     *collect_data_files("edgemistral"),
@@ -29,5 +29,5 @@ binaries = collect_dynamic_libs("llvmlite")
 
 if bundle := os.environ.get("EDGEMISTRAL_BUNDLE"):
     if not (Path(bundle) / "kernels").is_dir():
-        raise SystemExit(f"EDGEMISTRAL_BUNDLE is {bundle}, which holds no kernels: edgemistral warmup --into {bundle}")
+        raise SystemExit(f"EDGEMISTRAL_BUNDLE is {bundle}, which contains no kernels: edgemistral warmup --into {bundle}")
     datas.append((bundle, f"edgemistral/{BUNDLED}"))

@@ -1,3 +1,3 @@
-"""PyInstaller's hook for gguf: only its reader is used, and its other modules would bring transformers and torch with them."""
+"""PyInstaller's hook for gguf: only its reader is used; its other modules would add transformers and torch."""
 
 excludedimports = ["transformers", "mistral_common", "torch", "huggingface_hub"]

@@ -1,8 +1,8 @@
 """The engine: token ids in, token ids out, nothing computed twice.
 
-It knows neither text nor files. Whatever computes is a `Task`: ids, of which a kept sequence holds a prefix, and something
-that takes the logits behind the last of them. One `step` computes rows of several tasks at once: each token that is being
-generated, and beside them as much of a waiting prompt as their readers do not notice. No task's bits depend on the others.
+It does not handle text or files. All work is a `Task`: ids, a prefix of which is in a kept sequence, and a consumer of the
+logits after the last id. One `step` computes rows of several tasks at once: the next token of each generation, and as much
+of a waiting prompt as does not slow the readers too much. The bits of a task do not depend on other tasks.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from edgemistral.runtime.segments import Row, SegmentPool, segments_of
 
 Pinned = TypeVar("Pinned", bound=segments.Sequence)
 WORTH_WAITING = 16                      # tokens of a prefix that another task is about to compute
-MOST_DECODED = 8                        # tokens of a step that only decodes: more would wait for products, not for memory
+MOST_DECODED = 8                        # tokens of a step that only decodes: with more, computing takes longer than memory
 GATHERING = 0.002                       # seconds to wait for other threads' tasks before a step
-RESTING = 0.02                          # seconds between two looks at whether a rest is still wanted
+RESTING = 0.02                          # seconds between two checks whether a rest may end
 
 
 class Transformer(Protocol):
@@ -42,15 +42,15 @@ class Transformer(Protocol):
     config: ModelConfig
     context: int        # the longest sequence
     chunk: int          # most tokens of one step
-    step_sizes: Sequence[int]   # numbers of tokens, upwards, that leave no place of a tile empty
+    step_sizes: Sequence[int]   # numbers of tokens that fill whole tiles, ascending
     max_rows: int       # of one step
     pool: SegmentPool
 
     def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
-        """Append each row's ids to its sequence, all or none; logits (sum of n_logits, vocab_size), valid until the next."""
+        """Append the ids of all rows, or of none; logits (sum of n_logits, vocab_size), valid until the next call."""
 
     def wait(self) -> None:
-        """Until nothing of an interrupted step is at work."""
+        """Wait until no thread works on an interrupted step."""
 
     def close(self) -> None: ...
 
@@ -59,7 +59,7 @@ class Engine:
     """One transformer and the sequences that are kept. Threads may share it: their tasks share the steps."""
 
     def __init__(self, transformer: Transformer, lookup: bool = True) -> None:
-        """lookup: guess tokens from what was said before and verify several in one step; the answers are the same."""
+        """lookup: guess tokens from earlier text and verify several in one step; the answers are the same."""
         self.config, self.context = transformer.config, transformer.context
         self._transformer: Transformer | None = transformer
         self.end_ids = frozenset({self.config.eos_id})
@@ -68,10 +68,10 @@ class Engine:
         self.counts = Counts()
         self._store: StoredPrefixes | None = None
         self._turns = 0
-        self._lock = threading.Lock()                # held for a step, and for whatever touches a sequence
+        self._lock = threading.Lock()                # held for a step, and for every access to a sequence
         self._demanded = threading.Condition()
-        self._demands: dict[Task, int] = {}          # tasks that a thread waits for, and which thread
-        self._last: list[tuple[Task, int]] = []      # those of the last step
+        self._demands: dict[Task, int] = {}          # tasks that a thread waits for, and the thread
+        self._last: list[tuple[Task, int]] = []      # the same for the last step
 
     @property
     def tokens(self) -> NDArray[np.int32]:
@@ -83,7 +83,7 @@ class Engine:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the KV file now; answers at once, also while another thread computes."""
+        """Bytes of the KV file now. Returns at once, even while another thread computes."""
         transformer = self._transformer
         return transformer.pool.file_bytes if transformer is not None else 0
 
@@ -98,14 +98,14 @@ class Engine:
         return task.logits
 
     def logits(self, ids: Ids) -> NDArray[np.float32]:
-        """Logits (len(ids), vocab_size) at every position. Computes all of them anew: a cached position has none."""
+        """Logits (len(ids), vocab_size) at every position. Computes every position again: the cache holds no logits."""
         task = AllLogits(self, self._checked(ids))
         while not task.done:
             self.advance(task)
         return task.logits
 
     def prompt_logprobs(self, ids: Ids, top: int) -> list[Logprobs | None]:
-        """What the model gave each of `ids` before it saw it, with the `top` likeliest ids there; None for the first."""
+        """`Logprobs` of each of `ids` given those before it, with the `top` likeliest ids there; None for the first."""
         task = self.score(ids, top)
         while not task.done:
             self.advance(task)
@@ -125,9 +125,9 @@ class Engine:
         home: segments.Sequence | None = None,
     ) -> Generation:
         """Continue `ids` until an end of turn, `max_new_tokens` or the end of the context. Nothing is computed before the first
-        token is asked for, but what is wrong with the arguments is raised here (see `prefill`).
+        token is requested; errors in the arguments are raised here (see `prefill`).
 
-        home: the pinned sequence that holds it all then.
+        home: the pinned sequence that will hold all ids.
         """
         if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 0):
             message = f"max_new_tokens is {max_new_tokens!r}: it must be a whole number, at least 0"
@@ -138,14 +138,14 @@ class Engine:
         return made
 
     def pin(self, make: Callable[[SegmentPool], Pinned]) -> Pinned:
-        """Keep the sequence that `make` makes, until `unpin`: it is never evicted."""
+        """Keep the sequence that `make` returns until `unpin`: it is never evicted."""
         with self._lock:
             made = make(self._open().pool)
             self._kept.pin(made)
             return made
 
     def unpin(self, sequence: segments.Sequence) -> None:
-        """Close a pinned sequence, after its `save`. Generations that write to it go on without it."""
+        """Close a pinned sequence, after its `save`. Generations that write to it continue in another sequence."""
         with self._lock:
             if self._transformer is None or not self._kept.is_pinned(sequence):
                 return
@@ -159,12 +159,12 @@ class Engine:
 
     @property
     def sessions_over_budget(self) -> bool:
-        """Whether the pinned sequences alone take more than the pool's budget."""
+        """Whether the pinned sequences alone need more than the pool's budget."""
         with self._lock:
             return sum(len(one.segments) for one in self._kept.pinned) > self._open().pool.capacity
 
     def save(self, sequence: segments.Sequence, notes: str | None = None, length: int | None = None) -> None:
-        """Save a pinned sequence, with these notes, and cut to this length, if they are given. SessionFailed: it cannot be."""
+        """Save a pinned sequence; if given, with these notes and cut to this length. SessionFailed: it cannot be saved."""
         with self._lock:
             self._open().wait()
             if not self._kept.is_pinned(sequence):
@@ -174,9 +174,9 @@ class Engine:
             sequence.save(notes)
 
     def advance(self, task: Task) -> None:
-        """Bring a task nearer to what it waits for, by a step that tasks of other waiting threads share.
+        """Advance a task by one step, which it shares with the tasks of other waiting threads.
 
-        Raises what stopped the task: Cancelled, or what its sampler or a callback of its own raised.
+        Raises the error that stopped the task: Cancelled, or an exception of its sampler or callback.
         """
         news, me = task.news, threading.get_ident()
         with self._demanded:
@@ -184,7 +184,7 @@ class Engine:
             self._demanded.notify_all()
         try:
             with self._rested(lambda: task.news > news or task.cancelled):
-                if task.news == news and task.error is None:     # else another thread's step has done it
+                if task.news == news and task.error is None:     # otherwise another thread's step advanced it
                     self._gather(me)
                     with self._demanded:
                         waiting = dict(self._demands)
@@ -197,15 +197,15 @@ class Engine:
             raise task.error
 
     def step(self, tasks: Sequence[Task]) -> None:
-        """One step for these tasks. What stops one of them is in its `error`, and no other is disturbed."""
+        """One step for these tasks. An error of one task is put in its `error`; the other tasks continue."""
         with self._rested(lambda: all(task.cancelled for task in tasks)):
             self._step(tasks)
 
     @contextlib.contextmanager
     def _rested(self, over: Callable[[], bool]) -> Iterator[None]:
-        """Hold the lock, once the rest that `duty` asks for after a step is over, or `over` says that none is needed.
+        """Wait until the rest that `duty` asks for after a step is over, or `over` returns True; then hold the lock.
 
-        The lock is free meanwhile: saving and closing do not wait for a rest.
+        The lock is free during the rest, so saving and closing do not wait.
         """
         while True:
             while (left := self.duty.left()) > 0 and self._transformer is not None and not over():
@@ -223,14 +223,14 @@ class Engine:
             if self._transformer is not None:
                 self._transformer.wait()
                 for sequence in self._kept.pinned:
-                    with contextlib.suppress(EdgeMistralError):      # what was saved last stays
+                    with contextlib.suppress(EdgeMistralError):      # the last save stays valid
                         self._close_pinned(sequence)
                 self._kept.evict_all()
                 self._transformer.close()
                 self._transformer = None
 
     def use_store(self, store: KVStore) -> None:
-        """Look for prefixes in a store, and put what is computed there."""
+        """Look for prefixes in a store, and store there what is computed."""
         self._store = StoredPrefixes(store, self._release)
 
     def _release(self, segment: segments.Segment) -> None:
@@ -257,7 +257,7 @@ class Engine:
         return array
 
     def _gather(self, me: int) -> None:
-        """Wait a moment for the threads whose tasks shared the last step: they are about to ask for their next tokens."""
+        """Wait a moment for the threads whose tasks shared the last step: they will soon request their next tokens."""
         end = time.monotonic() + GATHERING
         with self._demanded:
             while True:
@@ -297,7 +297,7 @@ class Engine:
                 self._save(task)
 
     def _save(self, task: Task) -> None:
-        """At the end of a turn. What the disk does not take, the next turn or `save` complains of."""
+        """Save at the end of a turn. A disk error is reported by the next turn or `save`."""
         if task.sequence is not None and task.sequence.pinned:
             with contextlib.suppress(EdgeMistralError):
                 task.sequence.save()
@@ -308,21 +308,21 @@ class Engine:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            self._kept.evict_all(but=[row.sequence for row in rows])     # the disk is full: what is only kept goes first
+            self._kept.evict_all(but=[row.sequence for row in rows])     # the disk is full: evict what no row uses
             return transformer.step(rows)
 
     def _compose(self, transformer: Transformer, tasks: Sequence[Task]) -> list[tuple[Task, Row]]:
-        """The rows of the next step: one token of every task that generates, and prompts in turn in what is left."""
+        """The rows of the next step: one token of every generation, then prompts in turn in the remaining room."""
         in_use = {task.sequence for task in tasks if task.sequence is not None}
         decoding = sorted((task for task in tasks if task.pending == 1), key=lambda task: task.turn)
         prompts = sorted((task for task in tasks if task.pending != 1), key=lambda task: task.turn)
         rows: list[tuple[Task, Row]] = []
         left, guesses = self.duty.most(transformer.chunk), 0 if prompts or not self._lookup else MOST_DECODED - len(decoding)
-        share: int | None = None     # of the step that prompts may have beside readers
-        promised = 0                 # segments that its rows will take
+        share: int | None = None     # prompt tokens that a step with readers may have
+        promised = 0                 # segments that the rows will take
         for task in (*decoding, *prompts):
             if len(rows) == transformer.max_rows:
-                break                                 # the others come first in the next step
+                break                                 # the other tasks come first in the next step
             task.guessed = ()
             if task.sequence is None and not self._attach(task, tasks, in_use):
                 continue
@@ -354,7 +354,7 @@ class Engine:
             known = task.history[: task.length - 1]       # the last id is always computed, for its logits
             self._restore(known, in_use)
             _, common = self._kept.longest_prefix(known)
-            for other in tasks:    # one that is about to compute more of the same prompt
+            for other in tasks:    # wait for a task that is about to compute more of the same prompt
                 if other is task or other.sequence is None or other.pending <= 1:
                     continue
                 if common_prefix(other.history[: other.length], known) >= common + WORTH_WAITING:
@@ -374,7 +374,7 @@ class Engine:
         return True
 
     def _restore(self, ids: NDArray[np.int32], in_use: set[segments.Sequence]) -> None:
-        """Keep what the store has of a prompt, if it is more than any sequence has and there is room."""
+        """Load the stored prefix of a prompt, if it is longer than that of any sequence and there is room."""
         if self._store is None:
             return
         _, common = self._kept.longest_prefix(ids)
@@ -384,7 +384,7 @@ class Engine:
         self._kept.add(self._store.restore(self._open().pool, ids[:stored]))
 
     def _reserve(self, task: Task, length: int) -> bool:
-        """Make room in the file of a session; False: it cannot grow, which stops its own task only."""
+        """Make room in a session's file. False: it cannot grow; only this task stops."""
         assert task.sequence is not None
         try:
             task.sequence.reserve(length)
@@ -393,5 +393,5 @@ class Engine:
         return task.error is None
 
     def _has_room(self, sequence: segments.Sequence, needed: int, promised: int, in_step: list[segments.Sequence]) -> bool:
-        """Whether a sequence can have more segments beside those promised. Alone it may: one full context has room."""
+        """Whether there are `needed` more segments, besides those promised. A sequence alone in a step always has room."""
         return not needed or self._kept.make_room(promised + needed, [sequence, *in_step]) or not in_step

@@ -1,7 +1,7 @@
-"""Constrained decoding: texts of a JSON schema or a grammar, by llguidance (https://github.com/guidance-ai/llguidance).
+"""Constrained decoding with a JSON schema or a grammar, by llguidance (https://github.com/guidance-ai/llguidance).
 
-A grammar is compiled once and gives every generation a state of its own, which tells before each token which ones may
-come. llguidance parses bytes, so characters that span several byte-fallback tokens come out whole.
+A grammar is compiled once. Each generation has a separate state, which says before each token which ones are allowed.
+llguidance parses bytes, so characters that span several byte-fallback tokens come out whole.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ if TYPE_CHECKING:
 
 LEAST = 2**63 - 1024                        # the first numbers that a float rounds to 2**63
 MOST_STATES = 99_999
-WORDS = (      # what llguidance says, and what we say; a long echo of the grammar is left out
+WORDS = (      # llguidance's messages -> ours, without its long echo of the grammar
     (r" 1 \| .*$", ""),
     (r"(?s)^.*\(in regex\): (.*) in regex.*$", r"a regular expression: \1"),
     (r"(?s)^.*regex parse error: .*error: (.*?)(?: \d+ \|.*)?$", r"a regular expression cannot be read: \1"),
-    (r"^.*lookarounds not supported yet.*$", "a regular expression cannot look around or use word boundaries here"),
+    (r"^.*lookarounds not supported yet.*$", "lookarounds and word boundaries in a regular expression are not supported"),
     (r"(?:lone leading surrogate|unexpected end of hex escape).*$",
-     "a text has half of a surrogate pair, which is no character"),
-    (r"^Pointer '(.*)' does not exist$", r"$ref leads to \1, which is not there"),
+     "a text has half of a surrogate pair, which is not a character"),
+    (r"^Pointer '(.*)' does not exist$", r"$ref points to \1, which does not exist"),
     (r"^Unsatisfiable schema: (.*)$", r"no JSON fits this schema: \1"),
     (r"^recursion limit exceeded.*$", "nested too deeply"),
     (r"^(\d+)\((\d+)\): ", r"line \1, column \2: "),
 )
-# One space after each comma and colon and nowhere else: with free whitespace a model can write spaces for ever.
+# One space after each comma and colon, none elsewhere: with free whitespace a model may write spaces for ever.
 JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class GrammarCompiler:
     """Compiles grammars for one tokenizer.
 
-    `continues`: the text goes on after one that stands there already (a raw completion, an assistant message to go on
-    with). Otherwise it is a text of its own, which SentencePiece begins with a space that decoding drops: the compiled
-    grammar has that space in front, so that a constrained answer begins with the tokens that an encoded text has.
+    `continues`: the text continues another one (a raw completion, an assistant message). Otherwise it begins a text.
+    SentencePiece puts a space there, which decoding drops. The compiled grammar has that space in front, so that a
+    constrained answer begins with the same tokens as an encoded text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -72,10 +72,10 @@ class GrammarCompiler:
         if "::=" in grammar:
             try:
                 grammar = any_to_lark(grammar)
-            except Exception as error:   # the converter raises all sorts
-                raise BadRequest(f"grammar is no GBNF: {_one_line(error)}", "grammar") from None
+            except Exception as error:   # the converter raises many types
+                raise BadRequest(f"grammar is not valid GBNF: {_one_line(error)}", "grammar") from None
         for part in grammar.split("%json")[1:]:
-            with contextlib.suppress(json.JSONDecodeError, RecursionError):       # the library says what is wrong with it
+            with contextlib.suppress(json.JSONDecodeError, RecursionError):       # the library reports the error
                 check_schema(json.JSONDecoder().raw_decode(part.lstrip())[0])
         return self._compile({"lark_grammar": grammar}, continues)
 
@@ -106,7 +106,7 @@ class CompiledGrammar:
 
 
 class _State:
-    """Where one generation is in its grammar."""
+    """The state of one generation in its grammar."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
@@ -121,12 +121,12 @@ class _State:
         self._check()
 
     def _check(self) -> None:
-        if self._matcher.is_error():   # its limits on work, for one
+        if self._matcher.is_error():   # for example, the library's limits on work
             raise BadRequest(f"grammar: {_one_line(self._matcher.get_error())}", "grammar")
 
 
 class _Pieces:
-    """The bytes of every token, as llguidance's TokenizerWrapper asks for them."""
+    """The bytes of every token, in the form that llguidance's TokenizerWrapper needs."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.eos_token_id, self.bos_token_id = tokenizer.turn_end_id, tokenizer.bos_id
@@ -135,7 +135,7 @@ class _Pieces:
         self._tokenizer = tokenizer
         for token_id in range(tokenizer.vocab_size):
             byte, data = tokenizer.byte(token_id), tokenizer.token_bytes(token_id)
-            # A space as a byte is never written by a tokenizer, and decoding would not drop it at the beginning.
+            # No tokenizer writes a space as a byte token, and decoding would not drop it at the beginning.
             if byte == ord(" ") or not data:
                 self.special_token_ids.append(token_id)
                 self.tokens.append((tokenizer.piece(token_id) or f"<padding {token_id}>").encode())
@@ -143,13 +143,13 @@ class _Pieces:
                 self.tokens.append(data)
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of a text in the middle of another one, without the space that `encode` puts in front."""
+        """The ids of a text inside another one, without the space that `encode` puts in front."""
         return self._tokenizer.encode_inside(text)
 
 
 def check_schema(schema: Any) -> None:
-    """Raise BadRequest for what llguidance 1.9 dies of, or works on for ever: some constants, and large steps of `multipleOf`,
-    whose automaton has a state for each remainder."""
+    """Raise BadRequest for schemas on which llguidance 1.9 crashes or never ends: some constants, and large steps of
+    `multipleOf`, whose automaton has a state for each remainder."""
     stack, steps, merged = [(schema, False)], [1], False
     while stack:
         node, constant = stack.pop()
@@ -168,14 +168,14 @@ def check_schema(schema: Any) -> None:
 
 
 def _digits_of(step: float) -> int:
-    """The digits of a number without the zeros around them. BadRequest: it is not above zero."""
+    """The digits of a number, without leading and trailing zeros. BadRequest: it is not above zero."""
     if not 0 < step < math.inf:
         raise BadRequest(f"grammar: multipleOf is {step!r:.40}: it must be above 0", "grammar")
     return int("".join(map(str, Decimal(repr(step)).normalize().as_tuple().digits)))
 
 
 def _one_line(error: object) -> str:
-    """What the library found, in our words where it has its own."""
+    """The library's error on one line, in our words if WORDS has them."""
     text = " ".join(str(error).split())
     for pattern, words in WORDS:
         if found := re.search(pattern, text):

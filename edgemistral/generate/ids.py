@@ -1,4 +1,4 @@
-"""Token ids that come from outside."""
+"""Checks token ids from callers."""
 
 from __future__ import annotations
 

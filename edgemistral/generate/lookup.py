@@ -1,8 +1,8 @@
-"""Prompt lookup: what followed the last few tokens when they stood there before is a guess at what follows now.
+"""Prompt lookup: finds the last few tokens earlier in the text, and guesses that the same tokens follow again.
 
-Answers that quote or edit what they were given repeat long runs of it. The guess costs nothing to make, several positions are
-verified in one step, and only what the sampler would have drawn anyway is kept: the answer is the same (Saxena 2023, "Prompt
-Lookup Decoding"; Leviathan et al. 2023, arXiv:2211.17192).
+Answers that quote or edit their prompt repeat long parts of it. A guess costs nothing, one step verifies several positions,
+and only tokens that the sampler draws anyway are kept: the answer is the same (Saxena 2023, "Prompt Lookup Decoding";
+Leviathan et al. 2023, arXiv:2211.17192).
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from numpy.typing import NDArray
 
 from edgemistral.generate.pace import Pace
 
-N = 3                  # tokens that must have stood there before
-LONGEST = 32           # of several places, the one that matches furthest back counts, up to so many tokens
-PLACES = 8             # that are remembered of an n-gram, the last ones
-MOST = 7               # tokens of a guess: with the one before them they fill a step of 8
-GAIN = 1.05            # times as many tokens a second that a guess must promise
-INTEREST = 0.01        # steps that a trial may cost, with every step, where guesses promise nothing
-MEMORY = 0.8           # of the share of right guesses
+N = 3                  # tokens that must match an earlier place
+LONGEST = 32           # tokens compared to choose between places: the longest match counts
+PLACES = 8             # places remembered for each n-gram, the newest ones
+MOST = 7               # tokens of a guess: with the token before them they fill a step of 8
+GAIN = 1.05            # a guess must promise this many times the tokens per second
+INTEREST = 0.01        # share of the steps that trials may cost while guesses do not pay
+MEMORY = 0.8           # weight of the past in the share of right guesses
 
 
 class Lookup:
     """The n-grams of one history, and how well guessing has done in it."""
 
     def __init__(self, history: NDArray[np.int32], length: int) -> None:
-        """history: may grow behind `length`; it is looked at again at each guess."""
-        self._followed: dict[tuple[int, ...], list[int]] = {}      # n-gram -> where it was followed
+        """history: it may grow after `length`; each guess reads the new part."""
+        self._followed: dict[tuple[int, ...], list[int]] = {}      # n-gram -> positions of the token after it
         self._seen = N - 1
         self._right = 0.5                                    # share of guessed tokens, lately
         self._credit = 0.0
         self._index(history, length)
 
     def guess(self, history: NDArray[np.int32], most: int, pace: Pace) -> tuple[int, ...]:
-        """Ids that may follow `history`, so many as pay at the speed of this machine."""
+        """Ids that may follow `history`: as many as pay at the speed of this machine."""
         length = len(history)
         self._credit += INTEREST
         places = list(self._followed.get(tuple(history[length - N :].tolist()), ())) if length >= N else []
@@ -45,12 +45,12 @@ class Lookup:
         return tuple(history[at : at + n].tolist())
 
     def learn(self, guessed: int, accepted: int) -> None:
-        """So many guessed ids were right."""
+        """Note how many of the guessed ids were right."""
         for n in range(min(accepted + 1, guessed)):
             self._right = MEMORY * self._right + (1 - MEMORY) * (n < accepted)
 
     def _worth(self, most: int, pace: Pace) -> int:
-        """The length that brings the most tokens a second; a short trial now and then where none seems to pay."""
+        """The length with the most tokens per second; now and then a short trial if none seems to pay."""
         best, speed = 0, GAIN
         expected, power = 1.0, 1.0
         for n in range(1, most + 1):
@@ -68,7 +68,7 @@ class Lookup:
         return trial
 
     def _index(self, history: NDArray[np.int32], length: int) -> None:
-        """Note every n-gram that something follows."""
+        """Note every n-gram that has a next token."""
         if length > self._seen + 1:
             ids = history[self._seen - N + 1 : length].tolist()
             for i in range(N, len(ids)):
@@ -79,7 +79,7 @@ class Lookup:
 
 
 def _common_end(history: NDArray[np.int32], place: int) -> int:
-    """How many tokens before `place` are those at the end, up to LONGEST."""
+    """How many tokens before `place` match those at the end, up to LONGEST."""
     n = min(LONGEST, place)
     differ = np.flatnonzero(history[place - n : place][::-1] != history[len(history) - n :][::-1])
     return int(differ[0]) if len(differ) else n

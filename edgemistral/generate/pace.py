@@ -1,12 +1,12 @@
-"""How long steps take here, and what follows from that for what a step should bring.
+"""Measures how long steps take on this machine, and chooses how many prompt tokens a step computes.
 
-While a prompt is read beside readers (generations that wait for their next token), a step brings one token of each reader and
-some of the prompt. A step that reads all weights has time for a dozen tokens and more. Steps of two sizes alternate so that the
-readers keep their share of the time: a small one of s seconds and a large one of l, a part x of them large,
+Readers are generations that wait for their next token. While another prompt is read, a step computes one token of each reader
+and some tokens of the prompt: reading the weights leaves time for a dozen tokens or more. Steps of two sizes alternate, so that
+readers keep their share of the time. The small step takes s seconds, the large one l, and a fraction x of the steps is large:
 
     x l + (1 - x) s = SLOWER r        where r is a step of the readers alone
 
-and the two are those of all measured sizes that bring the most of the prompt.
+Of all measured sizes, the pair that computes the most prompt tokens is used.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from collections.abc import Sequence
 from edgemistral.errors import BadRequest
 
 LEAST_DUTY = 0.01
-LEAST_STEP = 64   # tokens of a step at the lowest duty: as many as it may have rows
-SLOWER = 1.98     # a reader's tokens may come so many times as slowly while another's prompt is read
-LONGEST = 12      # times r that a step counts at most: the machine slept, or something else held it up
-TRIAL = 16        # of so many steps with a prompt one brings another number of tokens, to measure it
-FEW = 4           # tokens that a step brings for little more than the price of one: it waits for memory
+LEAST_STEP = 64   # tokens of a step at the lowest duty: its maximum number of rows
+SLOWER = 1.98     # factor by which readers may slow down while another prompt is read
+LONGEST = 12      # a step counts as at most this many r: the machine may have slept or been busy
+TRIAL = 16        # one of this many steps with a prompt tries another size, to measure it
+FEW = 4           # tokens that a step computes for little more than the time of one: it waits for memory
 NEWEST = 0.2      # weight of the last measurement
 
 
 class Pace:
-    """Times of the steps so far. sizes: numbers of tokens, upwards, of which a kernel makes the most."""
+    """Times of the steps so far. sizes: numbers of tokens that a kernel uses best, ascending."""
 
     def __init__(self, sizes: Sequence[int] = (8,)) -> None:
         self._sizes = sizes
-        self._alone: dict[int, float] = {}       # seconds of a step of so many tokens without a prompt
+        self._alone: dict[int, float] = {}       # tokens of a step without a prompt -> seconds
         self._mixed: dict[int, float] = {}       # the same with a prompt
         self._spare = 0.0                        # seconds that readers could still be made to wait
         self._steps = 0
 
     def prompt_tokens(self, readers: int) -> int:
-        """How many tokens of prompts the next step should bring beside so many readers; 0: it is the readers' turn."""
+        """How many prompt tokens the next step should compute with this many readers; 0: only the readers."""
         alone = self._alone.get(readers)
         if alone is None:
             return 0
@@ -55,7 +55,7 @@ class Pace:
         return large if self._spare >= 0 else small
 
     def note(self, decoded: int, prompt_tokens: int, seconds: float) -> None:
-        """A step of so many tokens of generations and of prompts took so long."""
+        """Note the seconds of a step with these numbers of generated and prompt tokens."""
         if not prompt_tokens:
             _blend(self._alone, decoded, seconds)
         elif decoded:
@@ -63,10 +63,10 @@ class Pace:
         alone = self._alone.get(decoded)
         if alone is not None:
             self._spare += SLOWER * alone - min(seconds, LONGEST * alone)
-            self._spare = min(self._spare, SLOWER * alone)       # a long time alone is no reason for a long wait
+            self._spare = min(self._spare, SLOWER * alone)       # limited: readers must not pay later for a long time alone
 
     def cost(self, tokens: int) -> float:
-        """A step of so many tokens in terms of one of one token: measured, or what it is on most machines."""
+        """The time of a step of this many tokens, relative to one token: measured, or typical of most machines."""
         one, several = self._alone.get(1), self._alone.get(tokens)
         if one is not None and several is not None:
             return max(1.0, several / one)
@@ -74,9 +74,9 @@ class Pace:
 
 
 def best_pair(steps: Sequence[tuple[int, float]], mean: float) -> tuple[int, int]:
-    """The numbers of tokens of a small and a large step that bring the most a second, where steps may take `mean` seconds.
+    """The tokens of the small and the large step that compute the most per second, if the mean step takes `mean` seconds.
 
-    steps: (tokens, seconds). Where no step takes longer than that, the two are the same one.
+    steps: (tokens, seconds). If no step takes longer than the mean, both are the same step.
     """
     best, most = (0, 0), -1.0
     for small, short in steps:
@@ -94,13 +94,13 @@ def best_pair(steps: Sequence[tuple[int, float]], mean: float) -> tuple[int, int
 
 
 def _blend(times: dict[int, float], tokens: int, seconds: float) -> None:
-    """Follow the machine's speed, and ignore most of a step that something else held up."""
+    """A moving average; a step that was held up counts only in part."""
     before = times.get(tokens, seconds)
     times[tokens] = before + NEWEST * (min(seconds, 2 * before) - before)
 
 
 class Duty:
-    """What share of the time may be spent computing: a rest follows each step, and long prompts are read in shorter steps."""
+    """The share of the time that may be spent computing: each step is followed by a rest, and prompt steps are shorter."""
 
     def __init__(self) -> None:
         self._share, self._rest_until = 1.0, 0.0
@@ -119,7 +119,7 @@ class Duty:
             self._rest_until = 0.0
 
     def note(self, seconds: float) -> None:
-        """A step took so long."""
+        """Note the seconds of a step."""
         if self._share < 1:
             self._rest_until = time.monotonic() + seconds * (1 / self._share - 1)
 
@@ -128,5 +128,5 @@ class Duty:
         return self._rest_until - time.monotonic() if self._rest_until else 0.0
 
     def most(self, tokens: int) -> int:
-        """Tokens of a step that may have so many at full duty: a short step needs a short rest only."""
+        """The most tokens of a step; `tokens` at full duty, fewer at less: a short step needs only a short rest."""
         return max(min(LEAST_STEP, tokens), int(tokens * self._share))

@@ -22,13 +22,13 @@ MAX_TOP_LOGPROBS = 20
 
 
 class Constraint(Protocol):
-    """What one generation may still say; it moves on with every token."""
+    """What one generation may still write; its state advances with every token."""
 
     def allowed(self) -> NDArray[np.bool_]:
         """(vocab_size,): the tokens that may come next, </s> among them where the text may end."""
 
     def accept(self, token: int) -> None:
-        """Go on after this token."""
+        """Advance by this token."""
 
 
 class Grammar(Protocol):
@@ -46,7 +46,7 @@ class Logprobs:
     top: tuple[tuple[int, float], ...]  # (token id, value) of the likeliest ones, best first
 
 
-# The lowest and the highest value of each number, for everything that takes or describes them.
+# The lowest and the highest value of each number, also for the server's schemas and the help texts.
 RANGES = {
     "temperature": (0.0, 1e6), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "repetition_penalty": (1e-6, 1e6),
     "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
@@ -58,7 +58,7 @@ class SamplingParams:
     """How the next token is drawn; a value out of range is a BadRequest whose `field` is its name.
 
     temperature: 0 takes the most likely token (greedy), 1 the model's own distribution.
-    top_k: only the so many most likely tokens; 0 means all.
+    top_k: only this many of the most likely tokens; 0 means all.
     top_p: only the most likely tokens that together reach this probability (nucleus; arXiv:1904.09751).
     min_p: only tokens at least this fraction as likely as the most likely one (arXiv:2407.01082).
     repetition_penalty: divides (or multiplies, below zero) the logits of tokens seen before (CTRL; arXiv:1909.05858).
@@ -66,9 +66,9 @@ class SamplingParams:
     presence_penalty, frequency_penalty: subtracted from the logits of tokens generated before, once and as often as
         each was (-2 to 2, as in the OpenAI interface).
     logit_bias: token id -> what is added to its logit (-100 to 100, as in the OpenAI interface).
-    grammar: only texts that it describes, as far as they get.
-    min_tokens: the answer ends no sooner. stop_token_ids: these end it too, as the model's own ends of turn do.
-    top_logprobs: record for every token `Logprobs` with so many of the likeliest ones; None records nothing.
+    grammar: the text follows it; at a limit of length it may be incomplete.
+    min_tokens: the answer has at least this many. stop_token_ids: these end it, like the model's own ends of turn.
+    top_logprobs: record `Logprobs` for every token, with this many of the likeliest; None records nothing.
     """
 
     temperature: float = 0.7
@@ -154,7 +154,7 @@ class Sampler:
         cumulative = np.cumsum(weights, out=weights)
         total = cumulative[-1]
         drawn = min(self._random.random() * total, np.nextafter(total, 0.0))   # the product may round up to the total
-        return int(np.searchsorted(cumulative, drawn, side="right"))   # passes over weights of 0, which add nothing
+        return int(np.searchsorted(cumulative, drawn, side="right"))   # skips weights of 0
 
     def weights(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
         """Probabilities (vocab_size,) relative to the most likely token's, 0 for tokens that cannot be drawn.
@@ -162,7 +162,7 @@ class Sampler:
         logits: finite or -inf, penalties applied. Needs a temperature above 0.
         """
         params = self.params
-        weights = logits.astype(np.float64)   # then in place: fresh memory would cost more than the arithmetic
+        weights = logits.astype(np.float64)   # modified in place: new memory would cost more than the arithmetic
         weights -= float(logits.max())
         with np.errstate(over="ignore"):   # a tiny temperature sends all but the best to -inf, as it should
             weights /= params.temperature

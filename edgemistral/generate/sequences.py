@@ -1,9 +1,9 @@
-"""The sequences that are kept: whoever comes with ids that begin like one of them computes only the rest.
+"""The sequences that are kept. A task whose ids begin like a kept sequence computes only the rest.
 
 An edited message, another answer to the same prompt, a title for a chat, agents that fork a conversation: all are a prefix of a
-kept sequence and something new. A sequence that is continued from its very end is continued in place, unless somebody else
-is still writing to it; any other gets a fork, and the original stays for the next who comes. A pinned sequence (a session's) is
-never evicted, and continued in place only for those who name it.
+kept sequence and something new. A task that continues a sequence from its end writes to it directly, unless another task still
+does; otherwise it gets a fork, and the original stays. A pinned sequence (of a session) is never evicted, and only tasks that
+name it write to it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from edgemistral.kernels.kv_layout import SEGMENT
 from edgemistral.runtime.segments import SegmentPool, Sequence, segments_of
 
-WORTH_COPYING = 16       # positions that a session does not hold and another sequence does
-WITH_OWN_BLOCKS = 4      # sequences that nobody writes to and that keep a copy of their last block; others compute it anew
+WORTH_COPYING = 16       # positions that another sequence must have more than the session
+WITH_OWN_BLOCKS = 4      # idle sequences that keep a copy of their last block; the others compute it again
 
 
 class KeptSequences:
@@ -27,20 +27,20 @@ class KeptSequences:
 
     def __init__(self, pool: SegmentPool) -> None:
         self.pool = pool
-        self._owners: dict[Sequence, weakref.ref[Any] | None] = {}   # who writes to it; in the order of use
+        self._owners: dict[Sequence, weakref.ref[Any] | None] = {}   # the task that writes to it; in order of use
 
     def __len__(self) -> int:
         return len(self._owners)
 
     @property
     def newest(self) -> Sequence | None:
-        """The one that was used last."""
+        """The sequence that was used last."""
         return next(reversed(self._owners), None)
 
     def longest_prefix(self, ids: NDArray[np.int32]) -> tuple[Sequence | None, int]:
         """The sequence that shares the most leading ids with `ids`, and how many.
 
-        Of several the one that ends there, for it need not be forked; else the one that was used last.
+        Of several, the one that ends there, because it needs no fork; else the one that was used last.
         """
         best, most = None, (0, False)
         for sequence in self._owners:
@@ -51,7 +51,7 @@ class KeptSequences:
         return best, most[0]
 
     def take(self, owner: object, ids: NDArray[np.int32], in_use: Collection[Sequence] = ()) -> Sequence:
-        """A sequence that holds as many of the leading `ids` as any does, for `owner` to continue."""
+        """A sequence with the longest kept prefix of `ids`, for `owner` to continue."""
         for empty in [one for one in self._owners if one.length == 0 and self._is_free(one)]:
             self._evict(empty)
         best, common = self.longest_prefix(ids)
@@ -62,7 +62,7 @@ class KeptSequences:
         elif not common % SEGMENT or self.make_room(1, {*in_use, best}):
             made = best.fork(common)
         elif self._is_free(best):
-            made = best                    # no room for two: it goes another way from here
+            made = best                    # no room for a fork: cut it and use it
             made.cut(common)
         else:
             made = Sequence(self.pool)
@@ -78,9 +78,9 @@ class KeptSequences:
 
     def take_home(self, owner: object, home: Sequence, ids: NDArray[np.int32], active: Collection[object],
                   in_use: Collection[Sequence] = ()) -> bool:
-        """Make a pinned sequence hold as many of the leading `ids` as any does, for `owner` to continue.
+        """Give a pinned sequence the longest kept prefix of `ids`, for `owner` to continue.
 
-        False: one of the `active` owners is still writing to it. Any other loses it, and computes anew when it goes on.
+        False: one of the `active` owners still writes to it. Any other owner loses it, and computes again if it continues.
         Raises SessionFailed.
         """
         current = self._owner(home)
@@ -110,7 +110,7 @@ class KeptSequences:
         self._owners[sequence] = None
 
     def unpin(self, sequence: Sequence) -> None:
-        """Forget a pinned sequence; whoever shares its segments gets copies."""
+        """Remove a pinned sequence; sequences that share its segments get copies."""
         owner = self._owner(sequence)
         if owner is not None:
             owner.sequence = None
@@ -122,7 +122,7 @@ class KeptSequences:
         return [one for one in self._owners if one.pinned]
 
     def cut_home(self, home: Sequence, length: int) -> None:
-        """Forget what a pinned sequence holds from `length` on; who writes to it computes anew."""
+        """Cut a pinned sequence to `length`; a task that writes to it computes again."""
         owner = self._owner(home)
         if owner is not None:
             owner.sequence, self._owners[home] = None, None
@@ -131,27 +131,27 @@ class KeptSequences:
         home.cut(length)
 
     def is_written(self, sequence: Sequence) -> bool:
-        """Whether somebody writes to a sequence now."""
+        """Whether a task writes to a sequence now."""
         return sequence in self._owners and self._owner(sequence) is not None
 
     def is_pinned(self, sequence: Sequence) -> bool:
         return sequence.pinned and sequence in self._owners
 
     def touch(self, sequence: Sequence) -> None:
-        """It was used now."""
+        """Mark a sequence as the last used."""
         self._owners[sequence] = self._owners.pop(sequence)
 
     def leave(self, sequence: Sequence) -> None:
-        """Nobody writes to it any more; it is kept."""
+        """End the writing to a sequence; it is kept."""
         self._owners[sequence] = None
         idle = [one for one in self._owners if self._owner(one) is None]
         for one in idle[:-WITH_OWN_BLOCKS]:
             one.drop_own_blocks()
 
     def make_room(self, segments: int, in_use: Collection[Sequence]) -> bool:
-        """Evict until the pool's budget has room for so many more segments; False: what is in use takes too much.
+        """Evict until the pool's budget has room for `segments` more. False: the sequences in use take too much.
 
-        The least recently used go first. An evicted one's owner computes it anew when it goes on: the same bits.
+        The least recently used go first. The owner of an evicted sequence computes it again, with the same bits.
         """
         for sequence in [one for one in self._owners if one not in in_use and not one.pinned]:
             if self.pool.used + segments <= self.pool.capacity:
@@ -160,14 +160,14 @@ class KeptSequences:
         return self.pool.used + segments <= self.pool.capacity
 
     def evict_all(self, but: Collection[Sequence] = ()) -> None:
-        """Let go of every sequence that is not in use or pinned."""
+        """Evict every sequence that is not in use or pinned."""
         for sequence in [one for one in self._owners if one not in but and not one.pinned]:
             self._evict(sequence)
 
     def _part(self, home: Sequence, first: int, in_use: Collection[Sequence]) -> None:
-        """See to it that nobody shares the segments of a pinned sequence from number `first` on: they will be written over.
+        """End the sharing of a pinned sequence's segments from number `first` on: they will be overwritten.
 
-        Who is in use gets copies, the others too if there is room.
+        Sequences in use get copies, the others too if there is room.
         """
         for number in range(first, len(home.segments)):
             segment = home.segments[number]
@@ -192,7 +192,7 @@ class KeptSequences:
         sequence.close()
 
     def _is_free(self, sequence: Sequence) -> bool:
-        """Whether it may be continued in place by who comes."""
+        """Whether any task may write to it."""
         return not sequence.pinned and self._owner(sequence) is None
 
     def _owner(self, sequence: Sequence) -> Any:

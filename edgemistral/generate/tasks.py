@@ -1,4 +1,4 @@
-"""What an engine's step works for: a prompt's logits, or the tokens of a generation."""
+"""The tasks of an engine's steps: the logits of a prompt, or the tokens of a generation."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from edgemistral.generate.engine import Engine
 
 Progress = Callable[[int, int], None]   # (done, total) prompt tokens of those that had to be computed
-Cancel = Callable[[], bool]             # asked before every chunk and every token: True stops
+Cancel = Callable[[], bool]             # called before every chunk and every token; True stops
 
 
 @dataclass
 class Usage:
-    """What a generation took so far: counts of tokens, and seconds."""
+    """Counts of tokens and seconds of a generation so far."""
 
     prompt_tokens: int
     cached_tokens: int = 0         # of the prompt, already in the KV cache
-    new_tokens: int = 0            # given to the caller; </s> is not
+    new_tokens: int = 0            # given to the caller, without </s>
     guessed_tokens: int = 0        # by prompt lookup, verified in the same step as another token
     accepted_tokens: int = 0       # guesses that were right
-    dropped_messages: tuple[int, ...] = ()   # numbers of those left out, because the conversation was too long
+    dropped_messages: tuple[int, ...] = ()   # numbers of messages left out of a conversation that is too long
     prefill_seconds: float = 0.0   # from the start to the first token
     decode_seconds: float = 0.0    # all tokens after the first
 
@@ -51,8 +51,8 @@ class Usage:
 class Counts:
     """What an engine has computed so far."""
 
-    prompt_tokens: int = 0         # that were computed, not those that were kept
-    decoded_tokens: int = 0        # in steps of generations, wrong guesses too
+    prompt_tokens: int = 0         # computed, without those from the cache
+    decoded_tokens: int = 0        # of generations, with wrong guesses
     steps: int = 0
     seconds: float = 0.0           # of computing
 
@@ -64,14 +64,13 @@ class Counts:
 
 
 class Task:
-    """Ids to compute, and what becomes of the logits behind them. `length` ids of `history` are known.
+    """Ids to compute, and a consumer of the logits after them. `length` ids of `history` are known.
 
-    sequence: what is in the KV cache of them; None when nothing is (yet, or not any more). home: the pinned sequence that it
-    shall be, as long as that is kept; None for any. news: grows whenever the task got
-    nearer to its end. error: what stopped it.
+    sequence: the part of them in the KV cache; None if there is none (yet, or after an eviction). home: the pinned sequence
+    to use while it is kept; None for any. news: a counter of the task's progress. error: what stopped it.
     """
 
-    keeps_nothing = False            # compute every position, whatever is kept
+    keeps_nothing = False            # compute every position, and use nothing that is kept
     guessed: tuple[int, ...] = ()    # ids that may follow `history`, to be verified in the next row
 
     def __init__(self, engine: Engine, ids: NDArray[np.int32], progress: Progress | None, cancel: Cancel | None) -> None:
@@ -86,18 +85,18 @@ class Task:
 
     @property
     def pending(self) -> int:
-        """Ids that are still to be computed, at least; 0 before anything is known of it."""
+        """How many ids must still be computed, at least; 0 while the task has no sequence."""
         return self.length - self.sequence.length if self.sequence is not None else 0
 
     def attached(self) -> None:
-        """The sequence is there, for the first time or again."""
+        """Called when the task has got a sequence, for the first time or again."""
         assert self.sequence is not None
         if self.cached_tokens is None:
             self.cached_tokens = self.sequence.length
 
     def cancel(self) -> None:
         """Stop before the next step; from any thread. What was computed stays valid."""
-        self.cancelled = True      # no more than that: another thread's step may be at work on this task
+        self.cancelled = True      # nothing else: another thread's step may work on this task
 
     def stopped(self) -> bool:
         """Whether the caller has asked to stop."""
@@ -109,17 +108,17 @@ class Task:
         return self.error is not None
 
     def guess(self, most: int, pace: Pace) -> int:
-        """Set `guessed`, at most so many; returns how many."""
+        """Set `guessed` to at most `most` ids; returns how many."""
         return 0
 
     def row(self, n: int) -> Row:
-        """The next n ids, and what is guessed of those behind them."""
+        """The next n ids, and the guessed ids after them."""
         assert self.sequence is not None
         start = self.sequence.length
         return Row(self.sequence, self.history[start : start + n], int(start + n == self.length))
 
     def take(self, logits: NDArray[np.float32], seconds: float) -> None:
-        """The row was computed; logits (n_logits, vocab_size) are valid during the call."""
+        """Called when the row is computed; logits (n_logits, vocab_size) are valid during the call."""
         self.news += 1
         try:
             self._report()
@@ -167,7 +166,7 @@ class AllLogits(Task):
 
 
 class PromptLogprobs(Task):
-    """For `Engine.prompt_logprobs`: of each position only what is asked for is kept."""
+    """For `Engine.prompt_logprobs`: keeps only the requested values of each position."""
 
     keeps_nothing = True
 
@@ -193,7 +192,7 @@ class Generation(Task, Iterator[int]):
     usage: counts and times so far. finish_reason: None until the end, then "stop" (the model ended its turn), "length"
     (max_new_tokens), "context" (it is full) or "cancelled" (`cancel` ends it without an error). logprobs: one for each
     token, if `SamplingParams.top_logprobs` is set.
-    It may be dropped, or go on after other calls, at any point: it holds no lock between two tokens.
+    It may be deleted, or continued after other calls, at any point: it holds no lock between two tokens.
     """
 
     def __init__(
@@ -231,7 +230,7 @@ class Generation(Task, Iterator[int]):
         while not self._ready or self.cancelled:
             if self.cancelled and self._finished is None:
                 self._finished = "cancelled"
-                self.stopped()                        # its sequence is free for others
+                self.stopped()                        # its sequence becomes free for others
             if self._finished is None and self.error is not None:
                 raise self.error
             if self.done:
@@ -266,7 +265,7 @@ class Generation(Task, Iterator[int]):
         return row._replace(ids=np.array([*row.ids, *self.guessed], np.int32), n_logits=1 + len(self.guessed))
 
     def _receive(self, logits: NDArray[np.float32], seconds: float) -> None:
-        """Draw a token behind every position in turn, as long as it is the one that was guessed there."""
+        """Draw a token after each position in turn, as long as it equals the guess."""
         guessed, self.guessed = self.guessed, ()
         if self.length == self.usage.prompt_tokens:
             self.usage.prefill_seconds += seconds

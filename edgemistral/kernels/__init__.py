@@ -1,1 +1,1 @@
-"""The numba kernels. Nothing here checks a bound: whoever calls a kernel has validated sizes, offsets and dtypes before."""
+"""The numba kernels. They check no bounds: the caller must validate sizes, offsets and dtypes."""

@@ -2,15 +2,15 @@
 
     d = absmax / 127,  code = round(x * 127 / absmax),  and for every group of 32 columns -zero_point * sum(codes)
 
-The sums take back the offset `zero_point` that makes stored weights unsigned. Codes are packed for the matrix kernels: tokens
-in tiles of T, a block of 128 columns of all tiles before the next block,
+The sums undo the offset `zero_point`, which makes stored weights unsigned. Codes are packed for the matrix kernels: tokens in
+tiles of T, and one block of 128 columns of all tiles before the next block,
 
     codes   int8     [block][tile][32 chunks of 4 columns][T][4]
     sums    int32    [block][tile][4 groups][T]
     scales  float32  [block][tile][T]
 
-so that one pointer with constant offsets reaches every token of a tile (a pointer a token would spill) and all tiles that
-meet one block of weights lie in one stream.
+so that one pointer with constant offsets reaches every token of a tile (a pointer for each token would spill), and all tiles
+for one block of weights lie in one stream.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from edgemistral.kernels.simd import (
     zero_f32,
 )
 
-SHORT = 8                # tokens of the largest short batch, which is one tile
-LONG = LOWERING.tile     # tokens of a tile of a longer one
+SHORT = 8                # most tokens of a short batch, which is one tile
+LONG = LOWERING.tile     # tokens of a tile in a longer batch
 
 
 class Activations(NamedTuple):
@@ -61,7 +61,7 @@ class Activations(NamedTuple):
 
 @inlined
 def tile_size(tokens):
-    """T of the packing for so many tokens: a power of two up to SHORT."""
+    """T of the packing for a number of tokens: a power of two up to SHORT, else LONG."""
     if tokens > SHORT:
         return LONG
     t = 1
@@ -116,7 +116,7 @@ def quantize_block(x, at, zero_point, activations, tokens, token, block):
 
 @inlined
 def keep_residue(x, top):
-    """x[:128] -= what the codes of `quantize_block`, which returned `top`, stand for."""
+    """x[:128] -= the values of the codes from `quantize_block`, which returned `top`."""
     factor, step = splat_f32(np.float32(127) / top), splat_f32(top / np.float32(127))
     for i in range(0, BLOCK, 16):
         v = load_f32(x, i)

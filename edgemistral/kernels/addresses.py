@@ -1,4 +1,4 @@
-"""Memory that kernels reach by its address: which array lies behind one, so that interpreted kernels can check their bounds."""
+"""Finds the array behind an address, so that interpreted kernels can check the bounds of memory that they reach by address."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def address_of(array: NDArray[Any]) -> int:
 
 
 def memory_at(address: int) -> tuple[NDArray[Any], int]:
-    """The array of `address_of` that an address lies in, and the bytes before it there. Raises IndexError if there is none."""
+    """The array that an address lies in, of those given to `address_of`, and its offset in bytes. IndexError: there is none."""
     at = bisect_right(_starts, address) - 1
     array = _arrays[_starts[at]]() if at >= 0 else None
     if array is None or address >= _starts[at] + array.nbytes:
-        raise IndexError(f"address {address:#x} lies in no array that `address_of` was asked for")
+        raise IndexError(f"address {address:#x} lies in no array that was given to `address_of`")
     return array, address - _starts[at]

@@ -1,16 +1,16 @@
 """Grouped-query attention over the KV cache: one pass over its blocks.
 
-The cache holds 64 positions of one key/value head in one block of bytes, which a kernel reads from front to back; what a
-block holds is for its format to say (`kv4`, `kv8`, `kv16`). Attention is one pass over the blocks in order with an online
-softmax (Milakov and Gimelshein 2018; Dao et al. 2022), in fixed blocks of 64 from position 0: a query meets the same numbers
-in the same order whether its prompt came at once, in chunks or token by token.
+The cache holds 64 positions of one key/value head in one block of bytes, which a kernel reads from front to back. The formats
+`kv4`, `kv8` and `kv16` describe a block's bytes. Attention is one pass over the blocks in order with an online softmax (Milakov
+and Gimelshein 2018; Dao et al. 2022), in fixed blocks of 64 from position 0: a query sees the same numbers in the same order
+whether its prompt came at once, in chunks or token by token.
 
-In the 4-bit format a query sees the block that it lies in, its own, as a copy in 8 bits. The latest positions get much of the
-attention, so the copy removes most of the error that 4 bits make.
+In the 4-bit format a query sees its own block, the one that it lies in, as a copy in 8 bits. The latest positions get much of
+the attention, so the copy removes most of the error that 4 bits make.
 
-Where values are integer codes, the products of probability and V's scale are rounded to u8 in each block, in a unit chosen so
-that they keep their sum. (Summing the denominator from the rounded values does as well on random data, but divides by V's
-scales, which trained models make tiny exactly where most of the attention goes.)
+If values are integer codes, the products of probability and V's scale are rounded to u8 in each block, in a unit chosen so that
+they keep their sum. (A denominator summed from the rounded values works as well on random data, but it divides by V's scales.
+Trained models make these tiny exactly where most of the attention goes.)
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from edgemistral.kernels.kv_layout import POSITIONS, ROWS, SEGMENT_BLOCKS
 from edgemistral.kernels.simd import load_f32, mul, splat_f32, store_f32, total, zero_f32
 from edgemistral.kernels.softmax import LOWEST
 
-SPAN = 32                 # tokens whose rows one thread takes through the cache together, so that a block is read once for all
+SPAN = 32                 # tokens that one thread takes through the cache together: each block is read once for all of them
 
 
 class Rows(NamedTuple):
-    """What one step computes: rows of consecutive tokens, each row of another sequence.
+    """The work of one step: rows of consecutive tokens, each row of another sequence.
 
     A token's keys and values lie in the segment `segments[first_segment[token] + positions[token] // 256]`. Queries of one row
     and KV head lie side by side. A span is up to SPAN tokens of one row, all in the same block of positions; its queries are
@@ -56,7 +56,7 @@ class AttentionScratch(NamedTuple):
     sums: NDArray[np.float32]          # (rows * 16,) running denominators, in 16 parts
     probabilities: NDArray[np.float32]  # (ROWS * 64,) of one tile and block; its bytes hold the u8 codes in 4 and 8 bits
     codes: NDArray[np.uint8]           # the same bytes
-    first_seen: NDArray[np.int64]      # (ROWS,) what each row of the tile at hand may see of the block
+    first_seen: NDArray[np.int64]      # (ROWS,) first and last position of the block that each row of the tile may see
     last_seen: NDArray[np.int64]       # (ROWS,)
 
 
@@ -85,7 +85,7 @@ def own_block_at(kv, rows, token, layer, head):
 
 @inner
 def attend(kv, rows, layer, head, first, last, group, head_dim, window, queries, out, stride, scratch):
-    """Query heads of KV head `head` for the tokens first ... last - 1 of one span, over all that they may see.
+    """Query heads of KV head `head` for the tokens first ... last - 1 of one span, over all positions that they may see.
 
     The cache already holds these tokens. window: positions a query sees, itself included.
     out[token * stride + query head * head_dim + i] receives the result, float32.
@@ -104,7 +104,7 @@ def attend(kv, rows, layer, head, first, last, group, head_dim, window, queries,
         if kv.own_bits > 0 and block == own:
             at, bits = own_block_at(kv, rows, first, layer, head), kv.own_bits
         for row in range(0, n, ROWS):
-            masked, seeing = 0, 0    # rows; not flags, which start as a literal: numba compiles a tile for that and for others
+            masked, seeing = 0, 0    # counts instead of flags: numba would compile the tile again for a literal False
             for r in range(ROWS):
                 seen = position + min(row + r, n - 1) // group - POSITIONS * block
                 first_seen[r], last_seen[r] = max(seen - window + 1, -1), min(seen, POSITIONS)

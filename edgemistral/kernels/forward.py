@@ -1,11 +1,11 @@
-"""The forward pass: it reads as the paper does, and a team of threads runs it from top to bottom together.
+"""The forward pass. It reads like the paper, and a team of threads runs it together from top to bottom.
 
 One call computes a step: any mix of prompt chunks, single tokens and drafts, each a row of consecutive tokens of another
-sequence. Matrices see tokens only; attention sees each token's own sequence. Between its phases the threads meet at a
-barrier; inside a phase whoever is free takes the next share of the work. No sum depends on who computes it, on what else
-the step brings, or on how many threads there are.
+sequence. Matrices work on tokens only; attention uses each token's own sequence. Between phases the threads wait at a
+barrier; within a phase each free thread takes the next share of the work. No sum depends on the thread that computes it, on
+the other rows of the step, or on the number of threads.
 
-Everything a phase needs comes in one `Pass`: the blueprint, the weights, what to compute, and the scratch.
+A phase gets everything in one `Pass`: the blueprint, the weights, the work, and the scratch.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Shape(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Byte offsets into `blob`, which stays the file's own mapping; nothing is copied."""
+    """Byte offsets into `blob`, the mapping of the file; nothing is copied."""
 
     blob: NDArray[np.uint8]         # (bytes of the file,), read-only
     tok_embeddings: int             # bf16 (vocab_size, dim)
@@ -65,11 +65,11 @@ class Weights(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the threads share during one step."""
+    """The memory that the threads share during one step."""
 
     x: NDArray[np.float32]         # (tokens, dim_cols) the residual stream; zeros behind dim
     qkv: NDArray[np.float32]       # (tokens, qkv_dim) queries, keys, values
-    attn_out: NDArray[np.float32]  # (tokens, q_cols) what attention brought; zeros behind q_dim
+    attn_out: NDArray[np.float32]  # (tokens, q_cols) outputs of attention; zeros behind q_dim
     xq: Activations                # quantized inputs of wqkv, wo, w13 and the output head
     hq: Activations                # quantized inputs of w2
     queries: Queries
@@ -79,7 +79,7 @@ class State(NamedTuple):
 
 
 class Own(NamedTuple):
-    """What each thread has for itself."""
+    """The memory of one thread."""
 
     matrix: MatrixScratch
     attention: AttentionScratch
@@ -239,10 +239,10 @@ def gate_and_up(p, w13, zero_point):
 
 @inner
 def rms_norm_in_two_digits(p, norm, zero_point):
-    """xq = quantize(RMSNorm(x)) of the tokens with logits, each followed by what rounding left of it, quantized again.
+    """xq = quantize(RMSNorm(x)) of the tokens with logits, each followed by its rounding error, quantized too.
 
-    The head is the last to add noise to the logits, and it is read once a step: two products with it cost a hundredth of a
-    step and bring its share of the noise to nothing.
+    The head adds the last noise to the logits, and is read once in each step: two products with it cost a hundredth of a step
+    and remove nearly all of that noise.
     """
     shape, state, row, tokens = p.shape, p.state, p.own.row, p.rows.with_logits.size
     while True:
@@ -289,9 +289,9 @@ def forward(member, shape, weights, kv, rows, state, own):
 
 
 def parts_of(member, shape, weights, kv, rows, state, own):
-    """What `forward` consists of for these arguments, the most work first: (module, name, arguments) of inner functions.
+    """The parts of `forward` for these arguments, the most work first: (module, name, arguments) of inner functions.
 
-    None of them calls another, so several processes can compile them at once. What is missing here is compiled all the same.
+    None of them calls another, so several processes can compile them at once. Functions not listed are compiled with the entry.
     """
     p, result = Pass(member, shape, weights, kv, rows, state, own), own.matrix.result
     w = MatrixAt(0, 0, 0, 0, 0, 0, 0)

@@ -6,10 +6,10 @@ the same input must give the same bits whatever the compiler reorders. `parts` s
 
 Under EDGEMISTRAL_SIMD=interpret nothing is compiled: kernels are the functions of their source files, for a debugger.
 
-numba's own cache keys a function by its own file's time stamp, so editing a helper elsewhere leaves stale code behind
-(and two processes that compile at once can swap each other's entries). Ours keys every file by the content of all kernel
-sources, the versions of Python, numba and LLVM, the CPU, the lowering and the signature: one file an overload, written
-aside and renamed.
+numba's own cache keys a function by the time stamp of its file. After a change of a helper in another file it uses stale code,
+and two processes that compile at once can swap each other's entries. Our cache keys every file by the content of all kernel
+sources, the versions of Python, numba and LLVM, the CPU, the lowering and the signature. Each overload is one file, which is
+written under another name and renamed.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from edgemistral.kernels import parts, stored
 from edgemistral.kernels.lowering import choose, interpreted, prefetch_ahead
 from edgemistral.kernels.unroll import source_file
 
-# Without the wrapper for C, of which LLVM would make a second copy of every function.
+# No wrapper for C: with it LLVM would make a second copy of every function.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 
 on_compile: Callable[[str], None] | None = None
-"""Called with a function's name when it is about to be compiled because no cached code fits; for progress messages."""
+"""Called with a function's name before it is compiled because no cached code fits; for progress messages."""
 on_compiled: Callable[[], None] | None = None
-"""Called when that is done."""
+"""Called when it is compiled."""
 
 
 def entry(function: Callable[..., Any]) -> Any:
@@ -48,7 +48,7 @@ def entry(function: Callable[..., Any]) -> Any:
         return _checking(function)
     dispatcher: Any = numba.njit(**_OPTIONS)(function)
     dispatcher._cache = _DiskCache(function)
-    if hasattr(dispatcher, "_compiler"):      # NUMBA_DISABLE_JIT leaves the function itself
+    if hasattr(dispatcher, "_compiler"):      # with NUMBA_DISABLE_JIT it is the plain function
         dispatcher._compiler.compile = parts.as_entry(dispatcher._compiler.compile, function.__qualname__)
     return dispatcher
 
@@ -85,7 +85,7 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checking(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel that runs as Python: its arrays refuse negative indices, and floats overflow in silence, as in compiled code."""
+    """A kernel that runs as Python: arrays refuse negative indices, and floats overflow silently, as in compiled code."""
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
@@ -96,7 +96,7 @@ def _checking(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _CheckedArray(np.ndarray):
-    """An array without indices from the end: compiled code would read what lies before the array."""
+    """An array that refuses negative indices: compiled code would read memory before the array."""
 
     def __getitem__(self, index: Any) -> Any:
         return super().__getitem__(self._check(index))
@@ -124,7 +124,7 @@ def _checked(argument: Any) -> Any:
 
 @cache
 def _environment() -> str:
-    """Whatever can change the code that is made from the same function."""
+    """Everything that can change the machine code of the same function."""
     here = Path(__file__).parent
     sources = [path.read_bytes() for path in (*sorted(here.glob("*.py")), here.parent / "files" / "layout.py")]
     versions = sys.implementation.cache_tag, numba.__version__, llvmlite.__version__, llvmlite.binding.llvm_version_info
@@ -136,7 +136,7 @@ class _DiskCache(caching._Cache):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         if function.__closure__:
-            raise TypeError(f"{function.__qualname__} takes values from around it, which the key of its cached code lacks")
+            raise TypeError(f"{function.__qualname__} takes values from around it, which are not in the cache's key")
         self._name = function.__name__
         source = getattr(function, "__unrolled_source__", None) or source_file(function).read_bytes()
         self._key = stored.digest_of(_environment(), function.__module__, function.__qualname__, source)
@@ -157,8 +157,8 @@ class _DiskCache(caching._Cache):
 
     def load_overload(self, sig: object, target_context: Any) -> Any:
         if data := self._read(sig, target_context):
-            # Not target_context.refresh(): it also imports what compiling needs (0.3 s); compiling calls it itself. Made code
-            # needs the runtime only; without that, passing the first array would crash.
+            # Not target_context.refresh(): it also imports the compiler (0.3 s); compiling calls it anyway. Cached code needs
+            # only the runtime; without it, passing the first array would crash.
             rtsys.initialize(target_context)
             with parts.everything_is_emitted():
                 return CompileResult._rebuild(target_context, *pickle.loads(data))
@@ -180,4 +180,4 @@ class _DiskCache(caching._Cache):
         self._enabled = False
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Nothing to do: every file is written at once."""

@@ -1,4 +1,4 @@
-"""Keys and values in 4 bits, rotated as those in 8 bits are (see `kv8`): without that four bits would not do.
+"""Keys and values in 4 bits, rotated as in 8 bits (see `kv8`): without the rotation 4 bits would not be accurate enough.
 
     block     bfloat16 scales of K: [2 halves of head_dim][64], float32 scales of V (64), then codes of 4 bits, two a byte
               K: 4 panels of 16 positions: head_dim / 8 chunks of [16 positions][4 dims]; a byte's low nibble is a dim of
@@ -6,13 +6,13 @@
               V: 16 groups of 4 positions: head_dim / 32 pieces of [16 dims][4 positions]; low nibbles are the first 16 of
                  the piece's 32 dims, high nibbles the other 16
 
-A position owns whole bytes, so threads that append neighbours never write to one byte. No nibble is ever shifted: high nibbles
-come as 16 times what they are. K's are masked in place, and a pass over the half that they hold has its own scale, so the
-factor 16 is in that. V's bytes are used whole, as 16 * high + low, and the low nibbles' own product is taken from that.
+A position owns whole bytes, so threads that append neighbours never write to the same byte. Nibbles are never shifted: high
+nibbles count 16 times their value. K's are masked in place, and the half of the dims that they hold has a separate scale, which
+includes the factor 16. V's bytes are used whole, as 16 * high + low, and the product of the low nibbles is subtracted.
 
-K's codes -8 ... 7 have a signed scale: the element of the largest magnitude, whatever its sign, is about -8 of it. V's scales
-go into the probabilities' codes, which have no sign: its codes are -7.5, -6.5, ... 7.5. Both scales are the best of a few
-trials in the sense of least squares, which removes a quarter of the error that absmax / 7 makes.
+K's codes -8 ... 7 have a signed scale: the element of the largest magnitude, of either sign, is about -8 times the scale. V's
+scales go into the probabilities' codes, which are unsigned, so V's codes are -7.5, -6.5, ... 7.5. Both scales are the best of a
+few trials by least squares, which removes a quarter of the error of absmax / 7.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from edgemistral.kernels.simd import (
 from edgemistral.kernels.softmax import softmax_in_codes
 from edgemistral.kernels.unroll import registers, unroll, unrolled
 
-TRIALS = 7          # scales that are tried: the largest magnitude becomes 7, 7.5, ... 10 of them
+TRIALS = 7          # scales to try: the largest magnitude becomes 7, 7.5, ... 10 times the scale
 KEYS = 512          # byte of a block where K's codes begin
 
 
@@ -69,7 +69,7 @@ def _codes(v, factor, half):
 def _fit(x, at, n, half):
     """(factor, scale) of the n values at x[at]: codes = `_codes(x, factor, half)`, and scale * codes is close to x.
 
-    For each trial the scale that fits its codes best; of the trials the one whose codes explain most of x.
+    For each trial, the scale that fits its codes best is used; the trial with the least error wins.
     `half` 0: the scale has the sign that gives the largest magnitude a negative code.
     """
     high, low = zero_f32(), zero_f32()

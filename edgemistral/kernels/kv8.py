@@ -1,9 +1,9 @@
-"""Keys and values in 8 bits: int8 codes with one scale for every position and head, rotated so that one scale does.
+"""Keys and values in 8 bits: int8 codes with one scale for every position and head, rotated so that one scale is enough.
 
 Trained models have some dimensions of K that are five times larger than the rest. A Hadamard transform over the head spreads
-them (Ashkboos et al. 2024, QuaRot): on a real model it leaves a quarter of the error that K and Q have, which are most of it.
+them (Ashkboos et al. 2024, QuaRot). On a real model it reduces the error of K and Q, which is most of the error, to a quarter.
 K and Q are both transformed after RoPE, which changes no score; V is transformed before it is stored, and the output back.
-With head_dim no power of two, blocks of the largest power of two that divides it are transformed.
+If head_dim is not a power of two, blocks of the largest power of two that divides it are transformed.
 
     block     float32 scales of K (64) and V (64), then int8 codes
               K: 4 panels of 16 positions: head_dim / 4 chunks of [16 positions][4 dims]

@@ -1,4 +1,4 @@
-"""What each format of the KV cache does, chosen by its number of bits; a number that is not named here does nothing.
+"""Calls the functions of a format of the KV cache, chosen by its number of bits; other numbers do nothing.
 
 To add a format: a file like `kv8`, a line in each function here, and its sizes in `kv_layout.KV_FORMATS`.
 """
@@ -56,6 +56,6 @@ def attend_to_block(at, ahead, bits, queries, tile_at, row, head_dim, first_seen
 
 @inlined
 def finish_output(out, at, bits, head_dim):
-    """What is left to do to one query's output when it has met all blocks."""
+    """The last operation on one query's output, after all blocks."""
     if bits == 4 or bits == 8:
         transform_back(out, at, head_dim)

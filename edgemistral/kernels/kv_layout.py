@@ -1,4 +1,4 @@
-"""Sizes of the KV cache, for the kernels and for whoever makes room for it."""
+"""Sizes of the KV cache, for the kernels and the code that allocates it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 POSITIONS = 64            # of one block
 SEGMENT_BLOCKS = 4        # blocks of one head in a segment, one after another
 SEGMENT = SEGMENT_BLOCKS * POSITIONS    # positions
-ROWS = 4                  # query rows (token x query head of one KV head) that meet a block in registers
+ROWS = 4                  # query rows (token x query head of one KV head) that one pass over a block holds in registers
 KV_FORMATS = {4: (4, 8), 8: (8, 8), 16: (16, 0)}    # bits -> bits of a code, bytes of one position's scales (of K and V)
 OWN_BITS = {4: 8}         # formats whose positions see the block that they lie in, their own block, with more bits
 QUERY_SUMS = 4            # sums of a query row's codes that the formats need, one unused

@@ -1,14 +1,14 @@
-"""What differs between instruction sets, and nothing else: three operations on 64-byte vectors.
+"""The differences between instruction sets: three operations on 64-byte vectors.
 
     dot4(acc, u, s)         acc[lane] += sum of the lane's 4 products of unsigned bytes u and signed bytes s; exact
     dot4_7bit(acc, u, s)    the same, where u is known to be at most 127
     look_up(table, codes)   byte i -> table[i rounded down to 16 + codes[i]], codes within 0..15, the table repeated 4 times
 
 All lowerings give the same bits: these operations are exact, and everything else in `simd` is one sequence that LLVM splits
-into whatever width the machine has. To add an instruction set: write a class and name it in `LOWERINGS`.
-`EDGEMISTRAL_SIMD` (one of the names) overrides the choice; `interpret` stands for no compiling at all (see `simd_numpy`).
+into the machine's vector width. To add an instruction set: write a class and name it in `LOWERINGS`.
+`EDGEMISTRAL_SIMD` (one of the names) overrides the choice; `interpret` means that nothing is compiled (see `simd_numpy`).
 
-How far ahead to prefetch is set here too. The best distance depends on the CPU model, not on its instructions.
+The prefetch distance is also set here. The best one depends on the CPU model, not on its instructions.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from numba.core.codegen import get_host_cpu_features
 
 from edgemistral.errors import BadInput
 
-config: Any = numba_config    # its names are made at run time
+config: Any = numba_config    # Any: its names are made at run time
 if config.CPU_NAME is not None and config.CPU_FEATURES is None:
-    config.CPU_FEATURES = ""  # what the CPU of NUMBA_CPU_NAME has: numba would add what the host has beside
+    config.CPU_FEATURES = ""  # only the features of NUMBA_CPU_NAME: numba would add those of the host
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
 INTERPRET = os.environ.get("EDGEMISTRAL_SIMD") == "interpret"
@@ -36,7 +36,7 @@ INTERPRET = os.environ.get("EDGEMISTRAL_SIMD") == "interpret"
 
 
 def interpreted(function: Any) -> bool:
-    """Whether this jitted function is one of those. The quantizer's use no vectors, and a model would take them days."""
+    """Whether this function is interpreted. The quantizer's are not: they use no vectors, and a model would take days."""
     return INTERPRET and not function.__module__.startswith("edgemistral_quantize.")
 
 
@@ -70,8 +70,8 @@ def join(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
 class Plain:
     """LLVM IR that any CPU runs; the compiler finds what the machine has."""
 
-    sign = ""      # a pattern in the assembly of dot products for a CPU that runs this lowering
-    tile = 6       # tokens of a long batch that meet two panels of weights in registers
+    sign = ""      # a pattern in the assembly of a dot product, found if the CPU runs this lowering
+    tile = 6       # tokens of a long batch that are multiplied with two panels of weights in registers
 
     def dot4(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         wide = vector(I32, 16)
@@ -140,7 +140,7 @@ class AVX512VNNI(Plain):
     """512-bit vectors with vpdpbusd."""
 
     sign = r"vpdpbusd.*zmm"
-    tile = 7       # 28 sums, two weights: what 32 registers hold; 5 % faster than 6, while 8 spill
+    tile = 7       # 28 sums and two weights fit into 32 registers; 5 % faster than 6, and 8 spill
 
     def dot4(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         return _vpdpbusd(builder, 512, acc, u, s)
@@ -201,7 +201,7 @@ class NeonDotProd(Neon):
     sign = r"\bsdot\b"
 
     def _any_bytes(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
-        # u = signed + 128; the compiler makes the sum over s once for all u that meet it.
+        # u = signed + 128; the compiler computes the sum over s once and uses it for every u.
         top = ir.Constant(u.type, [-128] * 16)
         minus = self._seven_bits(builder, ir.Constant(acc.type, [0] * 4), top, s)
         return builder.sub(self._seven_bits(builder, acc, builder.xor(u, top), s), minus)
@@ -251,9 +251,9 @@ define i32 @signed_with_signed(<64 x i8> %u, <64 x i8> %s) {
 
 
 def runs_on(machine: llvmlite.binding.TargetMachine) -> list[str]:
-    """Names of the lowerings that a CPU runs, the best first, told from what LLVM makes of dot products for it.
+    """Names of the lowerings that a CPU runs, the best first, found by compiling dot products for it.
 
-    LLVM knows what each CPU has but gives out no list of it; and the host's list is empty on macOS.
+    LLVM knows the features of each CPU but does not list them, and the host's list is empty on macOS.
     """
     assembly = machine.emit_assembly(llvmlite.binding.parse_assembly(_DOT_PRODUCTS))
     return [name for name, kind in LOWERINGS.items() if re.search(kind.sign, assembly)]
@@ -274,11 +274,11 @@ def available() -> list[str]:
 
 
 PREFETCH_AHEAD = {"znver5": (2720, 6528)}
-"""Bytes between a load of weights and its software prefetch by the host's name: for up to 4 tokens, and for more.
+"""Bytes between a load of weights and its software prefetch, by the host's name: for up to 4 tokens, and for more.
 
-Measured as shares of the bandwidth that plain reading has. Zen 5 decodes 5 % faster with prefetches, 1600 to 4400 bytes ahead.
-Zen 4 decodes best without: a line that is asked for early takes the place of one that its own prefetcher would have fetched.
-With 8 tokens, in one stream, it computes too long to run ahead of itself, and prefetches make them a third faster.
+Measured as a share of the bandwidth of plain reading. Zen 5 decodes 5 % faster with prefetches, 1600 to 4400 bytes ahead.
+Zen 4 decodes best without: a prefetched line takes the place of one that its hardware prefetcher would have fetched.
+With 8 tokens, in one stream, it computes too long to begin the next loads early, and prefetches make a step a third faster.
 """
 PREFETCH_AHEAD_ELSEWHERE = 0, 2176
 
@@ -286,7 +286,7 @@ PREFETCH_AHEAD_ELSEWHERE = 0, 2176
 def prefetch_ahead() -> tuple[int, int]:
     """The distances for this host, whatever CPU numba compiles for; `EDGEMISTRAL_PREFETCH` (bytes) overrides both.
 
-    Raises BadInput if that is no such number.
+    Raises BadInput if that is not such a number.
     """
     given = os.environ.get("EDGEMISTRAL_PREFETCH", "")
     if not given:

@@ -7,9 +7,9 @@ Every output is reduced in one fixed sequence, whatever the number of tokens or 
                                      y = fma(f, activation_scale, y)
     y * row_scale
 
-Up to SHORT tokens stream the weights at the speed of memory: codes are looked up in registers and meet all tokens there. More
-tokens unpack one block of a pair of panels to 8 bits (it stays in L1) and let every tile of tokens meet it; all that streams
-is sequential.
+With up to SHORT tokens the weights stream at the speed of memory: codes are looked up and multiplied with all tokens in
+registers. With more tokens, one block of a pair of panels is unpacked to 8 bits (it stays in L1) and multiplied with every tile
+of tokens. All streams are sequential.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ from edgemistral.kernels.simd import (
 from edgemistral.kernels.unroll import registers, static, unroll, unrolled
 
 PAIR = 2 * PANEL         # rows of two panels, the unit of work
-FEW = 4                  # most tokens that wait for memory rather than for products
-AHEAD, AHEAD_OF_MANY = prefetch_ahead()     # bytes between a load and its prefetch, for FEW tokens and for more
-STREAMS = 2              # that FEW tokens read at once: a processor runs ahead of each only so far
+FEW = 4                  # most tokens for which a step waits for memory, not for products
+AHEAD, AHEAD_OF_MANY = prefetch_ahead()     # bytes between a load and its prefetch, for up to FEW tokens and for more
+STREAMS = 2              # streams read at once with up to FEW tokens: a CPU reads only a limited distance ahead in each
 STREAM = PAIR * SHORT    # numbers from one stream to the next in a result
 BLOCK4, BLOCK8 = BLOCK_BYTES[4], BLOCK_BYTES[8]
 
 
 class MatrixAt(NamedTuple):
-    """Where one matrix lies in the blob, and what its codes mean."""
+    """The place of one matrix in the blob, and the meaning of its codes."""
 
     bits: int
-    zero_point: int       # what a stored weight is larger by than the value it stands for
+    zero_point: int       # stored weight minus its value
     blocks: int           # of 128 columns
     pairs: int            # of panels of 16 rows
     codes: int            # byte offsets
@@ -69,7 +69,7 @@ class MatrixAt(NamedTuple):
 
 
 class MatrixScratch(NamedTuple):
-    """What one thread needs beside the weights; every array starts at a multiple of 64 bytes."""
+    """The scratch of one thread; every array starts at a multiple of 64 bytes."""
 
     weights: NDArray[np.uint8]     # (2 * 2048,) one block of a pair of panels, unpacked to 8 bits
     scales: NDArray[np.float32]    # (4 * 32,) its group scales
@@ -95,7 +95,7 @@ def _make_panels(BITS, T):
     S = STREAMS if T <= FEW else 1
     CHAINS = 1 if S * T >= 8 else 2      # about 8 sums at a time hide the latency of the dot product
     FAR = AHEAD if T <= FEW else AHEAD_OF_MANY
-    LINES = BITS // 4 if FAR else 0      # to ask for beside every 64 bytes of 4-bit codes or 128 of 8-bit ones
+    LINES = BITS // 4 if FAR else 0      # lines to prefetch with every 64 bytes of 4-bit codes or 128 of 8-bit codes
 
     @inner
     @unrolled(BITS=BITS, T=T, S=S, BYTES=BYTES, CHAINS=CHAINS, FAR=FAR, LINES=LINES)
@@ -127,7 +127,7 @@ def _make_panels(BITS, T):
                                 i[s, t, 1] = zero_i32()
                     for c in unroll(4):
                         for s in unroll(S):
-                            for line in unroll(LINES):      # evenly: a core can wait for some two dozen lines at a time
+                            for line in unroll(LINES):      # spread evenly: a core can wait for about 24 lines at a time
                                 prefetch(blob, base + s * apart + FAR + SCALE_BYTES + 64 * ((4 * g + c) * LINES + line))
                             codes_at = base + s * apart + SCALE_BYTES
                             if static(BITS == 4):
@@ -198,10 +198,10 @@ def _make_tiles(T, SEVEN_BITS):
     @inlined
     @unrolled(T=T, SEVEN_BITS=SEVEN_BITS)
     def tiles(x, first, count, scratch, blob, ahead, panel_bytes, lines):
-        """The unpacked block meets `count` tiles of activations from tile `first` on; adds to scratch.result.
+        """Multiply the unpacked block with `count` tiles of activations from tile `first` on; adds to scratch.result.
 
-        Meanwhile `lines` lines from byte `ahead` on, and of the panel behind, are asked for, some beside every tile: all at
-        once they would hold up the loads around them.
+        Meanwhile `lines` lines from byte `ahead` on, and of the next panel, are prefetched, a few with every tile: all at once
+        they would delay the other loads.
         """
         i = registers()
         f = registers()
@@ -242,7 +242,7 @@ def _make_tiles(T, SEVEN_BITS):
 
 
 _tiles_4bit = _make_tiles(LONG, True)
-# Where one instruction does for both, compile it once.
+# If one instruction does both, compile it once.
 _tiles_8bit = _tiles_4bit if type(LOWERING).dot4 is type(LOWERING).dot4_7bit else _make_tiles(LONG, False)
 
 
@@ -250,7 +250,7 @@ _tiles_8bit = _tiles_4bit if type(LOWERING).dot4 is type(LOWERING).dot4_7bit els
 
 @inner
 def streams_of(tokens):
-    """Pairs of panels that are read at once for so many tokens."""
+    """How many pairs of panels are read at once for a number of tokens."""
     return STREAMS if tokens <= FEW else 1
 
 
@@ -258,7 +258,7 @@ def streams_of(tokens):
 def multiply_pairs(blob, matrix, pair, apart, x, tokens, scratch):
     """scratch.result[stream][token][32] = rows 32 p ... 32 p + 31 times every token, where p = pair + stream * apart.
 
-    There are streams_of(tokens) streams, STREAM numbers from one to the next. A p behind the matrix gives no meaningful result.
+    There are streams_of(tokens) streams, STREAM numbers from one to the next. The result is meaningless for p past the matrix.
     """
     bits, blocks, levels, result = matrix.bits, matrix.blocks, matrix.levels, scratch.result
     panel_bytes = blocks * (BLOCK4 if bits == 4 else BLOCK8)
@@ -294,7 +294,7 @@ def _multiply_tiles(blob, matrix, at, panel_bytes, row_scales, x, tokens, scratc
     for row in range(0, tiles * LONG * PAIR, PANEL):
         store_f32(result, row, zero_f32())
     for block in range(matrix.blocks):
-        after = block + 1 if block + 1 < matrix.blocks else 2 * matrix.blocks      # at last the first block of the next pair
+        after = block + 1 if block + 1 < matrix.blocks else 2 * matrix.blocks      # at the end, the next pair's first
         if matrix.bits == 4:
             _unpack_4bit(blob, at + block * BLOCK4, panel_bytes, load_bytes(blob, matrix.levels), scratch)
             _tiles_4bit(x, block * tiles, tiles, scratch, blob, at + after * BLOCK4, panel_bytes, BLOCK4 // 64)

@@ -1,11 +1,10 @@
 """How the functions that make up an entry are compiled: once, and if there are helpers, in several processes.
 
-numba makes machine code of every function that it compiles, and once more of all that end up in their caller. Nobody calls
-the inner functions of a kernel, so here only the entry becomes machine code. Its bits stay what they were.
+numba makes machine code of every function that it compiles, and again of all functions inlined into their caller. Python never
+calls the inner functions of a kernel, so here only the entry becomes machine code. The results do not change.
 
-numba holds the interpreter's lock while it compiles, so more cores need more processes. They share a folder: a part is
-claimed by the process that makes it, and kept there as LLVM bitcode for the one that compiles the entry. See
-`runtime.compiling`.
+numba holds the interpreter's lock while it compiles, so more cores need more processes. They share a folder: a process claims
+the part that it makes, and keeps it there as LLVM bitcode for the process that compiles the entry. See `runtime.compiling`.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class _Library(JITCodeLibrary):
 
 
 class _NoCode:
-    """Stands for the engine where there is no machine code that an environment could be set in."""
+    """Replaces the engine of a function without machine code, which has no environment to set."""
 
     @staticmethod
     def set_env(*_: object) -> None:
@@ -72,7 +71,7 @@ def _only_entry_is_emitted(entry: str) -> Iterator[None]:
         codegen = cpu_target.target_context.codegen()
         before, collecting = (codegen._library_class, _Library.entry), gc.isenabled()
         codegen._library_class, _Library.entry = _Library, entry
-        gc.disable()      # compiling makes millions of objects and hardly a cycle
+        gc.disable()      # compiling makes millions of objects and very few cycles
         try:
             yield
         finally:
@@ -83,7 +82,7 @@ def _only_entry_is_emitted(entry: str) -> Iterator[None]:
 
 @contextmanager
 def everything_is_emitted() -> Iterator[None]:
-    """While inside, numba does as it usually does: for an entry that another one calls, and that is in the cache."""
+    """While inside, numba works as usual: for a cached entry that another entry calls."""
     with global_compiler_lock:
         codegen = cpu_target.target_context.codegen()
         before, codegen._library_class = codegen._library_class, JITCodeLibrary
@@ -94,7 +93,7 @@ def everything_is_emitted() -> Iterator[None]:
 
 
 def as_entry(compile_: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """numba's function that compiles the entry `name`, changed to make machine code of that alone."""
+    """numba's function that compiles the entry `name`, changed to make machine code of the entry only."""
 
     @functools.wraps(compile_)
     def compile_entry(*arguments: Any) -> Any:
@@ -113,7 +112,7 @@ def compile_part(dispatcher: Any, signature: tuple[Any, ...]) -> None:
 # ---- parts that several processes make -----------------------------------------------------------------------------------
 
 class Workshop:
-    """A folder in which processes share the parts of an entry. `others_work()`: whether their claims are worth a wait."""
+    """A folder in which processes share the parts of an entry. `others_work()`: whether other processes still work."""
 
     def __init__(self, folder: Path, others_work: Callable[[], bool]) -> None:
         self.folder, self.others_work = folder, others_work
@@ -127,7 +126,7 @@ class Workshop:
         return True
 
     def wait_for(self, key: str, there: Callable[[], bool]) -> None:
-        """Until work that another process has claimed is done, or nobody is left to do it."""
+        """Wait until work claimed by another process is done, or no process is left to do it."""
         while (self.folder / f"{key}.claim").exists() and not there() and self.others_work():
             time.sleep(0.01)
 
@@ -152,7 +151,7 @@ def key_of(name: str, signature: object) -> str:
 
 
 class PartCache(caching._Cache):
-    """What numba takes for the cache of an inner function: the workshop. Only what was claimed there is written."""
+    """The cache that numba uses for an inner function: the workshop. Only claimed parts are written."""
 
     cache_path = ""
 
@@ -181,7 +180,7 @@ class PartCache(caching._Cache):
             partial.replace(shop.folder / key)
 
     def enable(self) -> None:
-        """Always as the workshop is."""
+        """Nothing to do: the workshop decides."""
 
     disable = flush = enable
 

@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured with the same instructions as the kernels: bytes read and products made."""
+"""The limits of this machine, measured with the same instructions as the kernels: bytes read and products per second."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edgemistral.kernels.simd import (
 from edgemistral.kernels.sync import barrier, take
 from edgemistral.kernels.unroll import registers, unroll, unrolled
 
-PIECE = 1 << 16      # bytes that a thread reads between two looks at what is left
+PIECE = 1 << 16      # bytes that a thread reads before it takes the next share
 WEIGHTS, TOKENS = 2, LONG      # independent sums, as many as the kernels have
 PRODUCTS = WEIGHTS * TOKENS * 64     # of bytes, in one round
 
@@ -28,7 +28,7 @@ def _make_read(LINES, PREFETCHED, STREAMS):
     @entry
     @unrolled(LINES=LINES, PREFETCHED=PREFETCHED, STREAMS=STREAMS)
     def read(member, data, result):
-        """Nothing but loads of `data` (whole pieces of it), in as many streams and shared out as the kernels' panels."""
+        """Only loads of `data` (whole pieces of it), in streams and shares like the kernels' panels."""
         i = registers()
         apart = data.size // PIECE // STREAMS * PIECE
         for line in unroll(LINES):
@@ -45,7 +45,7 @@ def _make_read(LINES, PREFETCHED, STREAMS):
                         v = load_bytes(data, at + s * apart + 64 * line)
                         i[line] = dot4(i[line], v, v)
         for line in unroll(LINES):
-            store_f32(result, 16 * line, to_f32(i[line]))      # a result, or the compiler would leave the loads out
+            store_f32(result, 16 * line, to_f32(i[line]))      # a result: without it the compiler would remove the loads
         barrier(member)
     return read
 

@@ -25,7 +25,7 @@ def hadamard_size(head_dim):
 
 @inlined
 def hadamard(x, at, head_dim):
-    """The head at x[at] times a Hadamard matrix, in place: twice is `hadamard_size` times what was there.
+    """The head at x[at] times a Hadamard matrix, in place. Applied twice, it gives `hadamard_size` times the input.
 
     Each output is a sum of all inputs with signs, so an outlier is spread over all dimensions. A product of two heads
     grows by `hadamard_size`, which is a power of two: dividing by it is exact.

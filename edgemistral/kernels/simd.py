@@ -1,4 +1,4 @@
-"""The vector vocabulary of the kernels: 64 bytes, 16 x int32 and 16 x float32, whatever the machine's own width.
+"""The vector vocabulary of the kernels: 64 bytes, 16 x int32 and 16 x float32, on machines of any vector width.
 
 Kernels import it from here. It is `simd_llvm`, which compiles to vector instructions, or under EDGEMISTRAL_SIMD=interpret
 its twin `simd_numpy`, which runs as ordinary Python and checks the bounds of every load and store. Both have the same names

@@ -1,8 +1,8 @@
 """The vector vocabulary as LLVM intrinsics for jitted code; kernels import it from `simd`.
 
 Every operation is one explicit sequence, so results are the same bits on every instruction set; only the operations of
-`lowering` differ. Loads and stores check nothing. They take a one-dimensional array and an index in its own elements (so bytes
-in an array of bytes, whatever is loaded), or an address (int64) and an offset in bytes: the KV cache lies in many mappings.
+`lowering` differ. Loads and stores check nothing. They take a one-dimensional array and an index in its elements (bytes in an
+array of bytes, for every loaded type), or an address (int64) and an offset in bytes: the KV cache lies in many mappings.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The vector vocabulary as ordinary Python over NumPy: the twin of `simd_llvm`, to step through a kernel and to find bad reads.
 
-EDGEMISTRAL_SIMD=interpret makes the kernels use it. A vector is a NumPy array that nothing changes: 64 x uint8, 16 x int32 or
-16 x float32. Every operation gives the bits of the compiled one. What the compiled ones leave undefined is an error here:
+EDGEMISTRAL_SIMD=interpret makes the kernels use it. A vector is a NumPy array that is never modified: 64 x uint8, 16 x int32 or
+16 x float32. Every operation gives the bits of the compiled one. Behaviour that is undefined in compiled code is an error here:
 
     * a load or store that is not wholly inside its array, or inside the memory behind its address (IndexError)
     * a negative index (IndexError)
@@ -121,7 +121,7 @@ def _spread(base, index, stride, pieces):
 
 
 def _typed(value: Vector, dtype: Any) -> Vector:
-    """The vector, once it is found to be one of this type: compiled code would not be made for another."""
+    """The vector, if it has this type, else TypeError: another one would not compile."""
     if value.dtype != dtype or value.nbytes != 64:
         raise TypeError(f"a vector of {value.size} x {value.dtype} where 64 bytes of {np.dtype(dtype)} belong")
     return value
@@ -145,7 +145,7 @@ def _f32_to_f16(value: Vector) -> Vector:
 
 
 def prefetch(base, index):
-    """Nothing: any address may be asked for, also one that does not exist."""
+    """Nothing: a prefetch may name any address, even one that does not exist."""
 
 
 # ---- lane by lane ----------------------------------------------------------------------------------------------------

@@ -35,9 +35,9 @@ def _make_softmax(IN_CODES):
     def softmax(s0, s1, s2, s3, first, last, masked, value_scales, row, head_dim, scratch):
         """Scores -> weights of the values, in row r = row % 4 of the probabilities; returns their unit, and their sum.
 
-        Row `row` of the scratch may see the positions first ... last of the block; `masked` says whether that leaves some
-        out. `softmax_in_codes` multiplies probabilities by the values' scales, 64 float32 at address `value_scales`, and
-        rounds the products to u8, in a unit chosen such that they keep their sum.
+        Row `row` of the scratch may see the positions first ... last of the block; `masked` is true if these are not all.
+        `softmax_in_codes` multiplies probabilities by the values' scales, 64 float32 at address `value_scales`, and rounds
+        the products to u8, in a unit chosen so that they keep their sum.
         """
         s = registers()
         n = registers()

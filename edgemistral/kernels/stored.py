@@ -1,4 +1,4 @@
-"""What compiling makes, on the disk: files with a checksum in the user's cache, or in the bundle of a frozen application."""
+"""Compiled code on the disk: files with a checksum in the user's cache, or in the bundle of a frozen application."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def digest_of(*parts: object) -> str:
 
 
 def folder() -> Path:
-    """Where it is written."""
+    """The folder to write to."""
     return cache_dir() / "kernels"
 
 
@@ -34,7 +34,7 @@ def read(name: str) -> bytes:
 
 
 def write(name: str, body: bytes) -> None:
-    """Written aside and renamed. A full disk or a read-only home costs the next start its time, no more."""
+    """Write under another name and rename. On a full or read-only disk nothing is kept, and the next start compiles again."""
     path = folder() / name
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""What the threads of a team share while they run one jitted function together: barriers, and who takes which work.
+"""Barriers and shared work for a team of threads that runs one jitted function together.
 
-Each thread counts its phases itself, in `turn[0]`: `take` hands out the work of the phase at hand and `barrier` ends it. So no
-function counts phases, and none can miscount. `sync` is an int64 array of SYNC_SIZE zeros before a run: `sync[0]` counts
-arrivals at barriers, and three tickets, each in a cache line of its own, hand out work in turn. The ticket of the next phase
-is set back to zero during this one: the threads have left the phase that used it last, and have not reached the next.
+Each thread counts its phases in `turn[0]`: `take` hands out the work of the current phase and `barrier` ends it. So the kernels
+do not count phases and cannot miscount. `sync` is an int64 array of SYNC_SIZE zeros before a run: `sync[0]` counts arrivals at
+barriers, and three tickets, each in a separate cache line, hand out work in turn. The ticket of the next phase is reset to
+zero during the current one: all threads have left the phase that used it last, and none has reached the next.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgemistral.kernels.jit import inner
 from edgemistral.kernels.simd import atomic_add, atomic_load, pause, yield_thread
 
-SPINS = 4000    # of waiting before a thread lets others run: some 50 us, longer than any wait with a core for every thread
+SPINS = 4000    # turns before a waiting thread yields: about 50 us, longer than any wait if every thread has a core
 TICKETS = 3
 SYNC_SIZE = 8 * (1 + TICKETS)
 
@@ -50,8 +50,8 @@ def barrier(member):
 def take(member, total, least):
     """The next share (first, last) of `total` pieces of this phase's work, or an empty one when nothing is left.
 
-    Shares shrink from total / (2 threads) down to `least`: long runs of memory at first, and a small one to wait for at the
-    end, whatever the speed of each core. Who takes which share changes no result.
+    Shares shrink from total / (2 threads) down to `least`: long runs of memory first, and short waits at the end even if cores
+    differ in speed. The result does not depend on which thread takes which share.
     """
     threads = member.threads
     ticket = atomic_add(member.sync, 8 * (1 + member.turn[0] % TICKETS), 1)

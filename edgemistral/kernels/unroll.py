@@ -13,7 +13,7 @@ repeats its body with r = 0 ... n - 1; `if static(condition)` keeps one branch. 
 the indices of registers is computed here, from the constants given to the decorator and the loops around.
 `function.__unrolled_source__` is what numba compiles.
 
-Under EDGEMISTRAL_SIMD=interpret nothing is rewritten: registers are a dictionary, and a debugger stops in the very source.
+Under EDGEMISTRAL_SIMD=interpret nothing is rewritten: registers are a dictionary, and a debugger stops in the source file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ names: list[str] = []
 
 
 def unrolled(**constants: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: rewrite the function for these constants. Needs the source file beside the code (as numba's tracebacks do)."""
+    """Decorator: rewrite the function for these constants. Needs the source file next to the compiled file."""
 
     def rewrite(function: Callable[..., Any]) -> Callable[..., Any]:
         if interpreted(function):
@@ -79,7 +79,7 @@ def _unroll(
 
 
 def source_file(function: Callable[..., Any]) -> Path:
-    """Where a function's source is. A frozen application's modules have the names of compiled files beside it."""
+    """The source file of a function. In a frozen application a module names its compiled file, next to the source."""
     return Path(inspect.getfile(sys.modules[function.__module__])).with_suffix(".py")
 
 
@@ -111,7 +111,7 @@ class _Unroller:
         return eval(compile(ast.Expression(ast.fix_missing_locations(node)), "<unroll>", "eval"), {"range": range}, self.values)
 
     def visit(self, node: Any) -> Any:
-        """What becomes of a node: another one, or a list of statements; a list of nodes becomes one list."""
+        """The replacement of a node: another node, or a list of statements; a list of nodes becomes one list."""
         if isinstance(node, list):
             changed = [self.visit(element) for element in node]
             return [each for one in changed for each in (one if isinstance(one, list) else [one])]
@@ -165,21 +165,21 @@ def _calls(node: ast.expr, name: str) -> bool:
 
 
 def registers() -> Any:
-    """Declares a family of vector variables; means something only inside `unrolled`."""
+    """Declares a family of vector variables; only for use inside `unrolled`."""
     if INTERPRET:
         return {}
     raise TypeError("registers() outside of an unrolled function")
 
 
 def unroll(*bounds: int) -> range:
-    """Marks a loop to unroll; means something only inside `unrolled`."""
+    """Marks a loop to unroll; only for use inside `unrolled`."""
     if INTERPRET:
         return range(*bounds)
     raise TypeError("unroll() outside of an unrolled function")
 
 
 def static(condition: bool) -> bool:
-    """Marks a condition that the unrolling decides; means something only inside `unrolled`."""
+    """Marks a condition that the unrolling decides; only for use inside `unrolled`."""
     if INTERPRET:
         return condition
     raise TypeError("static() outside of an unrolled function")

@@ -36,7 +36,7 @@ def splat(builder, scalar, llvm):
 
 
 def constant(llvm, value):
-    """All lanes the same; floats are rounded to float32 first, because LLVM takes them as exact doubles."""
+    """The same value in all lanes. Floats are rounded to float32 first: LLVM takes exact doubles."""
     if llvm.element == F32:
         value = struct.unpack("f", struct.pack("f", value))[0]
     return ir.Constant(llvm, [value] * llvm.count)

@@ -1,1 +1,1 @@
-"""How exact and how fast: the float reference, perplexity and KL divergence, speed."""
+"""Accuracy and speed: the float reference, perplexity and KL divergence, tokens per second."""

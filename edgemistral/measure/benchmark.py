@@ -1,8 +1,8 @@
-"""How fast a model runs here, as shares of what this machine can do, measured in turns within one run.
+"""The speed of a model as a share of this machine's limits.
 
-Decoding one token reads every weight once, so its ceiling is the bandwidth of memory; reading a prompt multiplies every
-weight with every token, so its ceiling is the rate of int8 products. Machines drift: each round measures both ceilings
-and the model next to each other, and medians over the rounds are given.
+Decoding one token reads every weight once, so its limit is the memory bandwidth. Reading a prompt multiplies every weight
+with every token, so its limit is the rate of int8 products. The speed of machines drifts: each round measures both limits
+and the model one after another, and the result is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from edgemistral.runtime.team import Team, compile_for
 from edgemistral.runtime.transformer import Transformer
 
 PEAK_ROUNDS = 10_000_000     # of the int8 peak: some 20 ms
-READ_BYTES = 1 << 32        # of the bandwidth: a whole 4-bit 7B, for a tenth of a second may be a bad moment
-DECODED = 16                # tokens a round
+READ_BYTES = 1 << 32        # of the bandwidth: as much as a 4-bit 7B, because a tenth of a second may be a bad moment
+DECODED = 16                # tokens in each round
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Measurement:
 
     task: str               # "decode" or "prefill"
     tokens: int             # of the prompt, or decoded one by one
-    depth: int              # positions that the KV cache held before
+    depth: int              # positions already in the KV cache
     tokens_per_second: float
     lowest: float           # tokens per second of the slowest round
     highest: float
-    rate: float             # bytes read a second (decode), multiplications a second (prefill)
-    ceiling: float          # of the same kind, measured in the same rounds
+    rate: float             # bytes read per second (decode), multiplications per second (prefill)
+    ceiling: float          # the limit of the same rate, measured in the same rounds
     share: float            # median over the rounds of rate / ceiling
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,21 +49,21 @@ class Measurement:
 
 
 class Roofline:
-    """The ceilings of this machine for a number of threads."""
+    """The limits of this machine for a number of threads."""
 
     def __init__(self, threads: int, data: NDArray[np.uint8]) -> None:
-        """data: what to read, at best the model's own mapping, so that both read the same kind of pages."""
+        """data: the bytes to read; best the model's mapping, so that both read the same kind of pages."""
         self._team, self._data = Team(threads), data[-READ_BYTES:]
         self._results = [np.zeros(64, np.float32) for _ in range(threads)]
         compile_for(roofline.read, (self._data,), self._results[0])
         compile_for(roofline.multiply, (self._data, PEAK_ROUNDS), self._results[0])
 
     def bandwidth(self) -> float:
-        """Bytes read a second."""
+        """Bytes read per second."""
         return self._data.nbytes / seconds(lambda: self._team.run(roofline.read, (self._data,), self._results))
 
     def int8_peak(self) -> float:
-        """Multiplications of bytes a second."""
+        """Multiplications of bytes per second."""
         took = seconds(lambda: self._team.run(roofline.multiply, (self._data, PEAK_ROUNDS), self._results))
         return PEAK_ROUNDS * roofline.PRODUCTS * self._team.threads / took
 
@@ -104,7 +104,7 @@ def measure(
 def _sample(
     transformer: Transformer, held: KVSequence, ceilings: Roofline, rng: np.random.Generator, tokens: int
 ) -> tuple[float, float, float]:
-    """(tokens, rate, ceiling) a second of one round: a prompt of so many tokens, or for 0 some tokens one by one."""
+    """(tokens, rate, ceiling) per second of one round: for a prompt of `tokens`, or for decoding if 0."""
     config, depth = transformer.config, held.length
     ids = rng.integers(0, config.vocab_size, tokens or DECODED, dtype=np.int32)
     if tokens:
@@ -120,7 +120,7 @@ def _sample(
 
 
 def append(transformer: Transformer, sequence: KVSequence, ids: NDArray[np.int32]) -> None:
-    """A prompt, in chunks, with the logits of its last token."""
+    """Compute a prompt in chunks, with the logits of its last token."""
     for first in range(0, len(ids), transformer.chunk):
         chunk = ids[first : first + transformer.chunk]
         transformer.step([Row(sequence, chunk, int(first + len(chunk) == len(ids)))])
@@ -135,7 +135,7 @@ def _summary(task: str, tokens: int, depth: int, samples: list[tuple[float, floa
 
 
 def products(config: ModelConfig, tokens: int, depth: int) -> int:
-    """Multiplications that a prompt of so many tokens takes: all matrices, and attention to what each token may see."""
+    """Multiplications for a prompt of `tokens`: all matrices, and attention to all positions that each token may see."""
     layers = sum(matrix.rows * matrix.cols for matrix in matrices(config, Recipe()) if matrix.name != "output")
     window = config.sliding_window or config.context
     seen = sum(min(depth + token + 1, window) for token in range(tokens))

@@ -1,4 +1,4 @@
-"""How good a model is: perplexity of a text, and how far a blob's answers are from those of its source checkpoint."""
+"""The quality of a model: perplexity of a text, and the distance of a blob's predictions from those of its checkpoint."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from edgemistral.errors import BadRequest
 from edgemistral.generate.ids import Ids, check_ids
 from edgemistral.measure.reference import Reference
 
-WINDOW = 512   # tokens, as llama.cpp's perplexity tool has it
+WINDOW = 512   # tokens, as in llama.cpp's perplexity tool
 ROWS = 64      # positions compared at once, in float64
-PERCENTILES = (50, 90, 99, 100)   # of the tokens' KL that are reported; 100 is the largest
+PERCENTILES = (50, 90, 99, 100)   # reported percentiles of the tokens' KL; 100 is the largest
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total): "reference" counts its layers of windows, "model" its windows."""
 
 
 class Model(Protocol):
-    """What is needed of `edgemistral.Model`."""
+    """The part of `edgemistral.Model` that is needed."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -38,20 +38,20 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over `n_tokens` predicted tokens; those behind `n_tokens` are None without a reference."""
+    """Means over `n_tokens` predicted tokens. The fields after `n_tokens` are None without a reference."""
 
     perplexity: float               # e ** nll
     nll: float                      # negative log likelihood of the text's next token, in nats
     n_tokens: int
     mean_kl: float | None           # KL(reference || model) of the next-token distributions, in nats
-    top1_agreement: float | None    # share of positions where both would say the same token
-    flipped: float | None = None    # share of positions where they would not
+    top1_agreement: float | None    # share of positions where both have the same most likely token
+    flipped: float | None = None    # share of positions where they have not
     kl_percentiles: dict[str, float] | None = None   # of the tokens' KL, by "50", "90", "99", "100"
 
 
 @dataclass
 class Tally:
-    """What an evaluation is made of; those of several texts can be put together."""
+    """The sums of an evaluation; those of several texts can be added."""
 
     nll: float = 0.0                # a sum, in nats
     n_tokens: int = 0
@@ -59,7 +59,7 @@ class Tally:
     agreed: int = 0
 
     def add(self, log_q: NDArray[np.float64], target: NDArray[np.int32], log_p: NDArray[np.float64] | None) -> None:
-        """Some positions: the model's log probabilities (n, vocab_size), the tokens (n,) that came, the reference's."""
+        """Add positions: the model's log probabilities (n, vocab_size), the actual tokens (n,), the reference's."""
         self.nll -= float(np.take_along_axis(log_q, target[:, None], axis=1).sum())
         self.n_tokens += len(target)
         if log_p is not None:
@@ -67,7 +67,7 @@ class Tally:
             self.agreed += int((log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum())
 
     def result(self) -> Evaluation:
-        """Of at least one token."""
+        """The means; needs at least one token."""
         nll, kl = self.nll / self.n_tokens, np.concatenate(self.kl) if self.kl else None
         perplexity = math.exp(min(nll, 700.0))   # e ** 709 is the largest float
         if kl is None:
@@ -97,9 +97,9 @@ def evaluate(
 ) -> Evaluation:
     """Let the model predict the text `ids` (without <s>), in windows of at most `window` tokens.
 
-    Every window starts with <s> and knows nothing of the one before; each of its tokens is predicted from those before
-    it, the first from <s> alone. `window` is cut to the model's context. With a `reference`, the same windows go
-    through the source checkpoint in float32, or through another model as it runs.
+    Every window starts with <s> and is independent of the others. Each token is predicted from those before it, the first
+    from <s> alone. `window` is cut to the model's context. With a `reference`, the same windows go through the source
+    checkpoint in float32, or through another model.
     Raises BadRequest (`field` names the argument) for no or bad ids, a bad window, or a reference of another shape.
     """
     return tally(model, cut(model, ids, window), reference, progress).result()
@@ -112,16 +112,16 @@ def evaluate_windows(
     progress: Progress | None = None,
     starts: Sequence[int] | None = None,
 ) -> Evaluation:
-    """The same for texts that are cut already (conversations, for example): each begins with its <s>, which is given.
+    """The same for texts that are already cut (for example conversations). Each window begins with <s>.
 
-    `starts`: of each window the first token that counts, where what comes before is only there to be read; by default 1.
+    `starts`: for each window, the first token to count; those before it are only read. Default 1.
     Raises BadRequest for a reference of another shape.
     """
     return tally(model, windows, reference, progress, starts).result()
 
 
 def cut(model: Model, ids: Ids, window: int = WINDOW) -> list[NDArray[np.int32]]:
-    """The windows of a text, as `evaluate` has them. Raises BadRequest as it does."""
+    """The windows that `evaluate` makes of a text. Raises BadRequest as it does."""
     text = check_ids(ids, model.config.vocab_size)
     if type(window) is not int or window < 1:
         raise BadRequest(f"window is {window!r}: it must be a whole number, at least 1", "window")
@@ -137,7 +137,7 @@ def tally(
     progress: Progress | None = None,
     starts: Sequence[int] | None = None,
 ) -> Tally:
-    """`evaluate_windows`, before its means are taken."""
+    """`evaluate_windows`, but returns the sums."""
     if reference is not None and (difference := _difference(reference.config, model.config)):
         raise BadRequest(f"the reference is of another model: {difference}", "reference")
 
@@ -164,7 +164,7 @@ def tally(
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Along the last axis, in float64."""
+    """The log softmax along the last axis, in float64."""
     x = logits.astype(np.float64)
     x -= x.max(axis=-1, keepdims=True)
     result: NDArray[np.float64] = x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
@@ -172,7 +172,7 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _difference(reference: ModelConfig, model: ModelConfig) -> str:
-    """The first field in which two configs describe different models, in words; empty when there is none."""
+    """The first difference between two configs, in words; empty if they describe the same shape."""
     ours, theirs = model.to_dict(), reference.to_dict()
     for name in ours:
         if name != "context" and ours[name] != theirs[name]:

@@ -1,7 +1,7 @@
-"""The model in float32: the one float reference, for checkpoints, for the weights of a blob, and for the tests.
+"""The model in float32: the only float reference, for checkpoints, for the weights of a blob, and for the tests.
 
-Plain NumPy without any rounding of weights, activations or cache. Slow, and one layer of weights in memory at a time: of a 7B
-0.4 GiB as its checkpoint stores them, then its output head.
+Plain NumPy, without rounding of weights, activations or cache. It is slow, and holds one layer of weights in memory at a time:
+for a 7B, 0.4 GiB in the checkpoint's dtype, then the output head.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from edgemistral.files.blob import Blob
 F32 = NDArray[np.float32]
 Strips = list[NDArray[Any]]   # rows of one tensor in the checkpoint's dtype; bits of bfloat16 as uint16
 Rows = NDArray[np.int64]      # positions, ascending
-STRIP_BYTES = 1 << 26         # of a strip widened to float32
-BLOCK_ROWS = 512              # positions that go through the matrices together
-QUERIES = 64                  # positions that attend at once, which bounds their scores
+STRIP_BYTES = 1 << 26         # of a strip in float32
+BLOCK_ROWS = 512              # positions multiplied with the matrices together
+QUERIES = 64                  # positions in attention together: limits the memory of the scores
 
 
 class Checkpoint(Protocol):
-    """What is needed of `edgemistral_quantize.checkpoint.Checkpoint`."""
+    """The part of `edgemistral_quantize.checkpoint.Checkpoint` that is needed."""
 
     config: ModelConfig
 
@@ -38,7 +38,7 @@ class Checkpoint(Protocol):
 
 
 class BlobWeights:
-    """The weights of an open blob, dequantized, as a checkpoint. `config` replaces the blob's own."""
+    """The dequantized weights of an open blob, as a checkpoint. `config` replaces the blob's own."""
 
     def __init__(self, blob: Blob, config: ModelConfig | None = None) -> None:
         self.config, self._blob = config or blob.config, blob
@@ -67,8 +67,8 @@ class Reference:
 
     @classmethod
     def open(cls, directory: Path) -> Reference:
-        """Of a checkpoint directory in Hugging Face or Mistral layout. Raises BadConfig or BadCheckpoint."""
-        # Inside, because only `eval --reference` needs the quantizer.
+        """Open a checkpoint directory in Hugging Face or Mistral layout. Raises BadConfig or BadCheckpoint."""
+        # Imported here, because only `eval --reference` needs the quantizer.
         from edgemistral_quantize.checkpoint import Checkpoint as Directory
 
         return cls(Directory(directory))
@@ -83,8 +83,8 @@ class Reference:
     ) -> list[F32]:
         """The states (n, dim) before the output head for each text (n,) of token ids, every text on its own.
 
-        at: of each text the positions (k,) whose states are wanted, ascending, for states (k, dim); the last layer is
-        computed only there. threads: share the blocks of rows; give BLAS one thread then.
+        at: for each text, the positions (k,) whose states are wanted, ascending; then the result is (k, dim), and the last
+        layer is computed only there. threads: they share the blocks of rows; then give BLAS one thread.
         `progress(done, total)` counts layers of texts.
         """
         n_layers = self.config.n_layers
@@ -138,7 +138,7 @@ class Reference:
 
 
 class ReferenceModel:
-    """A reference as `evaluate` wants a model."""
+    """A reference with the interface of a model, for `evaluate`."""
 
     def __init__(self, reference: Reference) -> None:
         self.config, self.context, self._reference = reference.config, reference.config.context, reference

@@ -1,1 +1,1 @@
-"""One model in memory: weights, KV cache, work space, threads, and the plan of what they take."""
+"""One model in memory: weights, KV cache, work space, threads, and the plan of their memory."""

@@ -1,7 +1,7 @@
-"""Compiling `forward`, on all cores: this process and helpers take its parts from one list, then one of them compiles the rest.
+"""Compiles `forward` on all cores: this process and helpers take its parts from one list, then one of them compiles the rest.
 
-The command line starts helpers as soon as it knows that they are needed, while it makes the demo model or opens the blob. In
-a program of somebody else's no process is started: it may not want that, and its `sys.executable` may be itself.
+The command line starts helpers as soon as they are needed, while it makes the demo model or opens the blob. Other programs
+that import edgemistral start no process: they may not want one, and `sys.executable` may be the program itself.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from edgemistral.kernels.forward import forward, parts_of
 from edgemistral.kernels.lowering import INTERPRET
 from edgemistral.kernels.sync import SYNC_SIZE, Member
 
-MOST_HELPERS = 3      # the parts are few, and a third of the work is the last step, which nobody can share
-ENTRY = "entry"       # the claim of that step
+MOST_HELPERS = 3      # there are few parts, and a third of the work is the last step, which one process does alone
+ENTRY = "entry"       # the name under which a process claims that step
 
 
 class Job(NamedTuple):
-    """A part, so that another process finds it."""
+    """A part, named so that another process finds it."""
 
     module: str
     name: str
@@ -64,7 +64,7 @@ _helpers: Helpers | None = None
 
 @contextmanager
 def helpers(common: Sequence[Any], own: Any) -> Iterator[None]:
-    """While inside, other processes compile what `compile_forward` will need, if that is not in the cache."""
+    """While inside, other processes compile what `compile_forward` needs and the cache does not have."""
     global _helpers
     signature = () if INTERPRET else _types(_arguments(common, own))
     wanted = min(MOST_HELPERS, (os.cpu_count() or 1) - 1)
@@ -93,14 +93,14 @@ class Helpers:
         given = [str(Path(entry).absolute()) for entry in sys.path], str(folder)
         command = [sys.executable, "-c", code, json.dumps(given)]
         self._processes: list[subprocess.Popen[bytes]] = []
-        with contextlib.suppress(OSError):      # no process is to be had: this one works alone
+        with contextlib.suppress(OSError):      # no process can be started: this one works alone
             for _ in range(n):
                 self._processes.append(subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         self.workshop = parts.Workshop(folder, self._working)
 
     def finish(self) -> None:
-        """Work along until `forward` is compiled or this process has to do the last step itself."""
+        """Help until `forward` is compiled, or this process must do the last step."""
         with parts.working_in(self.workshop):
             for job in reversed(self.jobs):      # the small ones, while helpers make the large ones
                 parts.make_part(self.workshop, job.function, job.signature)
@@ -125,7 +125,7 @@ class Helpers:
 
 
 def help_out(folder: str) -> None:
-    """The life of a helper: it compiles what nobody has claimed yet, and ends with the process that started it."""
+    """The main function of a helper: compiles parts that no process has claimed, and ends with its parent."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     shop = parts.Workshop(Path(folder), lambda: True)
     with parts.working_in(shop):
@@ -137,7 +137,7 @@ def help_out(folder: str) -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()      # its end of the pipe closes when it ends, however it does
+    sys.stdin.buffer.read()      # the pipe closes when the parent ends, in every case
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Sequences out of a KV store, and into it: while a prompt is read, a thread writes what is full."""
+"""Reads sequences from a KV store and writes them: while a prompt is read, a thread writes the full segments."""
 
 from __future__ import annotations
 
@@ -26,39 +26,39 @@ class _Job(NamedTuple):
     number: int
     ids: NDArray[np.int32]         # up to the segment's end
     data: NDArray[np.uint8]
-    held: Segment | None           # nobody writes to it meanwhile
+    held: Segment | None           # not changed until it is written
 
 
 class StoredPrefixes:
-    """The store of an engine, which holds its lock for every call but `close`."""
+    """The store of an engine. The engine holds its lock for every call except `close`."""
 
     def __init__(self, store: KVStore, release: Callable[[Segment], None]) -> None:
-        """release: gives a segment back that was held while it was written; it takes the engine's lock."""
+        """release: called with a segment after it was written; it takes the engine's lock."""
         self.store, self._release = store, release
         self._queue: queue.Queue[_Job | None] = queue.Queue(MOST_WAITING)
         self._thread: threading.Thread | None = None
         self._failed = False
 
     def known(self, ids: NDArray[np.int32]) -> int:
-        """Positions of the longest stored prefix, as far as names tell."""
+        """Positions of the longest stored prefix, judged by file names only."""
         return SEGMENT * self.store.known(ids)
 
     def restore(self, pool: SegmentPool, ids: NDArray[np.int32]) -> Sequence:
-        """A sequence of as many of the leading ids as are stored and whole: its segments are mapped where they lie."""
+        """A sequence of the longest stored and valid prefix; its segments are mapped from the store's files."""
         mappings = self.store.load(ids)
         made = Sequence(pool)
         made.begin_with(mappings, ids[: SEGMENT * len(mappings)])
         return made
 
     def offer(self, sequence: Sequence) -> None:
-        """Store what has become full of a sequence since it was offered last; what the thread has no time for now, later."""
+        """Store the segments that became full since the last offer; if the thread is busy, at a later offer."""
         while sequence.offered < sequence.length // SEGMENT and not self._failed and not self._queue.full():
             number = sequence.offered
             segment, ids = sequence.segments[number], sequence.ids[: SEGMENT * (number + 1)].copy()
             if segment.pooled:
-                segment.users += 1                 # whoever cuts the sequence then copies it first
+                segment.users += 1                 # a cut of the sequence then copies it first
                 self._queue.put(_Job(number, ids, segment.data, segment))
-            else:                                  # a session's: its file is written to whoever uses it
+            else:                                  # a session writes to its file even if the segment has other users
                 self._queue.put(_Job(number, ids, segment.data.copy(), None))
             sequence.offered += 1
             if self._thread is None:
@@ -66,7 +66,7 @@ class StoredPrefixes:
                 self._thread.start()
 
     def close(self) -> None:
-        """Write what waits, for a while."""
+        """Write the waiting segments, for LAST_WRITES seconds at most."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join(LAST_WRITES)

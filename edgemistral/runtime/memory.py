@@ -27,9 +27,9 @@ def physical_memory() -> int:
 
 
 def memory_for_files(root: Path = Path("/")) -> int | None:
-    """Bytes of files that can be in memory at once, those that are there already included; None where nobody knows.
+    """Bytes of files that fit into memory, including those already there; None if unknown.
 
-    On Linux: what is available on the machine, or to the control groups of this process, where that is less.
+    On Linux: what is available on the machine, or to the control groups of this process if that is less.
     """
     try:
         found = re.search(r"^MemAvailable:\s*(\d+) kB", (root / "proc/meminfo").read_text(), re.M)
@@ -49,7 +49,7 @@ def memory_for_files(root: Path = Path("/")) -> int | None:
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, str, str]]:
-    """The control groups that limit this process's memory: folder, and its files with the limit and the use."""
+    """The control groups that limit this process's memory: folder, and the names of its files for limit and use."""
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         number, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):

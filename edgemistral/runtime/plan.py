@@ -1,4 +1,4 @@
-"""How much memory a model will take, exactly and before any of it is taken: known from the blob's header alone."""
+"""Computes from the blob's header how much memory a model will need, before any is allocated."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Threads = int | Literal["auto"] | None
 
 @dataclass(frozen=True)
 class Plan:
-    """What running a model takes. Sizes in bytes."""
+    """The memory to run a model. Sizes in bytes."""
 
     context: int         # positions
     kv_bits: int
     threads: int
-    weights_bytes: int   # the blob, mapped: shared between processes, and the system may drop and read it again
-    kv_bytes: int        # of one sequence that fills the context: it grows as the context fills
+    weights_bytes: int   # the mapped blob: shared between processes; the system may drop pages and read them again
+    kv_bytes: int        # one sequence that fills the context
     work_bytes: int      # activations and logits: ordinary memory
-    program_bytes: int   # everything else in the process: about
-    kv_budget: int       # of all sequences that are kept, at most: conversations that go on without being read again
+    program_bytes: int   # everything else in the process, estimated
+    kv_budget: int       # limit for all kept sequences (conversations that continue without reading them again)
 
     @property
     def total_bytes(self) -> int:
-        """With one full context: what the model cannot do without."""
+        """The least that the model needs, with one full context."""
         return self.weights_bytes + self.kv_bytes + self.work_bytes + self.program_bytes
 
     def check(self, max_ram: int | None) -> None:
-        """Raises OutOfMemoryBudget if all of it, kept sequences too, is larger than `max_ram` bytes; None is no limit."""
+        """Raises OutOfMemoryBudget if the total with kept sequences is larger than `max_ram` bytes; None: no limit."""
         most = self.total_bytes + max(0, self.kv_budget - self.kv_bytes)
         if max_ram is not None and most > max_ram:
             raise OutOfMemoryBudget(most, max_ram)
@@ -51,7 +51,7 @@ def plan(
     """The plan for a blob.
 
     kv_budget: bytes for kept sequences. None means a quarter of the memory, at most half of the free disk, and with `max_ram`
-    (bytes) at most what that leaves beside all else; one full context always has room.
+    (bytes) at most what that leaves. One full context always has room.
     context: positions, None for the model's longest. threads: None for the performance cores that this process may use,
     "auto" for the best number measured with this model.
     Raises BadRequest, whose `field` names the argument, for a value that the model cannot run with.

@@ -1,11 +1,11 @@
-"""Where weights and keys and values do not fit into memory together: which layers stay there, and which are read in time.
+"""If weights and KV cache together do not fit into memory: chooses layers to keep, and reads the others ahead of their use.
 
-A step reads all weights in the same order as the step before. A system that drops what was not used for longest then drops
-always what is needed next, and reads nearly everything again for each token. So some layers are streamed instead: their
-weights are asked for before the step comes to them and let go of behind it, and all others stay. Without a shortage nothing is
-done but to look, now and then. Linux only: other systems have no such calls.
+Every step reads all weights in the same order. A system that drops the pages unused for longest drops exactly those that are
+needed next, and reads nearly everything again for each token. So some layers are streamed: their weights are read shortly
+before the step needs them, and dropped after it. All other layers stay. Without a shortage, only the free memory is checked
+now and then. Linux only: other systems have no such calls.
 
-Advice changes no result: whatever is missing is read when it is touched.
+The advice changes no result: missing pages are read when they are used.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from edgemistral.runtime.memory import memory_for_files
 
 CAN_ADVISE = hasattr(os, "posix_fadvise") and hasattr(mmap, "MADV_DONTNEED")
 PHASES_OF_LAYER = 9      # of `forward`, after one for the embeddings
-AHEAD = 2                # streamed layers that are in memory: the one in use and the next
-LOOK = 2.0               # seconds between two looks at the memory
+AHEAD = 2                # streamed layers in memory: the one in use and the next
+LOOK = 2.0               # seconds between two checks of the memory
 FULL = 0.95              # share of the room that is used
-POLL = 0.001             # seconds between two looks at where a step is
+POLL = 0.001             # seconds between two checks of a step's position
 
 
 class ReadAhead:
-    """For one blob. `begin` and `end` stand around each step; a thread advises meanwhile, if there is anything to advise."""
+    """For one blob. Call `begin` and `end` around each step; in between a thread gives advice if layers are streamed."""
 
     def __init__(self, blob: Blob, phase: Callable[[], int], room: Callable[[], int | None] = memory_for_files) -> None:
-        """phase: of the step at hand. room: bytes of files that can be in memory, or None if nobody knows."""
+        """phase: of the current step. room: bytes of files that fit into memory, or None if unknown."""
         self.streamed: list[int] = []                # layers
         self._phase, self._room = phase, room
         self._blob: Blob | None = blob
         self._pieces = [_layer(blob, layer) for layer in range(blob.config.n_layers)]
-        self._weights = blob.data.nbytes - blob.tensors["tok_embeddings"].n_bytes      # of which a step reads some rows
+        self._weights = blob.data.nbytes - blob.tensors["tok_embeddings"].n_bytes      # a step reads few embeddings
         self._looked = -LOOK
         self._file = -1
-        self._at = 0                                 # index in `streamed` of the next layer to let go of
-        self._layer = 0                              # that the step was in when the thread last looked
+        self._at = 0                                 # index in `streamed` of the next layer to drop
+        self._layer = 0                              # the step's layer at the last check
         self._working, self._closed = threading.Event(), False
-        self._lock = threading.Lock()                # around what the thread does to the mapping
+        self._lock = threading.Lock()                # held while the thread gives advice on the mapping
         self._thread: threading.Thread | None = None
 
     def begin(self, kv_bytes: int) -> None:
@@ -70,7 +70,7 @@ class ReadAhead:
                 self._file = -1
 
     def _choose(self, kv_bytes: int) -> None:
-        """Stream as many layers as the memory is short of, evenly among the others; few changes keep what is there."""
+        """Stream as many layers as do not fit, spread evenly. Small changes of the memory keep the choice."""
         room, layers, size = self._room(), len(self._pieces), max(size for _, size in self._pieces)
         short = 0 if room is None else self._weights + kv_bytes - int(FULL * room)
         n = 0 if short <= 0 else min(layers, -(-short // size) + AHEAD)
@@ -86,7 +86,7 @@ class ReadAhead:
                 self._thread.start()
 
     def _work(self) -> None:
-        """The life of the thread."""
+        """The main function of the thread."""
         while not self._closed:
             self._working.wait()
             with self._lock:
@@ -94,7 +94,7 @@ class ReadAhead:
             time.sleep(POLL)
 
     def _advise(self, layer: int) -> None:
-        """The step is in this layer: let go of the streamed ones behind it, and ask for as many of those that come."""
+        """The step is in this layer: drop the streamed layers before it, and ask for as many of the next ones."""
         streamed = self.streamed
         n = len(streamed)
         if not n or self._blob is None or self._file < 0:

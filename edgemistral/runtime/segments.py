@@ -1,15 +1,15 @@
-"""The KV cache: segments of 256 positions, each in one mapping of its own, and the sequences that are made of them.
+"""The KV cache: segments of 256 positions, each in a separate mapping, and the sequences made of them.
 
 A segment holds the keys and values of 256 positions for all layers and KV heads: for each of them four blocks of 64
 positions, in the order in which attention reads them (`kernels.attention` describes a block's bytes). All segments lie in one
-temporary file; each is mapped when it is made and never moves, so growing never remaps and addresses stay valid. The system
-writes pages back and drops them as memory gets short: 32768 tokens of a 7B are 2.1 GiB in 8 bits, of which only the pages in
-use need to be in memory.
+temporary file. Each is mapped when it is made and never moves, so addresses stay valid while the file grows. If memory is
+short, the system writes pages back and drops them: 32768 tokens of a 7B are 2.1 GiB in 8 bits, and only the pages in use need
+to be in memory.
 
 A `Sequence` is token ids and segments. Sequences with a common prefix share its full segments; the last, partial one is copied.
 With a 4-bit cache it also has, in ordinary memory, an 8-bit copy of the block of 64 positions that it ends in (see
-`kernels.attention`). Without that copy it can only go on from the block's beginning.
-A session's segments lie in a file of its own instead (`runtime.session`).
+`kernels.attention`). Without that copy it can only continue from the beginning of the block.
+The segments of a session lie in the session's file (`runtime.session`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from edgemistral.runtime.memory import physical_memory
 
 GRANULE = 1 << 16      # offsets of mappings are multiples of this: the allocation granularity of Windows
 PADDING = 4096         # behind a segment: kernels load whole vectors at its end
-SPARE = 1 << 28        # bytes of the file that stay for the next who need them; of more, the disk gets back the room
+SPARE = 1 << 28        # unused bytes of the file that are kept for new segments; the rest is given back to the disk
 KV_BITS = tuple(KV_FORMATS)
 
 
@@ -54,7 +54,7 @@ def own_block_bytes(config: ModelConfig, kv_bits: int) -> int:
 
 
 def segments_of(positions: int) -> int:
-    """Segments that hold so many positions."""
+    """How many segments hold this many positions."""
     return (positions + SEGMENT - 1) // SEGMENT
 
 
@@ -71,8 +71,8 @@ def _folder() -> Path:
 
 
 class Segment:
-    """One mapping. `users`: sequences that it is part of. `frozen`: it is never written to. `offset`: where it lies in the
-    pool's own file, and then it is used again; None in another file."""
+    """One mapping. `users`: how many sequences use it. `frozen`: it is never written to. `offset`: its place in the pool's
+    file, where it is used again; None for a mapping of another file."""
 
     def __init__(self, mapping: mmap.mmap, offset: int | None = None, frozen: bool = False) -> None:
         self.mapping, self.offset, self.frozen = mapping, offset, frozen
@@ -96,27 +96,27 @@ class SegmentPool:
         self.own_block_bytes = own_block_bytes(config, kv_bits)
         self.segment_bytes = segment_bytes(config, kv_bits)
         self.budget = default_kv_budget() if budget is None else budget
-        # Segments; whoever allocates sees to it.
+        # In segments. The caller checks it before `allocate`.
         self.capacity = max(1, min(self.budget // self.segment_bytes, most_mappings()))
         self.used = 0
         self._made = 0                       # segments that the file has room for
         self._free: list[Segment] = []
-        self._holes: list[Segment] = []      # free ones without room on the disk
+        self._holes: list[Segment] = []      # free segments that take no room on the disk
         self._spare = max(1, SPARE // self.segment_bytes)
         self._file: IO[bytes] | None = None
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the file now, without its holes."""
+        """Bytes that the file takes on the disk now."""
         return (self._made - len(self._holes)) * self.segment_bytes
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the segments that sequences are made of."""
+        """Bytes of the segments in use."""
         return self.used * self.segment_bytes
 
     def allocate(self) -> Segment:
-        """A segment with one user; its bytes are those of an earlier one, or zeros.
+        """A segment with one user. Its bytes are zeros, or left from earlier use.
 
         OSError: the disk is full; nothing else changed.
         """
@@ -133,12 +133,12 @@ class SegmentPool:
         return segment
 
     def adopt(self, mapping: mmap.mmap, frozen: bool = False) -> Segment:
-        """A segment with one user in a mapping of another file's. It counts as used, and is never allocated again."""
+        """A segment with one user in a mapping of another file. It counts as used, and is never allocated again."""
         self.used += 1
         return Segment(mapping, frozen=frozen)
 
     def release(self, segment: Segment) -> None:
-        """One user less; without any the segment may be allocated again. Its mapping stays until then."""
+        """Remove one user. Without users the segment may be allocated again; its mapping stays."""
         segment.users -= 1
         if segment.users == 0:
             self.used -= 1
@@ -161,7 +161,7 @@ class SegmentPool:
         to.data[:size].reshape(shape)[:, :blocks] = segment.data[:size].reshape(shape)[:, :blocks]
 
     def close(self) -> None:
-        """Unmap what no sequence uses and delete the file."""
+        """Unmap the unused segments and delete the file."""
         self._free, self._holes, self._made = [], [], 0
         if self._file is not None:
             self._file.close()
@@ -188,18 +188,18 @@ class SegmentPool:
         return made
 
     def _take_room(self, offset: int) -> None:
-        """Take the room of a segment on the disk now: a full disk is an error here, and no SIGBUS in a kernel."""
+        """Allocate a segment's disk space now: a full disk is then an error here instead of a SIGBUS in a kernel."""
         assert self._file is not None
         if hasattr(os, "posix_fallocate"):
             try:
                 os.posix_fallocate(self._file.fileno(), offset, self.segment_bytes)
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):      # else the file system cannot do it
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):      # otherwise the file system does not support it
                     raise OSError(error.errno, error.strerror, str(_folder())) from None
 
 
 def most_mappings() -> int:
-    """Segments that may be mapped at once: Python keeps a file open for each mapping, and systems allow a process so many."""
+    """How many segments may be mapped: Python keeps a file open for each mapping, and the number of open files is limited."""
     try:
         import resource
     except ImportError:      # Windows: millions
@@ -209,7 +209,7 @@ def most_mappings() -> int:
 
 
 def _punch(mapping: mmap.mmap) -> bool:
-    """Give back the room on the disk of a mapped stretch, which reads as zeros then. False: this system cannot."""
+    """Give the disk space of a mapped part back; it then reads as zeros. False: this system does not support it."""
     if hasattr(mmap, "MADV_REMOVE"):                                  # Linux
         with contextlib.suppress(OSError):
             mapping.madvise(mmap.MADV_REMOVE)
@@ -231,11 +231,11 @@ class Row(NamedTuple):
 class Sequence:
     """Token ids whose keys and values are in the cache: `ids` (length,) and the segments that hold them."""
 
-    pinned = False    # it is never evicted, and only continued for those who name it
+    pinned = False    # if True, never evicted, and only tasks that name it write to it
 
     def __init__(self, pool: SegmentPool) -> None:
         self.pool, self.length = pool, 0
-        self.offered = 0                      # of its full segments, to the store
+        self.offered = 0                      # how many full segments were offered to the store
         self.addresses: NDArray[np.int64] = np.zeros(0, np.int64)   # of the segments
         self._segments: list[Segment] = []
         self._ids = np.zeros(SEGMENT, np.int32)
@@ -248,11 +248,11 @@ class Sequence:
 
     @property
     def room(self) -> int:
-        """Positions that its segments have room for."""
+        """How many positions its segments have room for."""
         return SEGMENT * len(self._segments)
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` positions in all. OSError: the disk is full; the sequence is as it was."""
+        """Make room for `length` positions in all. OSError: the disk is full; the sequence is unchanged."""
         made: list[Segment] = []
         try:
             while self.room + SEGMENT * len(made) < length:
@@ -290,13 +290,13 @@ class Sequence:
         self._own_blocks = {}
 
     def append(self, ids: NDArray[np.integer]) -> None:
-        """Count positions that are in the segments now; there must be room."""
+        """Add ids whose keys and values are already in the segments; there must be room."""
         end = self.length + len(ids)
         self._ids[self.length : end] = ids
         self.length = end
 
     def cut(self, length: int) -> None:
-        """Forget the positions from `length` on, which must not be in a segment that another sequence uses."""
+        """Remove the positions from `length` on. ValueError: it could not continue from there (see `continuable`)."""
         if not 0 <= length <= self.length or length > self.continuable(length):
             raise ValueError(f"cannot cut {self.length} positions to {length}")
         self._own_blocks = {number: copy for number, copy in self._own_blocks.items() if number <= length // POSITIONS}
@@ -307,7 +307,7 @@ class Sequence:
         if length % SEGMENT and (self._segments[-1].users > 1 or self._segments[-1].frozen):
             shared = self._segments[-1]
             self._own([*self._segments[:-1], self.pool.copy(shared, length % SEGMENT)])
-            self.pool.release(shared)         # it was full when it was shared: others go on using it
+            self.pool.release(shared)         # it was full when it was shared: others still use it
         self.length = length
         self.offered = min(self.offered, length // SEGMENT)
 
@@ -326,14 +326,14 @@ class Sequence:
         return made
 
     def begin_with(self, mappings: list[mmap.mmap], ids: NDArray[np.int32]) -> None:
-        """Make an empty sequence one of these ids, whose full segments are mapped read-only elsewhere."""
+        """Fill an empty sequence with these ids and their full segments, which are read-only mappings."""
         self._own([self.pool.adopt(mapping, frozen=True) for mapping in mappings])
         self.reserve(len(ids))
         self.append(ids)
         self.offered = len(mappings)
 
     def adopt(self, other: Sequence, length: int) -> None:
-        """Become the first `length` positions of another sequence, which begins with all of this one, by copying."""
+        """Copy the first `length` positions of another sequence, which begins with all of this one."""
         first, ids = self.length // SEGMENT, other.ids[self.length : length]
         self.reserve(length)
         for number in range(first, segments_of(length)):
@@ -342,20 +342,20 @@ class Sequence:
         self._copy_own_block(other)
 
     def save(self, notes: str | None = None) -> None:
-        """For one that outlives the process: everything in it is on the disk then."""
+        """Write everything to the disk; only for a sequence that outlives the process."""
 
     def shares(self, number: int, segment: Segment) -> bool:
-        """Whether its segment of this number is that one."""
+        """Whether its segment with this number is `segment`."""
         return number < len(self._segments) and self._segments[number] is segment
 
     def replace(self, number: int, segment: Segment) -> None:
-        """Use another segment with the same content, which counts one more user."""
+        """Use another segment with the same content, and add a user to it."""
         old, segment.users = self._segments[number], segment.users + 1
         self._own([*self._segments[:number], segment, *self._segments[number + 1 :]])
         self.pool.release(old)
 
     def close(self) -> None:
-        """Let go of its segments."""
+        """Release its segments."""
         for segment in self._segments:
             self.pool.release(segment)
         self._own([])

@@ -1,4 +1,4 @@
-"""The sequence of a session: its segments are those of a file, which grows with it."""
+"""The sequence of a session: its segments lie in the session's file, which grows with it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SessionFailed(EdgeMistralError):
 
 
 class FileSequence(Sequence):
-    """A sequence whose keys and values stay in a session file. Before it is cut, nobody else may share what goes."""
+    """A sequence whose keys and values stay in a session file. Positions that are cut must not be shared."""
 
     pinned = True
 
@@ -25,7 +25,7 @@ class FileSequence(Sequence):
         """Begins with what the file holds. SessionFailed: it cannot be mapped."""
         super().__init__(pool)
         self._file = file
-        self.notes = self._saved_notes = file.notes          # kept with it at the next `save`
+        self.notes = self._saved_notes = file.notes          # written at the next `save`
         self.reserve(len(file.ids))
         self.append(file.ids)
         self._saved = True
@@ -33,7 +33,7 @@ class FileSequence(Sequence):
             self.cut(length)
 
     def reserve(self, length: int) -> None:
-        """As every sequence, and count the full segments on the disk: what is in them now stays. SessionFailed: it is full."""
+        """As in `Sequence`, and record the full segments in the file, so that they stay. SessionFailed: the disk is full."""
         try:
             self._seal()
             super().reserve(length)
@@ -53,7 +53,7 @@ class FileSequence(Sequence):
         super().cut(length)
 
     def save(self, notes: str | None = None) -> None:
-        """Count all positions on the disk, and keep the notes. SessionFailed: the disk cannot take them."""
+        """Record all positions and the notes in the file. SessionFailed: they cannot be written."""
         self.notes = self.notes if notes is None else notes
         if self._saved and self.notes == self._saved_notes:
             return
@@ -67,7 +67,7 @@ class FileSequence(Sequence):
         self._saved, self._saved_notes = True, self.notes
 
     def close(self) -> None:
-        """Unlock the file; `save` first. Nobody may share its segments any more."""
+        """Unlock the file; call `save` first. Its segments must not be shared any more."""
         segments = len(self._segments)
         super().close()
         self._file.close(segments)

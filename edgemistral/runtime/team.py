@@ -1,8 +1,8 @@
-"""A team of threads that runs one jitted function together: one launch a step, whatever the number of phases inside.
+"""A team of threads that runs one jitted function together: one launch for each step, with any number of phases inside.
 
-Measured against one `prange` region a phase: a phase of a team costs 0.25 us, a region 2.5 us under omp and 125 us under
-workqueue (all that macOS and Windows have), and the team needs no threading layer, survives being called from any thread,
-and lets functions compile and cache without `parallel=True`.
+Measured: a phase of a team costs 0.25 us; a `prange` region for each phase costs 2.5 us under omp and 125 us under workqueue
+(the only choice on macOS and Windows). Also, the team needs no threading layer, may be called from any thread, and lets
+functions compile and cache without `parallel=True`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Team:
         self.threads = threads
         self._inboxes: list[SimpleQueue[_Call | None]] = []
         self._process = 0
-        self._calls: list[_Call] = []      # of the run at hand, one a thread
+        self._calls: list[_Call] = []      # of the current run, one for each thread
         self._sync = np.zeros(SYNC_SIZE, np.int64)
         self._members = [Member(rank, threads, self._sync, np.zeros(1, np.int64)) for rank in range(threads)]
 
@@ -69,14 +69,14 @@ class Team:
 
     @property
     def phase(self) -> int:
-        """Phases of the run at hand that have ended; of the last one if none is."""
+        """How many phases of the current or last run have ended."""
         return int(self._sync[0]) // self.threads
 
     def wait(self) -> None:
-        """Until no thread runs any more.
+        """Wait until no thread runs.
 
-        An exception may end this anywhere, even with calls posted to some threads and not to others, who would wait for them
-        at a barrier forever. So it starts from the top when called again, and threads pass over calls that they have done.
+        An exception may end this anywhere, even after calls were posted to only some of the threads, which then wait at a
+        barrier for the others. So a new call starts from the beginning, and threads skip calls that they have done.
         """
         if self._process == os.getpid():
             for inbox, call in zip(self._inboxes, self._calls, strict=False):
@@ -94,14 +94,14 @@ class Team:
 
 
 class _Call:
-    """What one thread has to do in one run."""
+    """The work of one thread in one run."""
 
     def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.function, self.arguments, self.done = function, arguments, threading.Event()
 
 
 def _work(inbox: SimpleQueue[_Call | None]) -> None:
-    """The life of a thread."""
+    """The main function of a thread."""
     while (call := inbox.get()) is not None:
         if not call.done.is_set():
             try:

@@ -1,7 +1,7 @@
-"""How many threads to compute with: as many as there are physical performance cores that this process may use.
+"""How many threads to compute with: the number of physical performance cores that this process may use.
 
-A second thread of a core shares its ports and its caches, and the others wait at every barrier for a core that is slower:
-both cost more than they bring. `measured_threads` finds out what is best where that is not so.
+A second thread on a core shares its ports and caches, and all threads wait at every barrier for a slower core: usually both
+cost more than they gain. `measured_threads` measures the best number for machines where this is not true.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edgemistral.paths import cache_dir
 if TYPE_CHECKING:
     from edgemistral.files.blob import Blob
 
-AS_GOOD = 1.03      # fewer threads are taken if a token takes at most so many times as long: they leave the rest to others
+AS_GOOD = 1.03      # fewer threads are chosen if a token takes at most this factor longer: other programs get the cores
 MEASURED = 0.2      # seconds of decoding for each number of threads
 
 
@@ -62,13 +62,13 @@ def _cpu_list(text: str) -> set[int]:
 
 
 def _linux_quota(sys_: Path, proc: Path) -> int:
-    """Whole cores that the quotas of this process's control groups leave it; a part of a core is worth no thread."""
+    """Whole cores within the quotas of this process's control groups; a part of a core gets no thread."""
     shares = [quota / period for quota, period in _quotas(sys_ / "fs/cgroup", _text(proc / "self/cgroup")) if quota > 0]
     return max(1, int(min(shares, default=sys.maxsize)))
 
 
 def _quotas(mounted: Path, groups: str) -> Iterator[tuple[int, int]]:
-    """(quota, period) of this process's group and of all around it, version 1 or 2."""
+    """(quota, period) of this process's group and all groups around it, version 1 or 2."""
     for line in groups.splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
@@ -86,7 +86,7 @@ def _quotas(mounted: Path, groups: str) -> Iterator[tuple[int, int]]:
 
 
 def _text(path: Path) -> str:
-    """A file's text, or nothing where there is none."""
+    """A file's text, or "" if there is no file."""
     try:
         return path.read_text("ascii").strip()
     except OSError:
@@ -96,7 +96,7 @@ def _text(path: Path) -> str:
 # ---- macOS and Windows -----------------------------------------------------------------------------------------------
 
 def _sysctl(name: str) -> int:
-    """A number that the system tells, 0 if it does not know the name."""
+    """A number from the system, 0 if it does not know the name."""
     value, size = ctypes.c_int(0), ctypes.c_size_t(4)
     ctypes.CDLL(None).sysctlbyname(name.encode(), ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0))
     return value.value
@@ -147,7 +147,7 @@ def measured_threads(blob: Blob) -> int:
         return int(_text(remembered))
     seconds = {n: _seconds_of_a_token(blob.path, n) for n in candidates(cores, logical)}
     best = next(n for n in seconds if seconds[n] <= AS_GOOD * min(seconds.values()))
-    with contextlib.suppress(OSError):      # where nothing can be written, the next start measures again
+    with contextlib.suppress(OSError):      # if nothing can be written, the next start measures again
         remembered.parent.mkdir(parents=True, exist_ok=True)
         partial = remembered.with_suffix(f".{os.getpid()}")
         partial.write_text(str(best), encoding="ascii")
@@ -156,12 +156,12 @@ def measured_threads(blob: Blob) -> int:
 
 
 def candidates(cores: int, logical: int) -> list[int]:
-    """Numbers of threads worth a try: memory may be busy with fewer than all cores, second threads may help."""
+    """Numbers of threads to measure: fewer than all cores may saturate the memory, and second threads may help."""
     return sorted({max(1, n) for n in (cores // 2, 3 * cores // 4, cores, (cores + logical) // 2, logical)})
 
 
 def _seconds_of_a_token(path: Path, threads: int) -> float:
-    """The shortest time of decoding one token, over some `MEASURED` seconds."""
+    """The shortest time to decode one token, measured for about `MEASURED` seconds."""
     import numpy as np
 
     from edgemistral.files.blob import Blob

@@ -24,9 +24,9 @@ from edgemistral.runtime.segments import Row, SegmentPool
 from edgemistral.runtime.team import Team
 from edgemistral.runtime.weights import map_weights
 
-CHUNK = 256       # most tokens of one step: enough that reading the weights costs nothing beside computing
+CHUNK = 256       # most tokens of one step: enough that computing takes much longer than reading the weights
 MAX_ROWS = 64     # of one step
-MAX_LOGITS = 64   # tokens whose logits the workspace has room for; for more, a step makes room of its own
+MAX_LOGITS = 64   # tokens whose logits fit into the workspace; a step with more allocates memory
 
 Allocate = Callable[[int, Any], NDArray[Any]]
 
@@ -60,9 +60,9 @@ class Transformer:
     def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """Append every row's ids to its sequence; next-token logits (sum of n_logits, vocab_size), row after row.
 
-        At most `chunk` ids in all, and no two rows of one sequence. Nothing in a token's logits depends on the other rows.
-        Raises ContextOverflow or ValueError before anything is computed, FileLost if a file was cut meanwhile. When an
-        exception ends the wait (Ctrl-C), nothing was appended: but `wait` before anything is done to a segment.
+        At most `chunk` ids in all, and no two rows of one sequence. A token's logits do not depend on the other rows.
+        Raises ContextOverflow or ValueError before anything is computed, FileLost if a file was cut meanwhile. If an
+        exception ends the wait (Ctrl-C), nothing was appended, but call `wait` before any change to a segment.
         """
         self._check(rows)
         self._team.wait()
@@ -90,7 +90,7 @@ class Transformer:
         return digits[:, 0] + digits[:, 1]
 
     def wait(self) -> None:
-        """Until no thread works on a step that was interrupted."""
+        """Wait until no thread works on an interrupted step."""
         self._team.wait()
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class Transformer:
             self.blob.close()
 
     def _check(self, rows: Sequence[Row]) -> None:
-        """Raise for what no kernel would notice."""
+        """Raise for errors that the kernels do not check."""
         tokens = sum(len(row.ids) for row in rows)
         if not 0 < len(rows) <= MAX_ROWS or len({id(row.sequence) for row in rows}) < len(rows):
             raise ValueError(f"a step takes 1 to {MAX_ROWS} rows, each of another sequence")
@@ -123,7 +123,7 @@ def _lay_out(rows: Sequence[Row], group: int) -> Rows:
     """The rows as the kernels see them."""
     n, starts = [len(row.ids) for row in rows], [row.sequence.length for row in rows]
     tables = [row.sequence.addresses for row in rows]
-    firsts = np.cumsum([0, *n])                                       # token of each row
+    firsts = np.cumsum([0, *n])                                       # first token of each row
     within = np.concatenate([np.arange(k) for k in n])
     spans: list[tuple[int, int, int]] = []
     wanted: list[int] = []
@@ -159,7 +159,7 @@ def _shape(config: ModelConfig) -> Shape:
 
 
 def example_call() -> tuple[tuple[Any, ...], Own]:
-    """Arguments of the types that every model's step has: what to compile `forward` for before there is a model."""
+    """Arguments with the types of every model's step, to compile `forward` without a model."""
     none, shape = np.zeros(0, np.int64), Shape(1, 1, 1, 1, 1, 1, 1, 1, 1.0, 1, 1, 1, 1)
     state, own = _workspace(shape, 1, lambda _, dtype: np.zeros(0, dtype))
     weights = Weights(np.frombuffer(b"\0", np.uint8), 0, none.reshape(0, 0), none)
@@ -189,7 +189,7 @@ def _aligned(n: int, dtype: Any) -> NDArray[Any]:
 
 def _workspace(shape: Shape, threads: int, array: Allocate = _aligned) -> tuple[State, Sequence[Own]]:
     """All that a Transformer computes in; `array(n, dtype)` makes each part."""
-    chunk, tokens, hd = CHUNK, _tiled(2 * CHUNK), shape.head_dim      # twice: the head meets two digits of each token
+    chunk, tokens, hd = CHUNK, _tiled(2 * CHUNK), shape.head_dim      # twice: the head uses two digits of each token
     spans = chunk // SPAN + 2 * MAX_ROWS
     rows = shape.n_kv_heads * round_up(chunk * shape.group + spans * (ROWS - 1), ROWS)
     rows_of_span = round_up(SPAN * shape.group, ROWS)
@@ -240,7 +240,7 @@ def _workspace(shape: Shape, threads: int, array: Allocate = _aligned) -> tuple[
 
 
 def _tiled(tokens: int) -> int:
-    """Room for up to so many tokens in whole tiles."""
+    """The number of tokens rounded up to whole tiles."""
     return max(SHORT, round_up(tokens, LONG))
 
 

@@ -1,4 +1,4 @@
-"""The weights as the kernels see them: one mapped run of bytes, and where in it everything lies."""
+"""The weights as the kernels see them: one mapped range of bytes, and the offset of every tensor."""
 
 from __future__ import annotations
 

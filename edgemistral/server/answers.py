@@ -1,4 +1,4 @@
-"""From the events of an answer to the parts of an OpenAI response."""
+"""Builds the parts of an OpenAI response from the events of an answer."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from edgemistral.generate.tasks import Usage
 from edgemistral.server.service import Token
 from edgemistral.text.tokenizer import Tokenizer
 
-LOWEST = -9999.0   # what the OpenAI interface says for a probability of 0: JSON has no infinity
+LOWEST = -9999.0   # OpenAI's value for a probability of 0: JSON has no infinity
 
 
 def usage_body(usages: Iterable[Usage], answers: int = 1) -> dict[str, Any]:
-    """The tokens of all answers of a response, in order, so many `answers` to each prompt."""
+    """The `usage` of a response. usages: of all its answers, in order. answers: how many each prompt has."""
     usages = list(usages)
-    first = usages[::answers]          # several answers to one prompt read it once
+    first = usages[::answers]          # a prompt is read once for all its answers
     prompt, new = sum(usage.prompt_tokens for usage in first), sum(usage.new_tokens for usage in usages)
     cached = sum(usage.cached_tokens for usage in first)
     body = {
@@ -27,7 +27,7 @@ def usage_body(usages: Iterable[Usage], answers: int = 1) -> dict[str, Any]:
 
 
 def timings_body(usages: Sequence[Usage]) -> dict[str, float]:
-    """How long all answers of a response took together; the rate is that of the last one."""
+    """The `timings` of a response: seconds summed over its answers, and the rate of the last one."""
     return {
         "prefill_seconds": round(sum(usage.prefill_seconds for usage in usages), 6),
         "decode_seconds": round(sum(usage.decode_seconds for usage in usages), 6),
@@ -67,7 +67,7 @@ def _entry(tokenizer: Tokenizer, token_id: int, value: float) -> dict[str, Any]:
 
 
 def _text(tokenizer: Tokenizer, token_id: int) -> str:
-    """What a token adds to a text; its name if that is only a byte, or nothing."""
+    """The text of a token; its name if the token is a single byte or has no text."""
     if tokenizer.byte(token_id) is None and (surface := tokenizer.surface(token_id)):
         return surface
     return tokenizer.piece(token_id)

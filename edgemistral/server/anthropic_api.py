@@ -35,7 +35,7 @@ from edgemistral.server.tools import spelled_out, tools_of, with_arguments
 
 STOPS = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use"}
 SAME = ("max_tokens", "temperature", "top_p", "top_k", "stream", *OURS)
-# Where a cache would be cut: ours keeps whatever it can.
+# Ignored: our cache chooses by itself what to keep.
 HARMLESS = ("cache_control", "citations")
 
 
@@ -71,7 +71,7 @@ async def messages(body: Annotated[dict[str, Any], Body()], request: Request, se
 
 @router.post("/messages/count_tokens")
 async def count_tokens(body: Annotated[dict[str, Any], Body()], service: Shared) -> dict[str, int]:
-    """How many tokens the prompt of such a request has."""
+    """The number of tokens in the prompt of a request."""
     asked = chat_request(translated(body))
     tokenizer, plain = service.model.tokenizer, [message.plain() for message in asked.messages]
     tools = tools_of(asked.model_dump(include={"tools", "tool_choice"}))
@@ -83,7 +83,7 @@ async def count_tokens(body: Annotated[dict[str, Any], Body()], service: Shared)
 
 
 def translated(body: dict[str, Any]) -> dict[str, Any]:
-    """The request in the words of our chat."""
+    """The request as fields of our chat."""
     given = only(body, ("model", "messages", "system", "stop_sequences", "tools", "tool_choice", "metadata", "thinking",
                         "output_config", *SAME), ("service_tier", "cache_control"))
     if "messages" not in given:
@@ -115,7 +115,7 @@ def translated(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _turns(message: Any, where: str) -> list[dict[str, Any]]:
-    """A message as ours: results of tools are messages of their own."""
+    """An Anthropic message as our messages: each tool result becomes a separate message."""
     given = only(message, ("role", "content"), (), where)
     role, content = given.get("role"), given.get("content")
     if role not in ("user", "assistant", "system"):
@@ -139,7 +139,7 @@ def _turns(message: Any, where: str) -> list[dict[str, Any]]:
             results.append({"role": "tool", "content": f"Error: {text}" if result.get("is_error") else text,
                             "tool_call_id": as_text(result.get("tool_use_id"), f"{at}.tool_use_id")})
         else:
-            raise BadRequest(f"{at}.type is {str(kind)[:40]!r}, which a message of the {role} cannot have here", f"{at}.type")
+            raise BadRequest(f"{at}.type is {str(kind)[:40]!r}: not allowed in a message of the {role}", f"{at}.type")
     turn: dict[str, Any] = {"role": role, "content": "\n\n".join(texts)}
     if calls:
         turn["tool_calls"] = calls
@@ -149,7 +149,7 @@ def _turns(message: Any, where: str) -> list[dict[str, Any]]:
 def _tool(tool: Any, where: str) -> dict[str, Any]:
     given = only(tool, ("type", "name", "description", "input_schema"), ("cache_control", "strict"), where)
     if given.get("type", "custom") != "custom":
-        raise BadRequest(f"{where}.type is {str(given['type'])[:40]!r}: only tools of your own can be called", f"{where}.type")
+        raise BadRequest(f"{where}.type is {str(given['type'])[:40]!r}: only your own tools are supported", f"{where}.type")
     return function(given.get("name"), given.get("description"), given.get("input_schema"))
 
 
@@ -201,7 +201,7 @@ def _content(answer: Whole) -> list[dict[str, Any]]:
 
 
 async def _stream(shape: Chat, events: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
-    """The answer as Anthropic's events: one block of text, one for each call."""
+    """The answer as Anthropic's events: one block for the text, one for each call."""
     index, is_open = 0, False
     try:
         yield streaming.named("message_start", message=_message(shape, None))
@@ -224,7 +224,7 @@ async def _stream(shape: Chat, events: AsyncGenerator[Any, None]) -> AsyncGenera
                         yield streaming.named("content_block_stop", index=index)
                         index += 1
                 elif isinstance(part, End):
-                    if not is_open and not index:      # clients look for a first block
+                    if not is_open and not index:      # clients expect at least one block
                         yield streaming.named("content_block_start", index=index, content_block={"type": "text", "text": ""})
                         is_open = True
                     if is_open:

@@ -26,7 +26,7 @@ from edgemistral.server.shapes import Shapes
 from edgemistral.server.tools import spelled_out, with_arguments
 
 PAGE = Path(__file__).with_name("page")
-# Nothing from elsewhere, no inline code, and no way from a string to HTML (Trusted Types).
+# Nothing from other hosts, no inline code, and no HTML made from strings (Trusted Types).
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
@@ -49,22 +49,22 @@ def create_app(
     on_load: Callable[[], None] = lambda: None,
     on_failed_load: Callable[[BaseException], None] = lambda error: None,
 ) -> FastAPI:
-    """The application for one model, which stays the caller's to close.
+    """The application for one model. The caller closes the model.
 
-    model: loaded, or a function that loads it, which is called on a thread when the application starts; until it
-    returns, /health says "loading" and the rest answers 503. on_load: called on that thread when requests are answered;
-    on_failed_load: if it raises.
-    api_key: must come with every request but those for the page, /docs and /health. allow_hosts: Host names besides
-    those of this computer. allow_origins: origins whose pages may call this, such as "https://app.example.com".
-    queue: requests that may wait. parallel: answers that are written at once. max_body: bytes of a request.
-    session_dir: where conversations are kept whose requests name a session.
+    model: a loaded model, or a function that loads it. The function is called on a thread when the application starts;
+    until it returns, /health says "loading" and other routes answer 503. on_load: called on that thread once requests
+    are answered. on_failed_load: called there if loading raises.
+    api_key: required for every request except the page, /docs and /health. allow_hosts: Host names allowed in addition
+    to those of this computer. allow_origins: origins whose pages may call this, such as "https://app.example.com".
+    queue: requests that may wait. parallel: answers written at the same time. max_body: bytes of a request.
+    session_dir: the folder that keeps the conversations of requests with a session.
     review: called (on a thread, or awaited if it is a coroutine function) as review("prompt", messages or text) and
-    review("answer", text); it returns what to use in its place, or raises `Refused`. Answers are then streamed as one
-    piece.
+    review("answer", text). It returns the value to use instead, or raises `Refused`. With it, an answer is streamed as
+    one piece.
 
-    The application runs in any event loop; computing happens on a thread of its own. Where an enclosing application
-    mounts this one, its lifespan does not run: give it a loaded model, and call `app.state.service.close()` at the end.
-    Raises ValueError for settings that make no sense.
+    The application runs in any event loop; a separate thread computes. If another application mounts this one, its
+    lifespan does not run: give it a loaded model, and call `app.state.service.close()` at the end.
+    Raises ValueError for invalid settings.
     """
     if queue < 1 or max_body < 1 or parallel < 1:
         raise ValueError(f"a queue of {queue}, {parallel} answers at once, bodies of {max_body} bytes: all must be at least 1")
@@ -152,8 +152,8 @@ def _add_pages(app: FastAPI) -> None:
 
 
 class _Addresses:
-    """ASGI middleware for the addresses that people and clients write: without /v1, with a slash at the end; and HEAD, which is
-    GET without a body."""
+    """ASGI middleware that accepts other spellings of an address: without /v1, or with a slash at the end. It also answers
+    HEAD as GET without a body."""
 
     SHORT = ("/chat/completions", "/completions", "/models", "/responses", "/messages", "/embeddings")
 
@@ -189,7 +189,7 @@ class _Count:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # Not the path and the method as they came: anybody can invent new ones.
+                # Not the raw path and method: a client could send any number of different ones.
                 path: Any = getattr(scope.get("route"), "path", None) or "other"
                 method = scope["method"] if scope["method"] in METHODS else "other"
                 self._metrics.requests.labels(method, path, str(message["status"])).inc()

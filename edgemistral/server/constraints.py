@@ -1,4 +1,4 @@
-"""What an answer may look like: a JSON schema, a regular expression, a choice or a grammar, under all its names."""
+"""Constraints on an answer: a JSON schema, a regular expression, a choice or a grammar, under all field names in use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_CHOICES = 1000
 
 @dataclass(frozen=True)
 class Constraint:
-    """kind: "json" with a schema, or "text" with a grammar in Lark or GBNF. field: what asked for it."""
+    """kind: "json" with a schema, or "text" with a grammar in Lark or GBNF. field: the request's field that asked for it."""
 
     kind: str
     value: Any
@@ -24,7 +24,7 @@ class Constraint:
 
 
 def constraint_of(fields: Mapping[str, Any]) -> Constraint | None:
-    """The constraint that a request's fields ask for. BadRequest: it is none, or there are two."""
+    """The constraint that a request's fields ask for. BadRequest: it is invalid, or there are two."""
     found = [one for one in (
         _response_format(fields.get("response_format")), _structured(fields.get("structured_outputs")),
         _format(fields.get("format")), _json(fields.get("json_schema"), "json_schema"),
@@ -38,7 +38,7 @@ def constraint_of(fields: Mapping[str, Any]) -> Constraint | None:
 
 
 def closed(schema: Any) -> Any:
-    """A copy of a JSON schema in which objects with named properties have no others, where it does not say what to do."""
+    """A copy of a JSON schema. An object with `properties` allows no others, unless the schema says so."""
     if isinstance(schema, list):
         return [closed(item) for item in schema]
     if not isinstance(schema, Mapping):
@@ -63,7 +63,7 @@ def _json(schema: Any, field: str) -> Constraint | None:
         try:
             schema = json.loads(schema)
         except ValueError:
-            raise BadRequest(f"{field} is no JSON schema", field) from None
+            raise BadRequest(f"{field} is not a JSON schema", field) from None
     if not isinstance(schema, Mapping):
         raise BadRequest(f"{field} must be a JSON schema, an object", field)
     return Constraint("json", closed(schema), field)
@@ -97,7 +97,7 @@ def _response_format(value: Any) -> Constraint | None:
 
 
 def _structured(value: Any) -> Constraint | None:
-    """vLLM's newer name for all of them."""
+    """vLLM's newer field, which holds any of these constraints."""
     if value is None:
         return None
     field = "structured_outputs"
@@ -108,7 +108,7 @@ def _structured(value: Any) -> Constraint | None:
     if given.pop("json_object", None):
         given.setdefault("json", ANY_OBJECT)
     if unknown := sorted(set(given) - set(makers)):
-        raise BadRequest(f"{field}.{unknown[0]} is not done here", f"{field}.{unknown[0]}")
+        raise BadRequest(f"{field}.{unknown[0]} is not supported", f"{field}.{unknown[0]}")
     if len(given) > 1:
         raise BadRequest(f"{field} has {' and '.join(sorted(given))}, which exclude each other", field)
     return next((makers[name](one, f"{field}.{name}") for name, one in given.items()), None)
@@ -126,7 +126,7 @@ def _regex(value: Any, field: str) -> Constraint | None:
         return None
     if not isinstance(value, str) or not value:
         raise BadRequest(f"{field} must be a regular expression", field)
-    # Some clients escape a slash already: an escaped character stays as it is.
+    # Some clients have escaped slashes already: escaped characters are kept.
     inside = re.sub(r"\\.|/", lambda found: "\\/" if found[0] == "/" else found[0], value, flags=re.DOTALL)
     return Constraint("text", f"start: /{inside}/", field)
 

@@ -1,9 +1,9 @@
-"""Every failure as one JSON shape, that of the OpenAI interface, with the status that its clients expect.
+"""Every failure as JSON in the shape of the OpenAI interface, with the status that its clients expect.
 
     {"error": {"message": "...", "type": "invalid_request_error", "param": "messages[0].role", "code": "invalid_value"}}
 
     400   the prompt is longer than the context, or the host's review refused it
-    401   no or a wrong API key                     408   the body does not come
+    401   no API key, or a wrong one                408   the body does not arrive in time
     403   a Host or Origin that is not allowed      413   the body is too large
     404   no such route, model or request           415   not JSON
     405   no such method of a route                 422   a parameter is wrong: `param` names it
@@ -40,7 +40,7 @@ class ErrorBody(BaseModel):
 
 
 class Failure(BaseModel):
-    """What every response but a success looks like."""
+    """The body of every response that is not a success."""
 
     error: ErrorBody
 
@@ -52,8 +52,8 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         (401, "API key missing or wrong"),
         (403, "Host or Origin not allowed"),
         (404, "Not found"),
-        (408, "The body did not come in time"),
-        (409, "The session is in use, or of another model"),
+        (408, "The body did not arrive in time"),
+        (409, "The session is in use, or belongs to another model"),
         (413, "The body is too large"),
         (415, "Not JSON"),
         (422, "A parameter is wrong"),
@@ -70,14 +70,14 @@ def body_of(message: str, kind: str = INVALID, param: str | None = None, code: s
 
 
 def response(status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON response; escaped to ASCII, so that any text a client sent can be quoted in it."""
+    """A JSON response, escaped to ASCII: it may quote any text that a client sent."""
     return Response(json.dumps(body), status, headers, media_type="application/json")
 
 
 def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """An error of ours as (status, body, headers)."""
     if isinstance(error, ContextOverflow):
-        message = (                       # in words that clients look for
+        message = (                       # clients search for these words
             f"This model's maximum context length is {error.context} tokens. However, your messages resulted in "
             f"{error.n_tokens} tokens: {error}."
         )
@@ -98,7 +98,7 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
 
 
 def install(app: FastAPI) -> None:
-    """Make every error of the app's endpoints such a response."""
+    """Turn every error of the app's endpoints into such a response."""
     async def own(_: Request, error: Exception) -> Response:
         return response(*describe(error))
 
@@ -106,7 +106,7 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return response(422, body_of(f"the body is no JSON: {_where(first, error.body)}", code="invalid_json"))
+            return response(422, body_of(f"the body is not valid JSON: {_where(first, error.body)}", code="invalid_json"))
         own = (one.get("ctx", {}).get("error") for one in error.errors())
         if refusal := next((one for one in own if isinstance(one, BadRequest)), None):
             return response(*describe(refusal))
@@ -115,7 +115,7 @@ def install(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        status = 422 if error.status_code == 400 else error.status_code   # of FastAPI: a body that is no JSON
+        status = 422 if error.status_code == 400 else error.status_code   # FastAPI's 400: not JSON
         message = str(error.detail)
         if status == 404 and message == "Not Found":
             message = _nowhere(request)
@@ -128,7 +128,7 @@ def install(app: FastAPI) -> None:
 
 
 def _where(error: Mapping[str, Any], body: object) -> str:
-    """What is wrong with a JSON text, with line and column."""
+    """What is wrong in a JSON text, with line and column."""
     at, reason = error["loc"][-1], str(error.get("ctx", {}).get("error", "it cannot be read"))
     text = body.decode("utf-8", "replace") if isinstance(body, bytes) else str(getattr(body, "doc", body))
     before = text[: at if isinstance(at, int) else 0]
@@ -136,7 +136,7 @@ def _where(error: Mapping[str, Any], body: object) -> str:
 
 
 def _nowhere(request: Request) -> str:
-    """What is not there, and the address that was probably meant."""
+    """The message for an unknown address, with the address that was probably meant."""
     path = request.url.path
     paths = sorted({route.path for route in request.app.routes if getattr(route, "methods", None) and "{" not in route.path})
     near = difflib.get_close_matches(path, [one for one in paths if one != path], 1, 0.4)
@@ -145,9 +145,9 @@ def _nowhere(request: Request) -> str:
 
 
 def _explain(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str]:
-    """pydantic's complaints -> the path of the field that is wrong, and what must be there.
+    """pydantic's errors -> the path of the field that is wrong, and what must be there.
 
-    Of several alternatives (a text, or a list of parts) the complaint counts that came furthest into the body.
+    If a field allows several types (a text, or a list of parts), the error deepest in the body is used.
     """
     paths = [_path(error["loc"], body, missing=error["type"] == "missing") for error in errors]
     deepest = max(range(len(errors)), key=lambda i: (paths[i].count(".") + paths[i].count("["), -i))
@@ -157,7 +157,7 @@ def _explain(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, st
 
 
 def _path(location: Sequence[int | str], body: object, missing: bool) -> str:
-    """("body", "messages", 0, "content", "str") -> "messages[0].content": only what can be followed into the body."""
+    """("body", "messages", 0, "content", "str") -> "messages[0].content": only the steps that exist in the body."""
     path, value = "", body
     for i, step in enumerate(location[1:], 1):
         if isinstance(step, int) and isinstance(value, list) and step < len(value):

@@ -1,4 +1,4 @@
-"""What `GET /metrics` tells, in the Prometheus text format. Nothing of what is asked or answered is in it."""
+"""`GET /metrics`, in the Prometheus text format. It contains no text of prompts or answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RATES = (1, 2, 5, 10, 15, 20, 30, 50, 100, 200, 500, 1000)
 
 
 class Metrics:
-    """One registry for each app, so that a process may hold several."""
+    """One registry for each app: a process may hold several apps."""
 
     def __init__(self, waiting: Callable[[], int], running: Callable[[], bool], kv_bytes: Callable[[], int]) -> None:
         self.registry = registry = CollectorRegistry()
@@ -51,7 +51,7 @@ class Metrics:
             Gauge(name, text, registry=registry).set_function(read)
 
     def count(self, usage: Usage) -> None:
-        """Add what one answer took, whole or cancelled."""
+        """Add the tokens and the rate of one answer, complete or cancelled."""
         self.prompt_tokens.inc(usage.prompt_tokens)
         self.cached_tokens.inc(usage.cached_tokens)
         self.new_tokens.inc(usage.new_tokens)

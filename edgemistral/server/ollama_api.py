@@ -31,13 +31,13 @@ from edgemistral.server.protocols import (
 from edgemistral.server.service import Service, service_of, warnings_header
 
 COMMON = ("model", "stream", "format", "options", "think", "logprobs", "top_logprobs")
-# How long a model stays in memory is not for a request to say here.
+# Ignored: a request does not decide how long the model stays in memory.
 HARMLESS = ("keep_alive",)
 SAME = (
     "num_predict", "temperature", "top_p", "top_k", "stop", "repeat_penalty", "typical_p", "tfs_z", "mirostat", "num_ctx",
     "repeat_last_n", *OURS,
 )
-# How Ollama computes, not what.
+# Ignored: these change how Ollama computes, not its answer.
 TUNING = (
     "num_thread", "num_gpu", "main_gpu", "num_batch", "use_mmap", "use_mlock", "low_vram", "numa", "num_keep", "f16_kv",
     "vocab_only", "mirostat_tau", "mirostat_eta",
@@ -81,7 +81,7 @@ async def generate(body: Annotated[dict[str, Any], Body()], request: Request, se
     """Answer one text, in Ollama's words."""
     given = only(body, ("prompt", "system", "suffix", "images", "template", "raw", "context", *COMMON), HARMLESS)
     if given.get("raw"):
-        raise BadRequest("raw is not done here: /v1/completions goes on with a text as it is", "raw")
+        raise BadRequest("raw is not supported: /v1/completions continues a text without a template", "raw")
     refused(given, suffix=("",), images=([],), template=("",), context=([],), raw=(False,))
     prompt, system = (as_text(given.get(name, ""), name) for name in ("prompt", "system"))
 
@@ -102,7 +102,7 @@ async def tags(service: Shared) -> dict[str, Any]:
 
 @router.post("/show")
 async def show(body: Annotated[dict[str, Any], Body()], service: Shared) -> dict[str, Any]:
-    """What is known of the model."""
+    """Facts about the model."""
     given = only(body, ("model", "name"), ("verbose", "system", "template", "options"))
     asked = as_text(given.get("model", given.get("name", "")), "model")
     if asked.removesuffix(":latest") != service.name:
@@ -125,15 +125,15 @@ async def version() -> dict[str, str]:
 async def _answer(
     given: dict[str, Any], made: dict[str, Any], request: Request, service: Service, show: Show
 ) -> Response:
-    """Queue it, and stream the answer unless the request says not to."""
+    """Queue the request, and stream the answer unless the request says not to."""
     refused(given, think=(False,), logprobs=(False,), top_logprobs=(0,))
     options = only(given.get("options", {}), SAME, TUNING, "options")
     if options.pop("repeat_last_n", 64) not in (64, -1) and options.get("repeat_penalty", 1) != 1:
-        raise BadRequest("options.repeat_last_n is not done here: a penalty counts the whole answer", "options.repeat_last_n")
+        raise BadRequest("options.repeat_last_n is not supported: a penalty counts the whole answer", "options.repeat_last_n")
     room = options.pop("num_ctx", 0)
     if not isinstance(room, int) or room > service.model.context:
-        raise BadRequest(f"options.num_ctx is {str(room)[:40]}: there is room for {service.model.context} tokens here, "
-                         "which --context of the server sets", "options.num_ctx")
+        raise BadRequest(f"options.num_ctx is {str(room)[:40]}: this server has room for {service.model.context} tokens "
+                         "(its option --context)", "options.num_ctx")
     if isinstance(options.get("num_predict"), int) and options["num_predict"] < 0:
         del options["num_predict"]        # as many as there is room for
     asked = chat_request({**options, **made, "format": given.get("format"), "stream": given.get("stream", True)})
@@ -146,7 +146,7 @@ async def _answer(
 
 
 async def _stream(shape: Chat, events: AsyncGenerator[Any, None], show: Show) -> AsyncGenerator[bytes, None]:
-    """The answer as lines of JSON, of which none means nothing: signs of life are left out."""
+    """The answer as lines of JSON. Progress events are left out: this format has no comments."""
     try:
         async with aclosing(parts(shape, events)) as given:
             async for part in given:
@@ -193,7 +193,7 @@ def _end(end: End) -> dict[str, Any]:
 
 
 def _loaded(body: dict[str, Any], service: Service, show: Show) -> Response:
-    """The answer to a request without a prompt, which asks that the model be loaded, or not any more."""
+    """The answer to a request without a prompt, which asks to load or unload the model. Nothing is done."""
     assert service.model is not None
     reason = "unload" if body.get("keep_alive") in (0, "0") and not isinstance(body.get("keep_alive"), bool) else "load"
     return JSONResponse({**_head(service), **show("", []), "done": True, "done_reason": reason})

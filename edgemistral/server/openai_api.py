@@ -40,9 +40,9 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
 async def begin_chat(
     body: schemas.ChatRequest, request: Request, service: Service, kind: str = "chatcmpl"
 ) -> tuple[Chat, AsyncGenerator[Event | None, None]]:
-    """Queue a conversation -> how its answer looks, and the events of it. kind: what the id begins with.
+    """Queue a conversation -> the shape of its answer, and the answer's events. kind: the prefix of the id.
 
-    What refuses the request is raised here, while its status can still tell.
+    A refusal is raised here, before the response begins, so that its status can say so.
     """
     job = service.job(request, kind, body.user)
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -56,7 +56,7 @@ async def begin_chat(
             raise BadRequest(f"{constraint.field} and a forced tool exclude each other", constraint.field)
         constraint = tools.constraint()
     elif constraint is not None and constraint.kind == "json":
-        tools = None                 # an answer of this shape is no call
+        tools = None                 # a JSON answer is not parsed for calls
     messages = await service.review("prompt", [message.plain() for message in body.messages])
     chosen = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -69,7 +69,7 @@ async def begin_chat(
             native = model.tokenizer.chat.takes_tools
             shown = with_arguments(messages) if native else spelled_out(messages, tools)
             if not native:
-                chat_turns(spelled_out(messages, None))   # before the guardrail, which would shift the numbers of messages
+                chat_turns(spelled_out(messages, None))   # checked before the guardrail, which shifts the message numbers
             continues = messages[-1]["role"] == "assistant" and bool(messages[-1]["content"])
             sent = with_guardrail(shown) if body.safe_prompt else shown
             replies = [model.chat(
@@ -79,7 +79,7 @@ async def begin_chat(
                 tools=tools.tools if tools is not None and native else None,
                 grammar=_grammar(service, constraint, continues), **sampling,
             ) for number, sampling in enumerate(_each(body))]
-            for reply in replies:                                # in the client's own numbers: texts of ours stand before
+            for reply in replies:                                # the client's message numbers, without the texts we put first
                 before = len(sent) - len(messages)
                 reply.usage.dropped_messages = tuple(number - before for number in reply.dropped)
             shape.replies = replies
@@ -126,7 +126,7 @@ async def models(service: Shared) -> schemas.ModelList:
 
 @router.get("/models/{model}")
 async def model(model: str, service: Shared) -> schemas.ModelCard:
-    """What is known of the model."""
+    """Facts about the model."""
     card = _card(service)
     if model != card.id:
         raise HTTPException(404, f"there is no model {model[:100]!r}: it is {card.id!r}")
@@ -137,7 +137,7 @@ async def model(model: str, service: Shared) -> schemas.ModelCard:
 async def cancel(request_id: str, service: Shared) -> schemas.Cancellation:
     """Abort a request by the id of its response."""
     if not service.scheduler.cancel(request_id):
-        raise HTTPException(404, f"no request {request_id[:100]!r} is under way")
+        raise HTTPException(404, f"there is no active request {request_id[:100]!r}")
     return schemas.Cancellation(id=request_id)
 
 
@@ -209,7 +209,7 @@ class _Completion:
     def __init__(self, service: Service, body: schemas.CompletionRequest, job: Job, echoes: list[str]) -> None:
         self.service, self.body, self.job, self.echoes = service, body, job, echoes
         self.choices, self.logprobs = len(echoes), body.logprobs is not None
-        self.prompts: list[dict[str, Any]] = []      # the log probabilities of the prompts, where they are echoed
+        self.prompts: list[dict[str, Any]] = []      # log probabilities of the prompts, if they are echoed
 
     def opening(self) -> list[dict[str, Any]]:
         return [{**self._choice(index, text, (), None), **({"logprobs": self.prompts[index]} if self.prompts else {})}
@@ -258,7 +258,7 @@ async def _respond(shape: Chat | _Completion, events: AsyncGenerator[Event | Non
 async def _chunks(
     shape: Chat | _Completion, events: AsyncGenerator[Event | None, None], common: Mapping[str, Any]
 ) -> AsyncGenerator[bytes, None]:
-    """The stream: comments while the prompt is read, chunks with text, one with the reason of the end."""
+    """The stream: comments while the prompt is read, chunks with text, and a last chunk with the finish reason."""
     def chunk(*choices: dict[str, Any], **more: Any) -> bytes:
         return streaming.data({**common, "choices": choices, **more})
 
@@ -296,7 +296,7 @@ def _decoded(service: Service, ids: list[int]) -> str:
 
 
 def _constraint(body: schemas.Sampling) -> Constraint | None:
-    """What the request asks the answer to look like."""
+    """The constraint that the request puts on its answer."""
     return constraint_of({
         name: getattr(body, name) for name in (
             "response_format", "structured_outputs", "format", "json_schema", "guided_json", "guided_regex", "guided_choice",
@@ -315,7 +315,7 @@ def _grammar(service: Service, constraint: Constraint | None, continues: bool) -
 
 
 def _each(body: schemas.Sampling) -> list[dict[str, Any]]:
-    """The sampling arguments of each of the request's answers: with a seed, one of its own for each."""
+    """The sampling arguments of each answer of the request. If it gives a seed, each answer gets a different one."""
     options = body.sampling()
     seed = options.get("seed")
     return [{**options, **({} if seed is None else {"seed": (seed + n) % (1 << 63)})} for n in range(body.n or 1)]
@@ -324,7 +324,7 @@ def _each(body: schemas.Sampling) -> list[dict[str, Any]]:
 async def _scored(
     service: Service, request: Request, body: schemas.CompletionRequest, prompts: Sequence[str | list[int]]
 ) -> list[dict[str, Any]]:
-    """The tokens of each choice's prompt with their log probabilities, in the turn of the client; a first token has none."""
+    """The `logprobs` of each choice's prompt; its first token has none. Waits for the client's turn."""
     tokenizer = service.model.tokenizer
     tasks: list[PromptLogprobs] = []
 
@@ -350,7 +350,7 @@ async def _scored(
 
 def _check_logprobs(service: Service, top_logprobs: int | None) -> None:
     if top_logprobs is not None and service.reviewed:
-        raise BadRequest("logprobs are not given here: they would show the text before its review", "logprobs")
+        raise BadRequest("logprobs are not supported here: they would show the text before its review", "logprobs")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""What the routers of other interfaces share: each puts a request into the words of our chat, and shows the events in its own.
+"""Shared by the routers of other interfaces. Each translates a request into our chat's, and our events into its own format.
 
-A field that is neither translated nor known to be harmless is refused with its name.
+A field that is neither translated nor known to be harmless is refused by name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgemistral.server.openai_api import Chat
 from edgemistral.server.scheduler import Progress
 from edgemistral.server.service import Event, Finished, Piece
 
-# Ours under the same name in every interface.
+# Our own fields: the same name in every interface.
 OURS = (
     "seed", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens",
     "stop_token_ids", "grammar", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "session", "on_overflow",
@@ -30,7 +30,7 @@ OURS = (
 
 @dataclass(frozen=True)
 class End:
-    """The answer is whole; reason: "stop", "length", "content_filter" or "tool_calls"."""
+    """The answer is complete; reason: "stop", "length", "content_filter" or "tool_calls"."""
 
     reason: str
     usage: Usage
@@ -57,21 +57,21 @@ def chat_request(made: Mapping[str, Any]) -> schemas.ChatRequest:
 
 
 def only(value: Any, known: Collection[str], harmless: Collection[str] = (), where: str = "") -> dict[str, Any]:
-    """The fields of an object that are given and known. BadRequest: it is no object, or has a field that is not done here."""
+    """The fields of an object that are given and known. BadRequest: not an object, or it has a field that is not supported."""
     given = as_object(value, where or "body")
     prefix = f"{where}." if where else ""
     for name, one in given.items():
         if one is not None and name not in known and name not in harmless:
-            raise BadRequest(f"{prefix}{name[:100]} is not done here", prefix + name[:100])
+            raise BadRequest(f"{prefix}{name[:100]} is not supported", prefix + name[:100])
     return {name: one for name, one in given.items() if one is not None and name in known}
 
 
 def refused(given: Mapping[str, Any], **neutral: tuple[Any, ...]) -> None:
-    """BadRequest if one of these fields has a value that asks for something: another than these."""
+    """BadRequest if one of these fields has a value other than its neutral ones, given as name=(values)."""
     for name, values in neutral.items():
         value = given.get(name)
         if value is not None and not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values):
-            raise BadRequest(f"{name} is {str(value)[:60]!r}, which this server does not do", name)
+            raise BadRequest(f"{name} is {str(value)[:60]!r}: this server does not support it", name)
 
 
 def as_object(value: Any, where: str) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def as_text(value: Any, where: str) -> str:
 def text_of(
     value: Any, where: str, kinds: Collection[str] = ("text",), harmless: Collection[str] = (), between: str = "\n\n"
 ) -> str:
-    """A text, or the texts of a list of parts with `between` between them."""
+    """A text, or the texts of a list of parts joined by `between`."""
     if isinstance(value, str):
         return value
     texts = []
@@ -119,7 +119,7 @@ def function(name: Any, description: Any, parameters: Any) -> dict[str, Any]:
 async def parts(
     shape: Chat, events: AsyncGenerator[Event | None, None]
 ) -> AsyncGenerator[str | list[dict[str, Any]] | End | Progress | None, None]:
-    """The answer as it comes: texts, at most one list of calls, the end, and signs of life in between."""
+    """The answer as it comes: texts, at most one list of calls, the end. In between: progress, or None as a sign of life."""
     called = False
     async with aclosing(events):
         async for event in events:
@@ -141,7 +141,7 @@ async def parts(
 
 
 async def whole(shape: Chat, events: AsyncGenerator[Event | None, None]) -> Whole:
-    """The answer, once it is there."""
+    """Wait for the whole answer."""
     answer = Whole()
     async for part in parts(shape, events):
         if isinstance(part, str):

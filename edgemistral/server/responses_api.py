@@ -1,4 +1,4 @@
-"""OpenAI's newer interface: /v1/responses, without anything kept between requests.
+"""OpenAI's newer interface: /v1/responses. Nothing is kept between requests.
 
 Each request brings its whole conversation: `previous_response_id`, `conversation` and `store` are refused.
 """
@@ -41,13 +41,13 @@ KINDS = ("input_text", "output_text", "text")
 HARMLESS = (
     "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "stream_options", "max_tool_calls",
 )
-# Told again in the response, as they came.
+# Fields that the response repeats unchanged.
 ECHOED = ("instructions", "max_output_tokens", "metadata", "temperature", "tool_choice", "tools", "top_p", "truncation", "text")
 
 
 @router.post("/responses", responses=STREAMED)
 async def responses(body: Annotated[dict[str, Any], Body()], request: Request, service: Shared) -> Response:
-    """Answer a conversation, in the words of OpenAI's newer interface."""
+    """Answer a conversation, in OpenAI's newer format."""
     asked = chat_request(translated(body))
     shape, events = await begin_chat(asked, request, service, "resp")
     headers = {"x-request-id": shape.job.echoed, **warnings_header(asked.warnings())}
@@ -60,7 +60,7 @@ async def responses(body: Annotated[dict[str, Any], Body()], request: Request, s
 
 
 def translated(body: dict[str, Any]) -> dict[str, Any]:
-    """The request in the words of our chat."""
+    """The request as fields of our chat."""
     given = only(body, (
         "model", "input", "instructions", "tools", "tool_choice", "text", "truncation", "metadata", "store", "background",
         "previous_response_id", "conversation", "prompt", "reasoning", "include", "top_logprobs", *SAME), HARMLESS)
@@ -87,7 +87,7 @@ def translated(body: dict[str, Any]) -> dict[str, Any]:
     made["tool_choice"] = choice
     wanted = only(given.get("text", {}), ("format", "verbosity"), (), "text")
     if wanted.get("verbosity", "medium") != "medium":
-        raise BadRequest("text.verbosity is not done here", "text.verbosity")
+        raise BadRequest("text.verbosity is not supported", "text.verbosity")
     if "format" in wanted:
         form = only(wanted["format"], ("type", "schema"), ("name", "description", "strict"), "text.format")
         made["response_format"] = {
@@ -120,13 +120,13 @@ def _messages(given: dict[str, Any]) -> list[dict[str, Any]]:
             made.append({"role": "tool", "tool_call_id": as_text(result.get("call_id"), f"{at}.call_id"),
                          "content": text_of(result.get("output"), f"{at}.output", KINDS, (), "")})
         else:
-            raise BadRequest(f"{at}.type is {str(kind)[:40]!r}, which cannot be read here", f"{at}.type")
+            raise BadRequest(f"{at}.type is {str(kind)[:40]!r}: this is not supported", f"{at}.type")
     return made
 
 
 def _tool(tool: Any, where: str) -> dict[str, Any]:
     if as_object(tool, where).get("type") != "function":
-        raise BadRequest(f"{where}.type must be function: only tools of your own can be called", f"{where}.type")
+        raise BadRequest(f"{where}.type must be function: only your own tools are supported", f"{where}.type")
     given = only(tool, ("type", "name", "description", "parameters"), ("strict",), where)
     return function(given.get("name"), given.get("description"), given.get("parameters"))
 
@@ -142,7 +142,7 @@ class _Made:
         self._parallel = body.get("parallel_tool_calls") is not False
 
     def response(self, output: list[dict[str, Any]], end: End | None = None) -> dict[str, Any]:
-        """The response; under way while there is no end."""
+        """The response; its status is "in_progress" without an `end`."""
         cut = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(end.reason) if end else None
         usage = end.usage if end else None
         return {

@@ -1,4 +1,4 @@
-"""Runs the application on a socket of this computer until it is told to stop."""
+"""Runs the application on a socket of this computer until a signal stops it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 GRACE = 3.0             # for an answer at work to end by itself
 LINGER = 3.5            # for clients to read to the end
 STOP = 4.7              # for all of it
-ORPHAN_STOP = 1.2       # seconds from the parent's death on: nobody reads any more
+ORPHAN_STOP = 1.2       # seconds after the parent's death: no client is left to wait for
 HEAD_SECONDS = 10.0     # for the head of a request to arrive
 MAX_CONNECTIONS = 512
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -51,16 +51,16 @@ def serve(
     parent: ParentWatch | None = None,
     **settings: Any,
 ) -> None:
-    """Serve the model that `loader` gives until Ctrl-C or SIGTERM.
+    """Serve the model that `loader` returns until Ctrl-C or SIGTERM. Main thread only.
 
     port: 0 takes a free one. listening: called with the URL. ready: the same, once requests are answered. parent: the server
-    ends with it. settings: as for `create_app`. Main thread only.
-    Raises BadRequest for a host beyond loopback without an API key (unless `insecure`) and for wrong settings, BadInput when
-    another server uses the folder of sessions, EdgeMistralError when the port cannot be had, and what the loader raises.
-    Ends the process when work is under way that cannot be stopped in time.
+    stops when it ends. settings: as for `create_app`.
+    Raises BadRequest for a host other than loopback without an API key (unless `insecure`) and for wrong settings, BadInput
+    if another server uses the folder of sessions, EdgeMistralError if the port is not available, and what the loader raises.
+    Ends the process if some work cannot be stopped in time.
     """
     if not _is_loopback(host) and not settings.get("api_key") and not insecure:
-        raise BadRequest(f"--host {host} lets others in: it needs --api-key (or --insecure)", "host")
+        raise BadRequest(f"--host {host} lets other computers in: it needs --api-key (or --insecure)", "host")
     loaded: list[Model] = []
     failed: list[BaseException] = []
 
@@ -97,7 +97,7 @@ def serve(
             if server.lost is not None:
                 failed.append(server.lost)
             if not failed and (not service.close(timeout=0.0) or service.loading):
-                _exit()   # a thread is inside a long chunk, or loads: a regular exit would take away what it uses
+                _exit()   # a thread still computes or loads: a regular exit would close what it uses
             for model in loaded:
                 model.close()
     if failed:
@@ -111,14 +111,14 @@ def _exit() -> NoReturn:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, but a signal is what it is for and no reason to die of it afterwards."""
+    """uvicorn's server. It handles the signal itself: uvicorn would raise it again after the shutdown."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
         self._grace = GRACE
         self.lost: FileLost | None = None
-        self._last_resort = self._exit_in(STOP)   # threads that tokenize or compile a grammar cannot be stopped
+        self._last_resort = self._exit_in(STOP)   # a thread that tokenizes or compiles a grammar cannot be stopped
 
     @staticmethod
     def _exit_in(seconds: float) -> threading.Timer:
@@ -175,8 +175,8 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's HTTP, but a request must begin to be one in time: a client that sends its head byte by byte, or nothing at
-    all, would hold its connection for ever."""
+    """uvicorn's HTTP with a time limit for the head of a request. Without it, a client that sends its head very slowly, or
+    sends nothing, would keep its connection for ever."""
 
     _deadline: asyncio.TimerHandle | None = None
 
@@ -189,9 +189,9 @@ class _Protocol(H11Protocol):
         self._watch_head()
 
     def send_400_response(self, msg: str) -> None:
-        # To HEAD, or when an answer is under way, h11 takes no such answer; the client gets the end of the connection.
+        # After HEAD, or during an answer, h11 refuses to send a 400: then the connection is closed.
         if self.cycle is not None:
-            self.cycle.disconnected = True         # it has nobody to answer, and must not try
+            self.cycle.disconnected = True         # it must not send anything more
         try:
             super().send_400_response(msg)
         except h11.LocalProtocolError:
@@ -226,11 +226,11 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         both = host == "::" and socket.has_dualstack_ipv6()      # IPv4, too
         if host == "::" and not both:
-            logger.warning("this system answers on :: only what comes by IPv6; --host 0.0.0.0 is for IPv4")
+            logger.warning("on this system :: accepts only IPv6; use --host 0.0.0.0 for IPv4")
         made = socket.create_server((host, port), family=family, backlog=MAX_CONNECTIONS, dualstack_ipv6=both)
-        # asyncio sends small answers at once (TCP_NODELAY) only on sockets that say they are TCP; others wait 40 ms.
+        # asyncio sets TCP_NODELAY only on sockets whose protocol says TCP; without it a small answer waits 40 ms.
         return socket.socket(made.family, made.type, socket.IPPROTO_TCP, made.detach())
-    except (OSError, UnicodeError) as error:   # UnicodeError: no name at all, such as "a..b"
+    except (OSError, UnicodeError) as error:   # UnicodeError: an invalid name, such as "a..b"
         reason = getattr(error, "strerror", None) or str(error)
         raise EdgeMistralError(f"cannot listen on {host} port {port}: {reason.partition(' (while')[0]}") from None
 

@@ -1,11 +1,11 @@
-"""What every request must pass before an endpoint sees it: a server on this computer is open to every web page in its
-browser and every program of its users, unless it looks who is asking.
+"""The checks of every request before an endpoint sees it. Without them, any web page in the browser and any program on this
+computer could use the server.
 
-    Host           only names of this computer, so that a page cannot reach us by a name of its own (DNS rebinding)
-    Origin         only our own page, and origins that were named; the same for Sec-Fetch-Site, which all browsers send
-    API key        if there is one, for everything but the page, its files, /docs and /health
-    Content-Type   JSON, which a page of another origin cannot send without asking first (CORS)
-    body           not larger than allowed, and not forever on its way
+    Host           only names of this computer, so that a page cannot reach us under its own name (DNS rebinding)
+    Origin         only our own page and the allowed origins; the same for Sec-Fetch-Site, which all browsers send
+    API key        if one is set, for everything except the page, its files, /docs and /health
+    Content-Type   JSON: a page of another origin cannot send it without asking first (CORS)
+    body           limited in size and in time
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from edgemistral.server import failures
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 BODY_SECONDS = 60.0
-OPEN_PATHS = ("/", "/health", "/docs", "/openapi.json")   # without an API key, to be read only
+OPEN_PATHS = ("/", "/health", "/docs", "/openapi.json")   # GET and HEAD need no API key
 SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "cross-origin-opener-policy": "same-origin",
@@ -46,7 +46,7 @@ CORS_EXPOSED = "retry-after, warnings, x-request-id"
 
 @dataclass(frozen=True)
 class Safety:
-    """What is allowed. hosts: names besides those of loopback; origins: as browsers send them; max_body: bytes."""
+    """What is allowed. hosts: names in addition to loopback; origins: as browsers send them; max_body: bytes."""
 
     api_key: str | None = None
     hosts: frozenset[str] = field(default_factory=frozenset)
@@ -57,14 +57,14 @@ class Safety:
     def checked(
         cls, api_key: str | None, hosts: Iterable[str], origins: Iterable[str], max_body: int
     ) -> Safety:
-        """Raises ValueError for a key that no header can bring, and for an origin that is not of the form http://name:port."""
+        """Raises ValueError for a key that a header cannot carry, and for an origin not of the form http://name:port."""
         if api_key is not None and not re.fullmatch("[!-~]+", api_key):
             raise ValueError("the API key must be visible ASCII characters without spaces")
         origins = list(origins)
         for origin in origins:
             parts = urlsplit(origin)
             if origin != "null" and (not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}"):
-                raise ValueError(f"{origin!r} is no origin such as https://app.example.com: scheme, name and port only")
+                raise ValueError(f"{origin!r} is not an origin such as https://app.example.com: scheme, name and port only")
         return cls(api_key, frozenset(map(_name_of, hosts)), frozenset(origin.lower() for origin in origins), max_body)
 
 
@@ -98,7 +98,7 @@ class Guard:
 
         refusal = self._refusal(scope, headers, origin)
         if refusal is None and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-            refusal = _preflight(headers)   # only allowed origins come this far
+            refusal = _preflight(headers)   # only allowed origins get here
         if refusal is None:
             body = await _read_body(receive, headers, self._safety.max_body)
             if isinstance(body, Response):
@@ -112,13 +112,13 @@ class Guard:
     def _refusal(self, scope: Scope, headers: Headers, origin: str) -> Response | None:
         host = headers.get("host", "")
         if not self._host_allowed(_name_of(host), scope):
-            return _refuse(403, f"the Host {host[:100]!r} is not allowed (--allow-host names more)", "host_not_allowed")
+            return _refuse(403, f"the Host {host[:100]!r} is not allowed (--allow-host adds names)", "host_not_allowed")
         if origin and origin not in self._safety.origins and origin.partition("://")[2] != host.lower():
-            return _refuse(403, f"the Origin {origin[:100]!r} is not allowed (--allow-origin names more)",
+            return _refuse(403, f"the Origin {origin[:100]!r} is not allowed (--allow-origin adds origins)",
                            "origin_not_allowed")
         site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode")
         if not origin and site not in ("none", "same-origin") and not (mode == "navigate" and scope["method"] == "GET"):
-            return _refuse(403, "a page of another origin may not ask for this", "origin_not_allowed")
+            return _refuse(403, "a page of another origin may not request this", "origin_not_allowed")
         preflight = scope["method"] == "OPTIONS" and origin in self._safety.origins
         if self._key is not None and not preflight and not _is_open(scope) and not self._has_key(headers):
             return _refuse(401, "the API key is missing or wrong (Authorization: Bearer ... or X-API-Key)",
@@ -128,17 +128,17 @@ class Guard:
         return None
 
     def _host_allowed(self, name: str, scope: Scope) -> bool:
-        """The names of this computer: loopback, those that were named, and the address that was connected to."""
+        """Allowed are loopback names, the names in the settings, and the address that the client connected to."""
         if name in LOOPBACK or name in self._safety.hosts:
             return True
-        server = (scope.get("server") or ("",))[0].removeprefix("::ffff:")      # IPv4 on a socket of both
+        server = (scope.get("server") or ("",))[0].removeprefix("::ffff:")      # IPv4 on a dual-stack socket
         try:
             return ipaddress.ip_address(name) == ipaddress.ip_address(server)
         except ValueError:
             return False
 
     def _has_key(self, headers: Headers) -> bool:
-        """As OpenAI's clients bring it, or as Anthropic's do."""
+        """The key may come as OpenAI's clients send it, or as Anthropic's do."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         brought = [key.strip()] if scheme.lower() == "bearer" else []
         if "x-api-key" in headers:
@@ -147,7 +147,7 @@ class Guard:
 
 
 def _digest(key: str) -> bytes:
-    """Of one length for all keys, so that comparing takes one time for all."""
+    """One length for all keys, so that every comparison takes the same time."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
@@ -187,15 +187,15 @@ def _preflight(headers: Headers) -> Response:
 
 
 def _asked_headers(headers: Headers) -> str:
-    """Those that a page of an allowed origin asks for: clients send names of their own, which harm nothing here."""
+    """The headers that a page of an allowed origin may send: ours, and any others that it asks for, which do no harm."""
     asked = [name.strip().lower() for name in headers.get("access-control-request-headers", "").split(",")]
     known = CORS_HEADERS.split(", ")
     return ", ".join(dict.fromkeys([*known, *(name for name in asked[:64] if re.fullmatch("[a-z0-9-]{1,64}", name))]))
 
 
 async def _read_body(receive: Receive, headers: Headers, limit: int) -> bytes | Response | None:
-    """The whole body, a refusal, or None if the client went away."""
-    # The connection stays open: closing it while the client still sends would destroy the answer on its way.
+    """The whole body, a refusal, or None if the client disconnected."""
+    # The connection stays open: closing it while the client still sends could lose the refusal.
     refusal = _refuse(413, f"the body is larger than {limit} bytes", "body_too_large")
     length = headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
@@ -216,7 +216,7 @@ async def _read_body(receive: Receive, headers: Headers, limit: int) -> bytes | 
     try:
         return await asyncio.wait_for(read(), BODY_SECONDS)
     except (asyncio.TimeoutError, TimeoutError):
-        return _refuse(408, "the body did not come in time", "timeout", {"connection": "close"})
+        return _refuse(408, "the body did not arrive in time", "timeout", {"connection": "close"})
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

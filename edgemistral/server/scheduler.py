@@ -1,8 +1,8 @@
 """Many clients, one thread that computes: a bounded queue in which the clients take turns.
 
-Requests are handled on an event loop; a `Job` carries their answers to the compute thread and what comes of them back. The
-compute thread writes up to `parallel` answers at once: each of its steps computes a token of every one. It never waits for a
-reader: events pile up in the job (at most its answers) until the loop takes them.
+An event loop handles the requests. A `Job` carries a request's work to the compute thread, and the events back to the loop.
+The compute thread writes up to `parallel` answers at once: each step computes one token of each. It never waits for a slow
+reader: events collect in the job (never more than its answers) until the loop takes them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from edgemistral.errors import Cancelled, EdgeMistralError
 from edgemistral.generate.tasks import Task
 
-HAND_OVER = 0.003   # seconds; a reader takes half a millisecond
+HAND_OVER = 0.003   # seconds; a reader needs half a millisecond
 
 
 class Answer(Protocol):
@@ -30,14 +30,14 @@ class Answer(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether there is something to deliver before another step."""
+        """Whether something can be delivered without another step."""
 
     def deliver(self) -> bool:
-        """Emit what is ready, without computing; True when the answer is whole. What it raises ends the job."""
+        """Emit what is ready, without computing; True if the answer is complete. An exception ends the job."""
 
 
 class Unavailable(EdgeMistralError):
-    """No work is taken now; trying again makes sense after `retry_after` seconds."""
+    """No work is accepted now; try again after `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
@@ -50,32 +50,32 @@ class QueueFull(Unavailable):
 
 @dataclass(frozen=True)
 class Progress:
-    """So many of the prompt's tokens that have to be computed are done."""
+    """How many of the prompt's tokens are computed. total: those that were not in the cache."""
 
     done: int
     total: int
 
 
 class Job:
-    """One request's work. Make it on the event loop; `emit` and `cancelled` are for the compute thread.
+    """One request's work. Create it on the event loop; the compute thread calls `emit` and `cancelled`.
 
-    id: names it for `Scheduler.cancel`. client: whose turn it takes.
+    id: for `Scheduler.cancel`. client: whose turn it takes.
     """
 
     def __init__(self, job_id: str, client: str, echoed: str | None = None) -> None:
-        """echoed: what the client calls the request, which is only sent back."""
+        """echoed: the client's name for the request; it is only sent back."""
         self.id, self.client, self.echoed = job_id, client, echoed or job_id
         self.ended = False                       # no event follows
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
-        self._taken = threading.Event()          # the reader has done with what it got and comes for more
+        self._taken = threading.Event()          # the reader has passed on what it got, and waits for more
         self._lock = threading.Lock()
         self._events: list[Any] = []
         self._error: BaseException | None = None
         self._reason: EdgeMistralError | None = None
 
     def cancelled(self) -> bool:
-        """Whether to stop: asked before every chunk of a prompt and every token."""
+        """Whether to stop; checked before every chunk of a prompt and every token."""
         return self._reason is not None
 
     def emit(self, event: Any) -> None:
@@ -83,36 +83,36 @@ class Job:
         with self._lock:
             self._events.append(event)
             first = len(self._events) == 1
-        if first:   # otherwise the loop has been told and has not come yet
+        if first:   # otherwise the loop was already woken and has not taken the events yet
             self._tell()
 
     def hand_over(self, event: Any) -> None:
-        """`emit`, and let the reader have the processor until it has passed the event on, for HAND_OVER seconds at most.
+        """`emit`, then wait until the reader has passed the event on, for HAND_OVER seconds at most.
 
-        Work that computes on every core would otherwise keep it waiting for a time slice, and the client with it.
+        Without the wait, the threads that compute occupy every core, and the reader waits for a time slice.
         """
         self._taken.clear()
         self.emit(event)
         self._taken.wait(HAND_OVER)
 
     def progress(self, done: int, total: int) -> None:
-        """A `progress` for the engine: an event after each chunk of a long prompt."""
+        """The engine's `progress` callback: an event after each chunk of a long prompt."""
         if done < total:
             self.emit(Progress(done, total))
 
     def end(self, error: BaseException | None = None) -> None:
-        """No event follows; the reader gets the error, or the reason for which the job was cancelled."""
+        """No event follows. The reader gets the error, or the reason why the job was cancelled."""
         self._error, self.ended = self._reason or error, True
         self._tell()
 
     async def batches(self, tick: float) -> AsyncIterator[list[Any]]:
-        """The events as they come, all that are there at once; an empty list after `tick` seconds without any."""
+        """Lists of all events that have arrived; an empty list after `tick` seconds without any."""
         while True:
             timer = self._loop.call_later(tick, self._arrived.set)
             await self._arrived.wait()
             timer.cancel()
             self._arrived.clear()
-            ended = self.ended   # before the events are taken: what came before the end is there now
+            ended = self.ended   # read before taking the events: all events before the end are then included
             with self._lock:
                 events, self._events = self._events, []
             if events or not ended:
@@ -128,25 +128,25 @@ class Job:
         self._reason = self._reason or reason
 
     def _tell(self) -> None:
-        with contextlib.suppress(RuntimeError):   # the loop is closed: nobody reads any more
+        with contextlib.suppress(RuntimeError):   # the loop is closed: there is no reader
             self._loop.call_soon_threadsafe(self._arrived.set)
 
 
 class Scheduler:
-    """The queue and the thread, which starts with the first job. Its methods return at once; any thread may call them.
+    """The queue and the compute thread, which starts with the first job. Methods return at once; any thread may call them.
 
-    capacity: jobs that may wait; one client may have half of the places. parallel: answers that are written at once.
+    capacity: jobs that may wait; one client may have half of the places. parallel: answers written at the same time.
     """
 
     def __init__(self, capacity: int = 128, parallel: int = 4) -> None:
         self.capacity, self.parallel = capacity, parallel
         self._changed = threading.Condition()
-        self._waiting: OrderedDict[str, deque[tuple[Job, deque[Answer]]]] = OrderedDict()   # whose turn is next: first
+        self._waiting: OrderedDict[str, deque[tuple[Job, deque[Answer]]]] = OrderedDict()   # the next client comes first
         self._jobs: dict[str, Job] = {}
         self._active: list[_Active] = []
         self._closed: EdgeMistralError | None = None
         self._thread: threading.Thread | None = None
-        self._seconds = 1.0   # an answer's, on average
+        self._seconds = 1.0   # average time of an answer
 
     @property
     def waiting(self) -> int:
@@ -160,7 +160,7 @@ class Scheduler:
         return bool(self._active)
 
     def check(self, job: Job) -> None:
-        """Raise what `submit` would raise now: QueueFull, or what `close` was given."""
+        """Raise what `submit` would raise now: QueueFull, or the reason given to `close`."""
         with self._changed:
             if self._closed is not None:
                 raise self._closed
@@ -181,13 +181,13 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, job_id: str) -> bool:
-        """Stop the job of this id before its next token or chunk, at once if it has not begun; False if there is none."""
+        """Stop the job with this id before its next token or chunk, or at once if it waits; False if there is none."""
         with self._changed:
             job = self._jobs.get(job_id)
             return job is not None and self.stop(job)
 
     def stop(self, job: Job, reason: EdgeMistralError | None = None) -> bool:
-        """`cancel` for one who holds the job."""
+        """`cancel`, by the job itself."""
         with self._changed:
             if self._jobs.get(job.id) is not job:
                 return False
@@ -197,7 +197,7 @@ class Scheduler:
             return True
 
     def close(self, reason: EdgeMistralError, grace: float = 0.0) -> None:
-        """Take no more jobs, cancel those that wait now, and the one at work after `grace` seconds."""
+        """Accept no more jobs. Cancel waiting jobs now, and active jobs after `grace` seconds."""
         with self._changed:
             self._closed = reason
             active = [job for job in self._jobs.values() if self._is_active(job)]
@@ -224,7 +224,7 @@ class Scheduler:
         return any(waiting is job for waiting, _ in self._waiting.get(job.client, ()))
 
     def _end(self, job: Job, error: BaseException | None = None) -> None:
-        """Nothing more of a job is done."""
+        """Remove a job and end it."""
         if self._jobs.pop(job.id, None) is None:
             return
         self._active = [one for one in self._active if one.job is not job]
@@ -248,7 +248,7 @@ class Scheduler:
                 self._waiting.move_to_end(client)
             else:
                 del self._waiting[client]
-            if not answers and not self._is_active(job):     # it had none at all
+            if not answers and not self._is_active(job):     # a job without answers
                 self._end(job)
 
     def _run(self) -> None:
@@ -263,7 +263,7 @@ class Scheduler:
             self._step(active)
 
     def _step(self, active: list[_Active]) -> None:
-        """A token of every answer, or more of its prompt."""
+        """Compute one token of every answer, or more of its prompt."""
         failure: BaseException | None = None
         going = [one.answer.task for one in active if not one.job.cancelled() and not one.answer.ready]
         try:

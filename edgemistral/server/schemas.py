@@ -1,4 +1,4 @@
-"""The bodies of requests and responses. Types are strict; what is not known is ignored and named in a header."""
+"""The bodies of requests and responses. Types are strict. Unknown fields are ignored and named in a header."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TEXT)]
 StopString = Annotated[
     str, Field(min_length=1, max_length=MAX_STOP), WithJsonSchema({"type": "string", "maxLength": MAX_STOP})
 ]
-# As /openapi.json tells them: spellings.py takes any negative number for "none", and leaves empty strings out.
+# The schemas for /openapi.json: spellings.py reads any negative number as "none", and leaves out empty strings.
 Limit = Annotated[int, Field(ge=0, le=MAX_SEED), WithJsonSchema({
     "anyOf": [{"type": "integer", "maximum": MAX_SEED}, {"type": "number", "exclusiveMaximum": 0}],
-    "description": "A negative number is none.",
+    "description": "A negative number means no limit.",
 })]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -45,7 +45,7 @@ class Request(BaseModel):
         return body
 
     def warnings(self, at: str = "") -> Iterator[str]:
-        """A line for each name in the request that has a value and means nothing here, also inside of other fields."""
+        """A line for each unknown field that has a value, nested fields included."""
         for name, value in (self.model_extra or {}).items():
             if value is not None:
                 yield f"{at}{name} is not known and was ignored"
@@ -86,11 +86,11 @@ class Message(Request):
     @model_validator(mode="after")
     def _has_content(self) -> Message:
         if self.content is None and self.role not in ("assistant", "tool", "function"):
-            raise ValueError(f"content must be a text: a message of the role {self.role} has one")
+            raise ValueError(f"content must be a text: a message of the role {self.role} needs one")
         return self
 
     def plain(self) -> dict[str, Any]:
-        """As the tokenizer takes it: one text, and what belongs to tools."""
+        """As the tokenizer takes it: one text, and the fields for tools."""
         parts = self.content or ""
         content = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         more = self.model_dump(include={"name", "tool_call_id", "tool_calls", "function_call"}, exclude_none=True)
@@ -98,7 +98,7 @@ class Message(Request):
 
 
 def _in_range(name: str) -> Any:
-    """A number that the sampler takes, null by default."""
+    """An optional number within the sampler's range."""
     low, high = RANGES[name]
     return Field(None, ge=low, le=high)
 
@@ -108,7 +108,7 @@ class StreamOptions(Request):
 
 
 class Sampling(Request):
-    """What chat and raw completions share. null means the default, as if it were not there."""
+    """The fields that chat and raw completions share. null means the default, as if the field were missing."""
 
     @model_validator(mode="before")
     @classmethod
@@ -117,7 +117,7 @@ class Sampling(Request):
         return normalised(body)
 
     model: Annotated[str, Field(max_length=500)] | None = Field(
-        None, description="Ignored: there is one model, and the response names it."
+        None, description="Ignored: the server has one model. The response names it."
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -131,14 +131,14 @@ class Sampling(Request):
     logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias], Field(max_length=1024)] | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = Field(None, description="Answers to write.")
-    min_tokens: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="The answer ends no sooner.")
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = Field(None, description="Number of answers.")
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="Least number of tokens.")
     stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
     grammar: Annotated[str, Field(max_length=MAX_GRAMMAR)] | None = Field(
-        None, description="Only texts of this grammar: Lark as llguidance writes it, or GBNF."
+        None, description="The answer follows this grammar: Lark in llguidance's dialect, or GBNF."
     )
     response_format: dict[str, Any] | None = Field(
-        None, description='type is "text", "json_object" (a schema may stand beside it) or "json_schema"'
+        None, description='type is "text", "json_object" (optionally with a schema) or "json_schema"'
     )
     json_schema: dict[str, Any] | Annotated[str, Field(max_length=MAX_GRAMMAR)] | None = None
     guided_json: dict[str, Any] | Annotated[str, Field(max_length=MAX_GRAMMAR)] | None = None
@@ -150,7 +150,7 @@ class Sampling(Request):
     user: Annotated[str, Field(max_length=500)] | None = Field(None, description="Users of one program take turns.")
 
     def sampling(self) -> dict[str, Any]:
-        """The arguments of Model.chat and Model.complete but for the length."""
+        """The arguments of Model.chat and Model.complete, except the length."""
         names = (
             "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop",
             "min_tokens",
@@ -181,10 +181,10 @@ class ChatRequest(Sampling):
     functions: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)] | None = None
     function_call: Annotated[str, Field(max_length=500)] | dict[str, Any] | None = None
     session: Annotated[str, Field(pattern=SESSION_NAME)] | None = Field(
-        None, description="Keep the tokens of this conversation under this name, if the server has a --session-dir."
+        None, description="Keep this conversation's keys and values under this name. The server needs --session-dir."
     )
     on_overflow: Literal["error", "drop-oldest"] | None = Field(
-        None, description="A conversation longer than the context: refuse it, or leave out its oldest turns."
+        None, description="What to do if the conversation is longer than the context: refuse it, or leave out the oldest turns."
     )
     safe_prompt: bool = Field(False, description="Put the guardrail that Mistral recommends before the conversation.")
 
@@ -212,7 +212,7 @@ class CompletionRequest(Sampling):
 
 
 class TokenizeRequest(Request):
-    """One of the two: a text (without <s>), or a conversation (with it)."""
+    """Either a text (without <s>) or a conversation (with it)."""
 
     text: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
@@ -237,7 +237,7 @@ class UsageBody(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
-    dropped_messages: list[int] = Field([], description="Messages that were left out: the conversation was too long.")
+    dropped_messages: list[int] = Field([], description="Numbers of the messages left out of a conversation that is too long.")
 
 
 class Timings(BaseModel):
@@ -320,7 +320,7 @@ class ModelCard(BaseModel):
     capabilities: dict[str, bool] = Field(default_factory=lambda: {
         "completion_chat": True, "function_calling": True, "completion_fim": False, "fine_tuning": False, "vision": False,
     })
-    max_model_len: int = Field(description="Positions there is room for.")
+    max_model_len: int = Field(description="The context: how many tokens there is room for.")
 
 
 class ModelList(BaseModel):

@@ -85,7 +85,7 @@ async def score(
 
 
 def _check_sizes(body: Any) -> None:
-    """Refuse what is too large to even look at. All else is checked by `sample_json.parse`."""
+    """Refuse a request that is too large to check. `sample_json.parse` checks the rest."""
     match body:
         case {"input_data": {"input_string": list() as items}} if len(items) > MAX_MESSAGES:
             raise BadRequest(f"{sample_json.INPUT} has more than {MAX_MESSAGES} items", sample_json.INPUT)

@@ -1,4 +1,4 @@
-"""What the endpoints share: the model (also before it is loaded), the queue, the host's review, and how answers come."""
+"""Shared by the endpoints: the model (or its loading), the queue, the host's review, and the events of answers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Refused(EdgeMistralError):
 
 @dataclass(frozen=True)
 class Token:
-    """One token of an answer that was asked for its log probabilities; start: where its text begins."""
+    """One token of an answer with log probabilities; start: where its text begins."""
 
     token_id: int
     start: int
@@ -56,7 +56,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """More text of answer number `index`, and if they were asked for, the tokens that begin in it."""
+    """More text of answer number `index`, and the tokens that begin in it if log probabilities were asked for."""
 
     index: int
     text: str
@@ -65,7 +65,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finished:
-    """Answer number `index` is whole; finish_reason: "stop", "length" or "content_filter"."""
+    """Answer number `index` is complete; finish_reason: "stop", "length" or "content_filter"."""
 
     index: int
     finish_reason: str
@@ -76,7 +76,7 @@ Event = Progress | Piece | Finished
 
 
 class Service:
-    """The model behind the endpoints. `load` gives it; `ready` is false until it has."""
+    """The model behind the endpoints, and what they share. `ready` is false until `load` has finished."""
 
     def __init__(
         self, model: Model | None, queue: int, review: Review | None, parallel: int = 4,
@@ -88,12 +88,12 @@ class Service:
         self.started = int(time.time())
         self._model, self._review = model, review
         self._sessions = None if session_dir is None else SessionFolder(session_dir)
-        # Few threads, for each of them keeps memory of its own for good: the default executor adds them one by one.
+        # Few threads, because each keeps some memory for ever. The default executor would add more and more.
         self._helpers = ThreadPoolExecutor(HELPERS, "edgemistral-text")
         self._compiler: GrammarCompiler | None = None
         self._compiler_lock = threading.Lock()
         self._loader: threading.Thread | None = None
-        self._stopping: float | None = None   # since when
+        self._stopping: float | None = None   # when the shutdown began
 
     @property
     def ready(self) -> bool:
@@ -118,7 +118,7 @@ class Service:
     def load(
         self, loader: Callable[[], Model], loaded: Callable[[], None], failed: Callable[[BaseException], None]
     ) -> None:
-        """Load the model on a thread of its own; `loaded` is called there when it is, `failed` if it cannot be."""
+        """Load the model on a new thread. `loaded` is called there at the end, `failed` if loading raises."""
         def work() -> None:
             try:
                 model = loader()
@@ -131,7 +131,7 @@ class Service:
         self._loader.start()
 
     def session(self, name: str | None) -> Session | None:
-        """The session that a request names. BadRequest: the server keeps none. May take a while."""
+        """The session that a request names. BadRequest: the server keeps none. Slow: call it on a helper thread."""
         if name is None:
             return None
         if self._sessions is None:
@@ -139,16 +139,16 @@ class Service:
         return self._sessions.get(self.model, name)
 
     def compiler(self) -> GrammarCompiler:
-        """For grammars; made when the first one comes."""
+        """The compiler of grammars, made at its first use."""
         with self._compiler_lock:
             if self._compiler is None:
                 self._compiler = GrammarCompiler(self.model.tokenizer)
             return self._compiler
 
     def job(self, request: Request, kind: str, user: str | None = None) -> Job:
-        """A job for a request. Its id is a new one that nobody can guess; a client's X-Request-Id is only sent back.
+        """A job for a request. Its id is new and cannot be guessed; a client's X-Request-Id is only sent back.
 
-        Clients are told apart by address, User-Agent and the `user` of the request: on loopback all have one address.
+        Address, User-Agent and the `user` of the request identify a client: on loopback all have the same address.
         """
         job_id = f"{kind}-{secrets.token_hex(16)}"
         address = request.client.host if request.client else ""
@@ -157,11 +157,11 @@ class Service:
         return Job(job_id, f"{address} {request.headers.get('user-agent', '')} {user or ''}", echoed)
 
     async def aside(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Call a function that takes a while, such as tokenizing a long text, on a thread of ours."""
+        """Call a slow function, such as tokenizing a long text, on a helper thread."""
         return await asyncio.get_running_loop().run_in_executor(self._helpers, function, *arguments)
 
     async def review(self, kind: str, value: Any) -> Any:
-        """What the host application makes of a "prompt" (messages or a text) or an "answer" (a text)."""
+        """A "prompt" (messages or a text) or an "answer" (a text) after the host's review, which may change it."""
         if self._review is None:
             return value
         if inspect.iscoroutinefunction(self._review):
@@ -172,11 +172,11 @@ class Service:
     async def events(
         self, request: Request, job: Job, make: Callable[[], Sequence[Reply]]
     ) -> AsyncGenerator[Event | None, None]:
-        """Queue the replies that `make` gives and tell what happens: None once they are queued and whenever nothing did
-        for a while. The work stops when the client goes away or the caller stops listening.
+        """Queue the replies that `make` returns, and yield their events; None once they are queued, and after KEEP_ALIVE
+        seconds without an event. The work stops if the client disconnects or the caller stops reading.
 
-        With a review every answer comes as one piece, after the host has seen all of it. Raises what `make` raises,
-        QueueFull and Unavailable before the first event.
+        With a review every answer comes as one piece, after the review. Raises what `make` raises, QueueFull and
+        Unavailable before the first event.
         """
         self.scheduler.check(job)
         with _told(job):
@@ -187,7 +187,7 @@ class Service:
                     yield event
 
     async def compute(self, request: Request, job: Job, make: Callable[[], Sequence[Task]]) -> None:
-        """Queue the tasks that `make` gives, which end in no text, and wait for them. Stops and raises as `events` does."""
+        """Queue the tasks that `make` returns, which give no text, and wait for them. Stops and raises as `events` does."""
         self.scheduler.check(job)
         with _told(job):
             self.scheduler.submit(job, [_Computed(task) for task in await self.aside(make)])
@@ -242,20 +242,20 @@ class Service:
                 told = time.monotonic()
 
     def close(self, timeout: float = 4.5) -> bool:
-        """Take no more requests, cancel what is under way, and wait for the compute thread; False if it is still at work
-        so many seconds after this or `shut_down` was called first. The model stays open."""
+        """`shut_down`, and wait for the compute thread; False if it still works `timeout` seconds after the first call of
+        this or `shut_down`. The model stays open."""
         self.shut_down()
         assert self._stopping is not None
         return self.scheduler.join(max(0.0, self._stopping + timeout - time.monotonic()))
 
     def shut_down(self, grace: float = 0.0) -> None:
-        """Take no more requests and cancel what is under way, what is at work now after `grace` seconds."""
+        """Accept no more requests. Cancel waiting requests now, and active ones after `grace` seconds."""
         if self._stopping is None:
             self._stopping = time.monotonic()
         self.scheduler.close(Unavailable("the server is shutting down", retry_after=10), grace)
 
     async def _watch(self, request: Request, job: Job) -> None:
-        """Stop the work of a client that has gone away."""
+        """Stop the work of a client that disconnects."""
         while (await request.receive())["type"] != "http.disconnect":
             pass
         self.scheduler.stop(job, Cancelled("the client has gone away"))
@@ -264,14 +264,14 @@ class Service:
         return self._model.kv_bytes if self._model is not None else 0
 
 
-async def service_of(request: Request) -> Service:   # async: FastAPI would call a plain function on a thread
+async def service_of(request: Request) -> Service:   # async: FastAPI would call a plain function on another thread
     """The service of the app that handles a request."""
     service: Service = request.app.state.service
     return service
 
 
 def warnings_header(warnings: Iterable[str]) -> dict[str, str]:
-    """Names that mean nothing here, as far as a header can hold them."""
+    """The warnings as a header, cut to its length."""
     text = "; ".join(warning[:MAX_HEADER] for warning in islice(warnings, MAX_WARNINGS))[:MAX_HEADER]
     text = text.encode("ascii", "backslashreplace").decode()[:MAX_HEADER]
     text = "".join(c if c.isprintable() else "?" for c in text).strip()   # HTTP allows no spaces around a header
@@ -279,9 +279,9 @@ def warnings_header(warnings: Iterable[str]) -> dict[str, str]:
 
 
 def model_name(model: Model) -> str:
-    """What a model is called towards clients: the name of its file, without the folder."""
+    """The name that clients see: the model's file name, without the folder and the ending."""
     name = model.path.stem if model.path is not None else "edgemistral"
-    return name.encode("utf-8", "replace").decode()   # a file's name may be no text
+    return name.encode("utf-8", "replace").decode()   # a file name may be invalid Unicode
 
 
 class _Answer:
@@ -313,7 +313,7 @@ class _Answer:
 
 
 class _Computed:
-    """Work of a job that is no answer, on the compute thread."""
+    """Work of a job that gives no answer, on the compute thread."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -330,7 +330,7 @@ class _Computed:
 
 @contextmanager
 def _told(job: Job) -> Iterator[None]:
-    """What nobody has thought of becomes an error of ours, so that the connection lives on."""
+    """An unexpected exception becomes an EdgeMistralError, so that the connection stays open."""
     try:
         yield
     except EdgeMistralError:
@@ -341,7 +341,7 @@ def _told(job: Job) -> Iterator[None]:
 
 
 def _merged(batch: list[Event]) -> list[Event]:
-    """Consecutive pieces of one answer as one, and of consecutive progress the last."""
+    """Join consecutive pieces of one answer, and keep the last of consecutive progress events."""
     merged: list[Event] = []
     for event in batch:
         last = merged[-1] if merged else None

@@ -1,4 +1,4 @@
-"""Failures in the shape that the clients of an interface expect, wherever in the server they arose: by address."""
+"""Failures in the shape that the clients of an interface expect. The address of the request selects the shape."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Shapes:
             body += message.get("body", b"")
             if message.get("more_body"):
                 return
-            if body:                      # of a HEAD there is none
+            if body:                      # HEAD has none
                 body = json.dumps(shape(begun["status"], json.loads(body)["error"])).encode()
                 MutableHeaders(raw=begun["headers"])["content-length"] = str(len(body))
             await send(begun)

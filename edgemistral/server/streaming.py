@@ -17,21 +17,21 @@ from edgemistral.server.service import Event
 
 def data(value: Any) -> bytes:
     """One event with a JSON value."""
-    return f"data: {json.dumps(value)}\n\n".encode("ascii")   # some clients would take U+2028 for the end of a line
+    return f"data: {json.dumps(value)}\n\n".encode("ascii")   # some clients treat U+2028 as the end of a line
 
 
 def named(kind: str, **fields: Any) -> bytes:
-    """One event with its kind, as Anthropic's interface and OpenAI's newer one have it."""
+    """One event with its kind, as in Anthropic's interface and OpenAI's newer one."""
     return f"event: {kind}\n".encode() + data({"type": kind, **fields})
 
 
 def line(value: Any) -> bytes:
-    """One line of JSON, as Ollama's interface has it."""
+    """One line of JSON, as in Ollama's interface."""
     return json.dumps(value).encode() + b"\n"
 
 
 def comment(event: Progress | None) -> bytes:
-    """What clients skip: a sign of life, or how much of the prompt is read. No empty line: some would take it for an event."""
+    """A comment, which clients skip: a sign of life, or the prompt's progress. No empty line: some take it for an event."""
     return b": waiting\n" if event is None else f": prompt {event.done}/{event.total}\n".encode()
 
 
@@ -39,12 +39,12 @@ DONE = b"data: [DONE]\n\n"
 
 
 class EventStream(Response):
-    """Sends the chunks as they come. The headers are gone when something fails on the way, so that is an event, too."""
+    """Sends the chunks as they come. A failure is sent as an event, because the headers are already sent."""
 
     media_type = "text/event-stream"
 
     def __init__(self, chunks: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
-        super().__init__(headers={**headers, "x-accel-buffering": "no"})     # a proxy in between passes each event on
+        super().__init__(headers={**headers, "x-accel-buffering": "no"})     # a proxy must not collect events
         del self.headers["content-length"]
         self._chunks = chunks
 
@@ -63,6 +63,6 @@ class EventStream(Response):
 
 
 async def begun(events: AsyncGenerator[Event | None, None]) -> AsyncGenerator[Event | None, None]:
-    """The events, once they are queued: what refuses a request is raised here, while its status can still tell."""
+    """Wait for the first event. A refusal is raised here, before the response begins, so that its status can say so."""
     await anext(events)
     return events

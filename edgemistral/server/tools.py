@@ -1,8 +1,8 @@
-"""Tool calling in OpenAI's shape: what the model is told of tools, and how its calls are found in what it writes.
+"""Tool calling in OpenAI's shape: how the model learns of the tools, and how calls are found in its text.
 
-A chat template that takes tools gets them as they are. For any other model a system text says what there is and how to call it.
-Calls that are forced are compiled into a grammar, so their arguments always fit; others are parsed from the text as it streams,
-and nothing that may be a call is shown before it is known not to be one.
+A chat template that supports tools gets them unchanged. For other models a system text lists the tools and says how to call
+them. A forced call is compiled into a grammar, so its arguments always fit. Other calls are parsed from the text as it
+streams: text that may be part of a call is held back.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HOW = (
 
 @dataclass(frozen=True)
 class Tools:
-    """tools: in OpenAI's shape, those that may be called. forced: one of them must be. legacy: asked for as `functions`.
+    """tools: those that may be called, in OpenAI's shape. forced: one must be called. legacy: the request has `functions`.
     one: at most one call."""
 
     tools: list[dict[str, Any]]
@@ -37,19 +37,19 @@ class Tools:
     one: bool = False      # parallel_tool_calls is false
 
     def constraint(self) -> Constraint | None:
-        """The JSON that a forced call is."""
+        """The JSON schema of a forced call."""
         if not self.forced:
             return None
         calls = [{
             "type": "object", "additionalProperties": False, "required": ["name", "arguments"],
             "properties": {"name": {"const": tool["function"]["name"]}, "arguments": {"$ref": f"#/$defs/{n}"}},
         } for n, tool in enumerate(self.tools)]
-        # A schema's own references begin at its root, which lies deeper here.
+        # A schema's references begin at its root: here the schema lies deeper, under $defs.
         schemas = {str(n): _moved(_parameters(tool), f"#/$defs/{n}") for n, tool in enumerate(self.tools)}
         return Constraint("json", {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": schemas}, "tools")
 
     def calls_in(self, text: str) -> list[dict[str, Any]]:
-        """The calls that a text is, in OpenAI's shape; none if it is a text."""
+        """The calls in a text, in OpenAI's shape; none if it is an ordinary text."""
         names = {tool["function"]["name"] for tool in self.tools}
         found = []
         for value in _values(text):
@@ -66,7 +66,7 @@ class Tools:
 
 
 class CallFilter:
-    """A streamed answer: text that is none of a call's comes out at once."""
+    """Filters a streamed answer: text that cannot belong to a call passes at once."""
 
     def __init__(self, tools: Tools) -> None:
         self._tools, self._text, self._sent = tools, "", 0
@@ -79,12 +79,12 @@ class CallFilter:
         return shown
 
     def end(self) -> tuple[str, list[dict[str, Any]]]:
-        """The rest of the text, or the calls that it is."""
+        """The rest of the text, or its calls."""
         calls = self._tools.calls_in(self._text[self._sent :])
         return ("" if calls else self._text[self._sent :]), calls
 
     def _safe(self) -> int:
-        """Up to where the text cannot be part of a call."""
+        """How many characters cannot be part of a call."""
         start = len(self._text) - len(self._text.lstrip())
         if self._tools.forced or start == len(self._text) or self._text[start] in "{[":     # [TOOL_CALLS] too
             return 0
@@ -107,7 +107,7 @@ def tools_of(fields: Mapping[str, Any]) -> Tools | None:
     tools = [_tool(one, f"{field}[{i}]", legacy) for i, one in enumerate(given)]
     names = [tool["function"]["name"] for tool in tools]
     if len(set(names)) < len(names):
-        raise BadRequest(f"{field} has two of one name", field)
+        raise BadRequest(f"{field} has two with the same name", field)
     one = fields.get("parallel_tool_calls") is False
     if choice in (None, "auto"):
         return Tools(tools, False, legacy, one)
@@ -125,7 +125,7 @@ def tools_of(fields: Mapping[str, Any]) -> Tools | None:
 
 
 def spelled_out(messages: Sequence[Mapping[str, Any]], tools: Tools | None) -> list[dict[str, Any]]:
-    """A conversation for a template that knows no tools: they are told in a system text, calls and results are texts."""
+    """A conversation for a template without tools: a system text lists them, calls and results become texts."""
     made: list[dict[str, Any]] = []
     names: dict[str, str] = {}
     for message in messages:
@@ -151,9 +151,9 @@ def spelled_out(messages: Sequence[Mapping[str, Any]], tools: Tools | None) -> l
 
 
 def with_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A conversation for a template that knows tools: it expects the arguments of calls as objects.
+    """A conversation for a template with tools: the arguments of calls become objects.
 
-    A function's call and result, as older clients write them, become a tool's.
+    `function_call` and the role "function" of older clients become tool calls and results.
     """
     made: list[dict[str, Any]] = []
     call_id = ""
@@ -216,7 +216,7 @@ def _object(arguments: Any) -> Any:
 
 
 def _values(text: str) -> list[Any]:
-    """The JSON values of calls: marked ones, a list, or one after another; none if anything else is there."""
+    """The JSON values of calls: marked ones, a list, or one after another. None if there is any other text."""
     if MARK in text:
         text = "".join(part.partition(END_MARK)[0] for part in text.split(MARK)[1:])
     text, decoder, found = text.strip().removeprefix("[TOOL_CALLS]").strip(), json.JSONDecoder(), []

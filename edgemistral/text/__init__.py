@@ -1,1 +1,1 @@
-"""Text on its way to token ids and back: tokenizer, chat template, streams of text."""
+"""Text to token ids and back: tokenizer, chat template, streams of text."""

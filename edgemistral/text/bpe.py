@@ -24,9 +24,9 @@ SPACE = "▁"
 class BPETokenizer(Tokenizer):
     """A tokenizer.json given as the bytes of its file.
 
-    added: further tokens (id -> text, whether it is a control token), as other files name them; they win over the file's own.
-    bos_id, eos_id: as the checkpoint says. mistral_version: see `TextSpec`.
-    Raises BadInput when the bytes are no such tokenizer, or hold more ids than `vocab_size`.
+    added: tokens from other files (id -> text, whether it is a control token); they override those of this file.
+    bos_id, eos_id: from the checkpoint. mistral_version: see `TextSpec`.
+    Raises BadInput if the bytes are not such a tokenizer, or hold more ids than `vocab_size`.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class BPETokenizer(Tokenizer):
             fields = json.loads(data)
             kind = fields["model"].get("type", "BPE")
             if kind != "BPE":
-                raise BadInput(f"a model of type {kind!r:.20}; supported is BPE")
+                raise BadInput(f"a model of type {kind!r:.20}; supported: BPE")
             known = {int(t["id"]): (str(t["content"]), bool(t["special"])) for t in fields.get("added_tokens") or []}
             whole = Library.from_str(json.dumps(fields))
             self._plain = Library.from_str(json.dumps(_without_markup(fields)))
         except Exception as error:     # the library raises bare Exceptions
-            raise BadInput(f"{name} is no tokenizer.json: {' '.join(str(error).split())[:120]}") from None
+            raise BadInput(f"{name} is not a tokenizer.json: {' '.join(str(error).split())[:120]}") from None
         self._ids: dict[str, int] = whole.get_vocab(with_added_tokens=True)
         if vocab_size is not None:     # added tokens without a row in the embeddings
             beyond = {text for token_id, (text, _) in known.items() if token_id >= vocab_size}
@@ -98,7 +98,7 @@ class BPETokenizer(Tokenizer):
         ids = [self._ids[token] for token in tokens if token in self._ids]
         if not self.markup.keys() & set(ids):
             return ids
-        # A vocabulary that can merge its way to an added token's text: that one is spelled letter by letter, once.
+        # If the vocabulary's merges lead to an added token's text, that text is encoded letter by letter.
         if not whole:
             return [token_id for token_id in ids if token_id not in self.markup]
         return [i for token, token_id in zip(tokens, ids, strict=True) for i in (
@@ -150,7 +150,7 @@ class BPETokenizer(Tokenizer):
 
 
 class NoTemplate:
-    """Of a model that brings no chat template and is none of Mistral's."""
+    """For a model without a chat template that is not Mistral's."""
 
     name, takes_tools = "none", False
     text: str | None = None
@@ -159,13 +159,13 @@ class NoTemplate:
         from edgemistral.errors import BadRequest
 
         raise BadRequest(
-            "this model has no chat template: use it for completions (run --raw, /v1/completions), or give it one with "
+            "this model has no chat template: use it for completions (run --raw, /v1/completions), or add a template with "
             "`quantize --chat-template FILE`", "messages",
         )
 
 
 def _without_markup(fields: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer, blind to all added tokens but white space, and with MARK as a control token."""
+    """The same tokenizer without its added tokens, except white space, and with MARK as a control token."""
     kept = [token for token in fields.get("added_tokens") or [] if not token["special"] and is_blank(token["content"])]
     last = max((int(token["id"]) for token in fields.get("added_tokens") or []), default=0)
     mark = {"id": last + (1 << 20), "content": MARK, "single_word": False, "lstrip": False, "rstrip": False,
@@ -184,7 +184,7 @@ def _drops_space(fields: dict[str, Any]) -> bool:
 
 
 def _visible_bytes() -> dict[str, bytes]:
-    """GPT-2's spelling of bytes: the printable ones as they are, the others from U+0100 on."""
+    """GPT-2's spelling of bytes: printable bytes are unchanged, the others are characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     spelled = {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + n) for n, byte in enumerate(others)}

@@ -1,21 +1,21 @@
-"""Chat templates: a conversation becomes the token ids after which the model answers.
+"""Chat templates: turn a conversation into the token ids after which the model answers.
 
-Mistral's own templates are built in, because the ids of mistral-common are the contract. The tokenizer itself says which one
-its weights were trained on:
+Mistral's own templates are built in, because the ids must equal those of mistral-common. The tokenizer shows which template
+the weights were trained on:
 
     v1      32000 pieces, Mistral-7B-Instruct v0.1 and v0.2: [INST] and [/INST] are ordinary text
             <s> {[INST] user [/INST]} {assistant} </s> {[INST] user [/INST]} ...     each {} encoded on its own
-            a system text and a blank line stand before the first user text
+            a system text and a blank line come before the first user text
     v2, v3  32768 pieces, v0.3: [INST] and [/INST] are control ids
             <s> [INST] {user} [/INST] {assistant} </s> [INST] {user} [/INST] ...
-            a system text and a blank line stand before the last user text; assistant texts lose their trailing spaces
-            tools, calls and results have a place (text/mistral_tools.py)
-    v7 ...  Mistral's models with a tekken.json since Small 3: as v3, but each system text has a block of its own
+            a system text and a blank line come before the last user text; assistant texts lose their trailing spaces
+            tools, calls and results are supported (text/mistral_tools.py)
+    v7 ...  Mistral's models with a tekken.json since Small 3: as v3, but each system text has a separate block
             <s> [SYSTEM_PROMPT] {system} [/SYSTEM_PROMPT] [INST] {user} [/INST] {assistant} </s> ...
 
-Any other checkpoint brings its own, a Jinja template. It is rendered as transformers renders it, in jinja2's immutable sandbox.
-What users write never becomes a control token there either: before rendering, the text of every added token in a message is
-replaced by a private-use character that occurs nowhere, and given back when the text has been cut at the template's own.
+Any other checkpoint comes with a Jinja template. It is rendered as in transformers, in jinja2's immutable sandbox. Text from
+users never becomes a control token: before rendering, the text of every added token in a message is replaced by an unused
+private-use character. It is restored after the rendered text was split at the template's own tokens.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ FILENAME = "<chat template>"
 
 
 class ChatTemplate(Protocol):
-    """How a model's conversations are spelled."""
+    """Encodes the conversations of a model."""
 
     name: str            # for people
-    takes_tools: bool    # whether `tools` and tool turns have a place in it
-    text: str | None     # the Jinja template, None for one that is built in
+    takes_tools: bool    # whether it supports `tools` and tool turns
+    text: str | None     # the Jinja template, None for a built-in one
 
     def encode(self, tokenizer: Any, messages: Messages, tools: Tools | None = None) -> list[int]:
         """See `Tokenizer.encode_chat`."""
 
 
 class MistralTemplate:
-    """Mistral's own, of the version that the tokenizer says."""
+    """Mistral's own template, in the tokenizer's version."""
 
     name = "Mistral's own"
     text: str | None = None
@@ -69,11 +69,11 @@ class MistralTemplate:
 
     def encode(self, tokenizer: SentencePieceTokenizer, messages: Messages, tools: Tools | None = None) -> list[int]:
         """As in mistral-common: consecutive messages of one role become one, with a blank line between the texts that are not
-        empty, and an empty user turn stands before a conversation that has only a system text or that the assistant opens.
-        A system text that comes later stands where it is, in the user's turn.
+        empty. A conversation with only a system text, or one that the assistant opens, gets an empty user turn first.
+        A later system text stays at its place, in the user's turn.
 
-        An assistant message at the end gets no </s>: the model goes on writing it (its `prefix`). An empty one earlier
-        gives just </s>, which is what a model that answered nothing has written.
+        An assistant message at the end gets no </s>: the model continues it (its `prefix`). An earlier empty one gives only
+        </s>, as written by a model with an empty answer.
         """
         if tools and not self.takes_tools:
             raise BadRequest("tools are given, but this model's chat template has no place for them", "tools")
@@ -89,7 +89,7 @@ class MistralTemplate:
             for block in blocks:
                 ids += [control["[SYSTEM_PROMPT]"], *tokenizer.encode(block["content"]), control["[/SYSTEM_PROMPT]"]]
             if len(blocks) == len(messages) or messages[len(blocks)]["role"] != "user":
-                turns = turns[1:]      # the empty turn of a user's that the older templates need
+                turns = turns[1:]      # without the empty user turn that the older templates need
         for i, (role, text) in enumerate(turns):
             if role == "user":
                 ids += self._user_turn(tokenizer, system + BLANK_LINE + text if system and i == system_at else text)
@@ -131,17 +131,17 @@ class MistralTemplate:
 
 
 class JinjaTemplate:
-    """A checkpoint's own template. BadInput, naming the line: it is no template."""
+    """A checkpoint's own template. BadInput, naming the line: it is not a valid template."""
 
     name = "the checkpoint's own"
 
     def __init__(self, text: str, special: Mapping[str, str] | None = None, tool_text: str | None = None) -> None:
-        """special: what the template may name, such as bos_token. tool_text: the template for chats with tools, if another."""
+        """special: texts that the template may name, such as bos_token. tool_text: a separate template for chats with tools."""
         self.text: str | None = text
         self._source, self._special = text, dict(special or {})
         self._with_tools = JinjaTemplate(tool_text, special) if tool_text is not None else None
         self.takes_tools = self._with_tools is not None or re.search(r"\btools\b", text) is not None
-        self._template  # noqa: B018   # a mistake in it is found now
+        self._template  # noqa: B018   # compiled now, to find mistakes
         if "messages" not in text:
             raise BadInput(f"the chat template does not use `messages`: {' '.join(text.split())[:40]!r}")
 
@@ -156,7 +156,7 @@ class JinjaTemplate:
             raise BadInput(f"line {error.lineno} of the chat template: {error.message}") from None
 
     def encode(self, tokenizer: Tokenizer, messages: Messages, tools: Tools | None = None) -> list[int]:
-        """As transformers' apply_chat_template: what the template makes of it, with the prompt for an answer behind."""
+        """As transformers' apply_chat_template with add_generation_prompt."""
         if tools and self._with_tools is not None:
             return self._with_tools.encode(tokenizer, messages, tools)
         if tools and not self.takes_tools:
@@ -166,7 +166,7 @@ class JinjaTemplate:
         checked = [_checked_message(message, i) for i, message in enumerate(_checked_list(messages))]
         if len(checked) > 1 and checked[-1]["role"] == "assistant" and not checked[-1].get("content") \
                 and not checked[-1].get("tool_calls"):
-            checked.pop()                              # nothing to go on with: an answer of its own
+            checked.pop()                              # an empty answer to continue is the same as a new answer
         everything = json.dumps([checked, list(tools or [])], ensure_ascii=False, default=str) + self._source
         free = (chr(code) for code in PRIVATE_USE if chr(code) not in everything)
         hidden = Hidden(tokenizer.markup.values(), free)
@@ -200,18 +200,18 @@ class JinjaTemplate:
 
 
 class _Raised(Exception):
-    """What a template raises."""
+    """Raised by a template."""
 
 
 def _environment() -> Any:
-    """The names and settings that transformers gives a template."""
+    """The environment with the names and settings that transformers gives a template."""
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
 
     from edgemistral.text.template_limits import LimitedEnvironment
 
     class Generation(Extension):
-        """{% generation %} ... {% endgeneration %} marks what the assistant writes, for training: the text as it is."""
+        """{% generation %} ... {% endgeneration %} marks the assistant's text for training; it renders unchanged."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -238,7 +238,7 @@ def _environment() -> Any:
 
 
 def is_mistrals_own(text: str, special: Mapping[str, str]) -> bool:
-    """Whether a Jinja template is Mistral's in some spelling: the shape of what it renders says so, spaces aside."""
+    """Whether a Jinja template is a version of Mistral's: its rendered text has the same form, except for spaces."""
     turns = [("user", "u1"), ("assistant", "a1"), ("user", "u2")]
     bos, eos = special.get("bos_token", ""), special.get("eos_token", "")
     try:
@@ -255,7 +255,7 @@ def is_mistrals_own(text: str, special: Mapping[str, str]) -> bool:
 
 
 def end_of_turn(text: str, special: Mapping[str, str], control: Mapping[str, int]) -> int | None:
-    """The control id with which a template ends the assistant's turn, if there is one."""
+    """The control id that ends the assistant's turn in a template, or None."""
     marked = "\ue000"
     messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": marked}, {"role": "user", "content": "u"}]
     try:
@@ -278,7 +278,7 @@ def chat_turns(messages: Messages) -> tuple[str, list[tuple[str, str]]]:
             at = f"messages[{i}].{'tool_calls' if checked.get('tool_calls') else 'role'}"
             raise BadRequest(f"{at} belongs to a tool call, and this model's chat template has no place for tools", at)
         if role == "system" and merged and merged[-1][0] != "system":
-            role = "user"          # where it stands, not moved to the beginning
+            role = "user"          # at its place, not moved to the beginning
         if not merged or merged[-1][0] != role:
             merged.append((role, []))
         if content:
@@ -290,18 +290,18 @@ def chat_turns(messages: Messages) -> tuple[str, list[tuple[str, str]]]:
     if not turns or turns[0][0] != "user":
         turns.insert(0, ("user", ""))
     if len(turns) > 1 and turns[-1] == ("assistant", ""):
-        turns.pop()                # nothing to go on with: an answer of its own
+        turns.pop()                # an empty answer to continue is the same as a new answer
     return system, turns
 
 
 def _is_talk(message: Any) -> bool:
-    """Whether a message is a text, and neither calls tools nor brings their result."""
+    """Whether a message is a text, not a call of tools or a result."""
     of_tools = isinstance(message, Mapping) and (message.get("role") in ("tool", "function") or message.get("tool_calls"))
     return not of_tools
 
 
 def _tool_turns(messages: Messages) -> tuple[str, list[tuple[str, str]]]:
-    """As `chat_turns`, where a turn may also be a "call" or a "tool" result, in the JSON that stands for it."""
+    """As `chat_turns`, but a turn may also be a "call" or a "tool" result, as JSON."""
     turns: list[tuple[str, str]] = []
     systems: list[str] = []
     for i, message in enumerate(_checked_list(messages)):
@@ -317,12 +317,12 @@ def _tool_turns(messages: Messages) -> tuple[str, list[tuple[str, str]]]:
             spell = mistral_tools.result_text if role == "tool" else mistral_tools.calls_text
             turns.append(("tool" if role == "tool" else "call", spell(checked, field)))
             continue
-        role = "user" if role == "system" else role          # where it stands, not moved to the beginning
+        role = "user" if role == "system" else role          # at its place, not moved to the beginning
         if turns and turns[-1][0] == role:
             text = BLANK_LINE.join(filter(None, (turns.pop()[1], text)))
         turns.append((role, text))
     if len(turns) > 1 and turns[-1] == ("assistant", ""):
-        turns.pop()                # nothing to go on with: an answer of its own
+        turns.pop()                # an empty answer to continue is the same as a new answer
     if not turns or turns[0][0] == "assistant":
         turns.insert(0, ("user", ""))
     if turns[0][0] != "user":
@@ -339,7 +339,7 @@ def _checked_list(messages: Any) -> Sequence[Any]:
 
 
 def _checked_message(message: Any, i: int) -> dict[str, Any]:
-    """A message with its role in our words, and its content a str."""
+    """A message with one of our roles and a str as content. Raises BadRequest."""
     field = f"messages[{i}]"
     if not isinstance(message, Mapping):
         raise BadRequest(f"{field} must be an object with role and content, not {type(message).__name__}", field)

@@ -12,5 +12,5 @@ GUARDRAIL = (
 
 
 def with_guardrail(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The conversation with the guardrail before it; a system text of its own follows after a blank line."""
+    """The conversation with the guardrail first; its own system text follows after a blank line."""
     return [{"role": "system", "content": GUARDRAIL}, *messages]

@@ -1,4 +1,4 @@
-"""Keeps what users write from becoming markup while a template is rendered."""
+"""Keeps users' text from becoming markup while a template is rendered."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ PRIVATE_USE = range(0xE000, 0xF900)
 
 
 class Hidden:
-    """Puts private-use characters in the place of markup, in any case of letters, for a template may change it.
+    """Replaces markup by private-use characters, in upper or lower case, because a template may change the case.
 
-    So it does with the beginning or end of one at the edge of a text, which the template or another text may complete.
+    A part of markup at the start or end of a text is replaced too: the template or another text may complete it.
     """
 
     def __init__(self, markup: Iterable[str], free: Iterator[str]) -> None:
@@ -27,7 +27,7 @@ class Hidden:
         self.meanings: dict[str, str] = {}      # character -> the text that it stands for
 
     def in_all(self, value: Any) -> Any:
-        """A copy of JSON-like data with no markup in it."""
+        """A copy of JSON-like data without markup."""
         if isinstance(value, str):
             return self._in_text(value)
         if isinstance(value, Mapping):
@@ -56,6 +56,6 @@ class Hidden:
         if meaning not in self._marks:
             mark = next(self._free, None)
             if mark is None:
-                raise BadRequest("messages spell markup in too many ways", "messages")
+                raise BadRequest("messages contain too many different spellings of markup", "messages")
             self._marks[meaning], self.meanings[mark] = mark, meaning
         return self._marks[meaning]

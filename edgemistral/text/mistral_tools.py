@@ -18,7 +18,7 @@ CONTROLS = {"[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TO
 
 
 def tools_text(tools: Any) -> str:
-    """The JSON that stands between [AVAILABLE_TOOLS] and [/AVAILABLE_TOOLS]. Raises BadRequest."""
+    """The JSON between [AVAILABLE_TOOLS] and [/AVAILABLE_TOOLS]. Raises BadRequest."""
     if not isinstance(tools, (list, tuple)):
         raise BadRequest(f"tools must be a list, not {type(tools).__name__}", "tools")
     described = []
@@ -61,7 +61,7 @@ def result_text(message: Mapping[str, Any], field: str) -> str:
 
 
 def _value(text: Any) -> Any:
-    """What a JSON text holds; anything else stays as it is."""
+    """The value of a JSON text; any other text unchanged."""
     try:
         return json.loads(text) if isinstance(text, str) else text
     except (ValueError, RecursionError):
@@ -74,4 +74,4 @@ def _json(value: Any, field: str) -> str:
     except (TypeError, ValueError, RecursionError) as problem:
         if isinstance(problem, BadRequest):
             raise
-        raise BadRequest(f"{field} is no JSON: {' '.join(str(problem).split())[:200]}", field) from None
+        raise BadRequest(f"{field} is not valid JSON: {' '.join(str(problem).split())[:200]}", field) from None

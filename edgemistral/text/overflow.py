@@ -1,4 +1,4 @@
-"""What to do with a conversation that is longer than the context: refuse it, or leave out its oldest turns."""
+"""Handles a conversation that is longer than the context: refuses it, or leaves out its oldest turns."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from edgemistral.text.tokenizer import Messages
 
 OnOverflow = Literal["error", "drop-oldest"]
 ON_OVERFLOW: tuple[str, ...] = get_args(OnOverflow)
-ROOM = 512              # tokens for an answer whose length is not limited, if that is not over a quarter of the context
-KEPT = 0.5              # share of the room for a prompt that the turns fill after some were left out
+ROOM = 512              # tokens for an answer without a length limit, at most a quarter of the context
+KEPT = 0.5              # share of the prompt's room that the turns may fill after some were left out
 
 
 
@@ -24,11 +24,11 @@ def check_on_overflow(value: object) -> None:
 def fit(
     messages: Messages, encode: Callable[[Messages], list[int]], context: int, max_new_tokens: int | None
 ) -> tuple[list[int], tuple[int, ...]]:
-    """The ids of a conversation without as many of its oldest turns as it takes; and the numbers of the messages left out.
+    """The ids of a conversation without its oldest turns, until it fits; and the numbers of the messages left out.
 
     A turn is a user's messages and the answers to them. System texts and the last turn always stay. Room is kept for
-    `max_new_tokens`, at most a quarter of the context. Which turns go depends on the conversation alone, and several go at
-    once: the next prompts then begin as this one does, and what is in the KV cache of it counts.
+    `max_new_tokens`, at most a quarter of the context. The choice of turns depends only on the conversation, and several are
+    left out at once: the next prompts then begin like this one, and can use its KV cache.
     Raises ContextOverflow if system text and last turn alone are too long.
     """
     ids = encode(messages)
@@ -54,7 +54,7 @@ def fit(
 
 
 def _turns(messages: Messages) -> tuple[list[int], list[list[int]]]:
-    """Numbers of the system messages, and of those of each turn."""
+    """The numbers of the system messages, and of the messages of each turn."""
     system: list[int] = []
     turns: list[list[int]] = []
     before = "assistant"
@@ -73,7 +73,7 @@ def _turns(messages: Messages) -> tuple[list[int], list[list[int]]]:
 def _lengths(
     messages: Messages, system: list[int], turns: list[list[int]], encode: Callable[[Messages], list[int]]
 ) -> tuple[int, list[int]]:
-    """Tokens of the system texts, and what each turn adds to them, nearly."""
+    """Tokens of the system texts, and about how many each turn adds."""
     head = [messages[n] for n in system]
     user = {"role": "user", "content": ""}
     base = len(encode([*head, user]))
@@ -81,7 +81,7 @@ def _lengths(
 
 
 def _first(lengths: tuple[int, list[int]], limit: int) -> int:
-    """The turn to begin with: as the conversation grew, whenever it was over the limit, turns went until it was half of it."""
+    """The first turn to keep: whenever the growing conversation passed the limit, turns were removed down to a KEPT share."""
     base, turns = lengths
     first, size = 0, base
     for n, turn in enumerate(turns):

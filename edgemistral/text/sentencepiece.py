@@ -15,10 +15,10 @@ AddedTokens = Mapping[int, tuple[str, bool]]    # id -> text, and whether it is 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model given as the bytes of its file.
 
-    `vocab_size` may exceed the pieces of the tokenizer, because checkpoints add tokens (`added`) and pad their embeddings: ids
-    that neither names stand for no text. legacy: a text that follows a control token begins with a space, as transformers'
-    older Llama tokenizers have it. `name` appears in error messages.
-    Raises BadInput when the bytes are no such model, lack <s> or </s>, or hold more pieces than `vocab_size`.
+    `vocab_size` may exceed the pieces of the tokenizer, because checkpoints add tokens (`added`) and pad their embeddings; all
+    other ids have no text. legacy: a text after a control token begins with a space, as in transformers' older Llama
+    tokenizers. `name` appears in error messages.
+    Raises BadInput if the bytes are not such a model, lack <s> or </s>, or hold more pieces than `vocab_size`.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class SentencePieceTokenizer(Tokenizer):
     ) -> None:
         from sentencepiece import SentencePieceProcessor  # here, so that importing the package stays fast
 
-        if not model:   # sentencepiece takes this for "nothing to load yet"
+        if not model:   # sentencepiece would load nothing, without an error
             raise BadInput(f"{name} is empty")
         try:
             self._model = SentencePieceProcessor(model_proto=bytes(model))
@@ -42,7 +42,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._unk_text: str = self._model.decode([self._unk_id])
         except (RuntimeError, ValueError, IndexError) as error:
             raise BadInput(f"{name} is not a SentencePiece model") from error
-        # Files name the model's own pieces among the added ones; only what the model lacks is added.
+        # Files list the model's own pieces among the added ones; only the missing ones are added.
         self._added = {i: text for i, (text, _) in (added or {}).items() if i >= self._n_pieces and text}
         self.n_words = max(self._n_pieces, *(i + 1 for i in self._added)) if self._added else self._n_pieces
         self.vocab_size = self.n_words if vocab_size is None else vocab_size
@@ -97,7 +97,7 @@ class SentencePieceTokenizer(Tokenizer):
         return text + self._run(run, text)
 
     def _run(self, ids: list[int], before: str) -> str:
-        """The text of pieces of the model: only at the very beginning does it lose its space."""
+        """The text of pieces of the model. Only at the very beginning does it lose its space."""
         if not before:
             text: str = self._model.decode(ids)
             return text

@@ -1,4 +1,4 @@
-"""What a blob knows of a model's text: which tokenizer, added tokens, chat template, ends of turn, sampling defaults."""
+"""A blob's facts about text: tokenizer, added tokens, chat template, ends of turn, sampling defaults."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ KINDS = ("sentencepiece", "tokenizers")
 
 @dataclass(frozen=True)
 class TextSpec:
-    """The blob's text metadata; every field has a default, which is what blobs of format 1 mean.
+    """The blob's text metadata. Blobs of format 1 use the default of every field.
 
     kind: of the bytes in the tensor `tokenizer`: a SentencePiece model, or a tokenizer.json. added: (id, text, is control) of
     tokens that those bytes lack. chat_template, tool_template: Jinja texts; None means Mistral's own. special: the texts that a
-    template may name. mistral_version: 3 or 7, of Mistral's own template, where the tokenizer is byte-level. end_ids: all that
-    end a turn; turn_end_id: the one that the model's own template writes. adds_bos: whether a text without a template begins
+    template may name. mistral_version: 3 or 7, of Mistral's own template, if the tokenizer is byte-level. end_ids: all ids that
+    end a turn; turn_end_id: the id that the model's own template writes. adds_bos: whether a text without a template begins
     with bos_id. legacy: see `SentencePieceTokenizer`. defaults: `SamplingParams`.
     """
 
@@ -61,7 +61,7 @@ class TextSpec:
         checked: dict[str, Any] = {}
         for name, value in fields.items():
             if not _CHECKS[name](value):
-                raise BadInput(f"text.{name} is {str(value)[:60]!r}, which it cannot be")
+                raise BadInput(f"text.{name} is {str(value)[:60]!r}: invalid value")
             checked[name] = value
         if "added" in checked:
             checked["added"] = tuple((item[0], item[1], item[2]) for item in checked["added"])
@@ -71,13 +71,13 @@ class TextSpec:
 
     @property
     def template(self) -> JinjaTemplate | None:
-        """The checkpoint's own chat template; None where a built-in one serves. BadInput: it is no template."""
+        """The checkpoint's own chat template; None if a built-in one is used. BadInput: it is not a valid template."""
         from edgemistral.text.chat import JinjaTemplate
 
         return None if self.chat_template is None else JinjaTemplate(self.chat_template, self.special, self.tool_template)
 
     def tokenizer(self, data: bytes, vocab_size: int | None, name: str, eos_id: int | None = None) -> Tokenizer:
-        """The tokenizer of these bytes. eos_id: for a tokenizer.json, which does not say it."""
+        """The tokenizer of these bytes. eos_id: for a tokenizer.json, which does not contain it."""
         made: Tokenizer
         added = {token_id: (text, control) for token_id, text, control in self.added}
         if self.kind == "tokenizers":

@@ -20,7 +20,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")   # where any token may end inside a character
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")   # for tokenizers whose tokens may end inside a character
         self._held = bytearray()   # the beginning of a character
         self._started = False      # decode() drops the space that encode() put before a text, so the first id differs
 
@@ -28,7 +28,7 @@ class StreamDecoder:
         """The text that is certain after one more id. Raises BadRequest for an id outside the vocabulary."""
         if self._tokenizer.bytes_split_characters:
             return self._utf8.decode(self._tokenizer.token_bytes(token_id))
-        if not self._tokenizer.piece(token_id):   # padding, which decode() passes over
+        if not self._tokenizer.piece(token_id):   # padding, which decode() skips
             return ""
         byte = self._tokenizer.byte(token_id)
         if byte is not None:
@@ -43,11 +43,11 @@ class StreamDecoder:
         return self.flush() + surface
 
     def flush(self) -> str:
-        """What is held back at the end of the text: one U+FFFD for each byte that belongs to no character."""
+        """The rest at the end of the text: one U+FFFD for each byte that does not belong to a character."""
         return self._utf8.decode(b"", final=True) or self._characters(final=True)
 
     def _characters(self, final: bool) -> str:
-        """Take the whole characters out of the held bytes, and if `final` the rest as well."""
+        """Take the complete characters from the held bytes, and if `final` the rest too."""
         text, held = "", self._held
         while held:
             size = _utf8_size(held[0])
@@ -55,7 +55,7 @@ class StreamDecoder:
                 break
             try:
                 text += held[:size].decode("utf-8")
-            except UnicodeDecodeError:   # SentencePiece replaces one byte and goes on with the next
+            except UnicodeDecodeError:   # SentencePiece replaces one byte and continues with the next
                 text, size = text + REPLACEMENT, 1
             del held[:size]
         return text
@@ -64,9 +64,9 @@ class StreamDecoder:
 class StopStrings:
     """Cuts a streamed text before the stop string that is complete first, and never emits a part of it.
 
-    Of several that end at one character, the longest counts. Each character is looked at once, whatever the number and
-    length of the stop strings (Aho & Corasick, "Efficient string matching", CACM 18(6), 1975).
-    Raises BadRequest when `stops` is not a string or a list of strings, or one of them is empty.
+    If several end at the same character, the longest counts. Each character is examined once, for any number and length of
+    stop strings (Aho & Corasick, "Efficient string matching", CACM 18(6), 1975).
+    Raises BadRequest if `stops` is not a string or a list of strings, or one of them is empty.
     """
 
     def __init__(self, stops: str | Iterable[str] = ()) -> None:
@@ -74,10 +74,10 @@ class StopStrings:
         self.found: str | None = None
         self._held = ""        # the longest end of the text so far that begins a stop string
         self._state = 0
-        # State i stands for a beginning of some stop string, state 0 for the empty one.
+        # A state is a prefix of a stop string; state 0 is the empty prefix.
         self._children: list[dict[str, int]] = [{}]
         self._length = [0]
-        self._shorter = [0]    # the state of the longest proper end of this beginning that is a beginning as well
+        self._shorter = [0]    # the state of the longest proper suffix of this prefix that is also a prefix
         self._match = [0]      # the length of the longest stop string that ends here
         for stop in _checked_stops(stops):
             self._insert(stop)
@@ -98,7 +98,7 @@ class StopStrings:
         return text[:safe]
 
     def flush(self) -> str:
-        """The rest of a text that ended without completing the stop string it had begun."""
+        """The rest of a text that ended inside an incomplete stop string."""
         text, self._held, self._state = self._held, "", 0
         return text
 
@@ -115,7 +115,7 @@ class StopStrings:
         self._match[state] = len(stop)
 
     def _link(self) -> None:
-        """Fill `_shorter` and the matches it implies, shorter beginnings before longer ones."""
+        """Fill `_shorter` and the matches that follow from it, shorter prefixes first."""
         queue = list(self._children[0].values())
         for state in queue:   # grows while it is read
             for char, child in self._children[state].items():
@@ -131,7 +131,7 @@ class StopStrings:
 
 
 def _utf8_size(lead: int) -> int:
-    """How many bytes a character takes that begins with this byte; 1 if none does."""
+    """How many bytes a character has that begins with this byte; 1 if there is none."""
     if 0xC2 <= lead <= 0xDF:
         return 2
     if 0xE0 <= lead <= 0xEF:

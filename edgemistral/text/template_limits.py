@@ -1,4 +1,4 @@
-"""Limits for chat templates, which come with models from anywhere: no template may run for long or fill the memory."""
+"""Limits for chat templates, which are not trusted: a template must not run for long or fill the memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PADDING = ("center", "ljust", "rjust", "zfill", "expandtabs")
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """jinja2's immutable sandbox, with a count of steps and without operations whose result is out of all proportion."""
+    """jinja2's immutable sandbox, with a limit of steps and without operations that make huge results."""
 
     intercepted_binops = frozenset(("*", "**", "%"))
 
@@ -27,7 +27,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             self.filters[name] = _with_width(self.filters[name])
 
     def begin(self) -> None:
-        """Count from zero: at the start of a rendering."""
+        """Reset the count, at the start of a rendering."""
         self._count.steps = 0
 
     def step(self) -> str:
@@ -80,5 +80,5 @@ def _check_width(width: int) -> None:
 
 
 def _numbers(text: str) -> list[str]:
-    """The runs of digits in a format."""
+    """The numbers in a format."""
     return "".join(c if "0" <= c <= "9" else " " for c in text).split()

@@ -1,13 +1,13 @@
-"""What every tokenizer here can do, and the checks of text at the border.
+"""The interface of all tokenizers, and the checks of incoming text.
 
     Tokenizer
     ├── SentencePieceTokenizer    tokenizer.model (text/sentencepiece.py)
     └── BPETokenizer              tokenizer.json (text/bpe.py)
 
-Ids are of three kinds: words of the vocabulary, added tokens that have a text, and padding that no file names. Control tokens
-(<s>, <|im_end|>, ...) and added words (<tool_call>, ...: decoding shows them) never come from what a user writes: `encode`
-spells their text in ordinary tokens, and only `encode_markup`, which a chat template's own text goes through, knows them.
-White space that is an added token is how some vocabularies store indentation, so that one is a word like any other.
+There are three kinds of ids: words of the vocabulary, added tokens with a text, and padding without a name in any file. Control
+tokens (<s>, <|im_end|>, ...) and added words (<tool_call>, ...: decoding shows them) never come from users' text: `encode`
+spells their text in ordinary tokens. Only `encode_markup`, for a chat template's own text, gives them. Some vocabularies store
+indentation as added tokens of white space; these are treated as ordinary words.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ BOUNDARY = "\x02"   # a control character, so part of no learnt piece
 class Tokenizer(ABC):
     """Text <-> token ids of one model. Immutable after construction, so threads may share it.
 
-    vocab_size: the model's (rows of its embedding). n_words: ids below it may have a text; those behind are padding.
-    bos_id: begins a text, None where the model knows none. eos_id: ends a text; turn_end_id: ends a turn in the model's own
+    vocab_size: the model's (rows of its embedding). n_words: ids below it may have a text; higher ids are padding.
+    bos_id: begins a text; None if the model has none. eos_id: ends a text; turn_end_id: ends a turn in the model's own
     template; end_ids: all ids that end an answer.
     adds_bos: whether a text without a template begins with bos_id. defaults: the model's own sampling parameters.
     answers_begin_with_space: whether the first token of an answer begins with a space that decoding drops.
@@ -51,13 +51,13 @@ class Tokenizer(ABC):
     defaults: Mapping[str, Any] = {}
     chat: ChatTemplate
     control: Mapping[int, str]      # id -> text of the control tokens
-    added_words: Mapping[int, str] = {}     # id -> text of the added tokens that decoding shows, white space aside
+    added_words: Mapping[int, str] = {}     # id -> text of the added tokens that decoding shows, except white space
     answers_begin_with_space: bool = False
     bytes_split_characters: bool = False
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of a text without bos_id; never a control id or an added word, whatever it spells.
+        """Ids of a text without bos_id. Never a control id or an added word, even if the text contains its name.
 
         BadRequest: not valid Unicode.
         """
@@ -68,7 +68,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Text of ids: control ids and padding ids give nothing, bytes that are no UTF-8 give U+FFFD.
+        """Text of ids: control ids and padding ids give nothing, bytes that are not valid UTF-8 give U+FFFD.
 
         Raises BadRequest for an id outside the vocabulary.
         """
@@ -100,7 +100,7 @@ class Tokenizer(ABC):
         return self.encode(BOUNDARY + text)[len(before):]
 
     def encode_markup(self, text: str, ordinary: Mapping[str, str]) -> list[int]:
-        """Ids of a template's text, its markup recognised; each key of `ordinary` stands for a text that is none."""
+        """Ids of a template's text with its markup recognised; each key of `ordinary` is replaced by text without markup."""
         ids: list[int] = []
         for at, part in enumerate(self._markup_pattern.split(text)):
             if at % 2:
@@ -114,9 +114,9 @@ class Tokenizer(ABC):
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
-        """Ids after which the model writes its answer to a conversation, as its chat template spells it.
+        """The ids of a conversation in the form of the chat template; the model's answer follows them.
 
-        A message has a `role` and a `content`, a str. A last message of the assistant's is continued, unless it is empty.
+        A message has a `role` and a `content`, a str. If the last message is the assistant's and not empty, it is continued.
         Raises BadRequest, whose `field` says for example `messages[2].role`.
         """
         return self.chat.encode(self, messages, tools)
@@ -128,7 +128,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def markup(self) -> dict[int, str]:
-        """Id -> text of all tokens that only a template's own text gives."""
+        """Id -> text of all tokens that only a template's own text may contain."""
         return {**self.added_words, **self.control}
 
     @cached_property
@@ -151,12 +151,12 @@ class Tokenizer(ABC):
 
 
 def is_blank(text: str) -> bool:
-    """Whether a token's text is white space, however it is spelled."""
+    """Whether a token's text is white space, in any spelling."""
     return not text.replace("▁", " ").strip()
 
 
 def check_text(text: object, field: str) -> str:
-    """The text if it is a str that UTF-8 can hold (JSON can smuggle in half a surrogate pair), else BadRequest."""
+    """The text if it is a str that UTF-8 can encode (JSON may contain half a surrogate pair), else BadRequest."""
     if not isinstance(text, str):
         raise BadRequest(f"{field} must be a string, not {type(text).__name__}", field)
     try:

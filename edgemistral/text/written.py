@@ -1,8 +1,8 @@
-"""The ids of answers that the model wrote, for when their text comes back.
+"""Keeps the ids of answers that the model wrote, for prompts that contain their text again.
 
-A text can be spelled in several ways, and a model does not always write the one that its tokenizer would choose. A client sends
-an answer back as text; encoded anew it may differ from what stands in the KV cache, and everything behind it would be computed
-again. So the ids of such answers are kept, and put in the place of the text's own.
+A text can be written as different ids, and a model does not always write those that its tokenizer would choose. A client sends
+an answer back as text. Its new ids may differ from those in the KV cache, and everything after them would be computed again. So
+the ids of such answers are kept, and replace those of the tokenizer.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 
 from edgemistral.text.tokenizer import Messages, Tokenizer
 
-MOST_IDS = 1 << 20      # of all texts that are kept
+MOST_IDS = 1 << 20      # of all kept texts together
 
 
 class WrittenTexts:
-    """Texts and the ids they were written in, where those are not the tokenizer's own. Threads may share it."""
+    """Texts and the ids that the model wrote for them, if the tokenizer would choose others. Threads may share it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -32,7 +32,7 @@ class WrittenTexts:
         return self._ids.get(text)
 
     def remember(self, text: str, ids: Iterable[int]) -> bool:
-        """Keep the ids that a text was written in, if they spell it and the tokenizer would choose others; True if so."""
+        """Keep the ids of a written text if they decode to it and the tokenizer would choose others; True if kept."""
         written = tuple(ids)
         if not text or len(written) > MOST_IDS or list(written) == self._tokenizer.encode(text):
             return False
@@ -45,9 +45,9 @@ class WrittenTexts:
         return True
 
     def restore(self, ids: list[int], messages: Messages, end_ids: Collection[int]) -> list[int]:
-        """The ids of a conversation, with every answer of it that was written here as it was written.
+        """The ids of a conversation, with the kept ids of every answer that was written here.
 
-        An answer is found as its own ids with an id that ends a turn behind them, which no text gives.
+        An answer is found by its tokenizer's ids, followed by an id that ends a turn, which no text contains.
         """
         if not self._ids:
             return ids
@@ -67,7 +67,7 @@ class WrittenTexts:
 
 
 def _find(ids: list[int], part: list[int], start: int, end_ids: Collection[int]) -> int:
-    """Where `part` stands in `ids`, at `start` or behind it, with one of `end_ids` after it; -1 if it does not."""
+    """The position of `part` in `ids`, from `start` on, followed by one of `end_ids`; -1 if there is none."""
     if not part:
         return -1
     array, n = np.asarray(ids, np.int64), len(part)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PySide6.QtWidgets import QApplication
 
-sys.path.insert(0, str(Path(__file__).parent))      # the files beside this one, also when it is run from elsewhere
+sys.path.insert(0, str(Path(__file__).parent))      # the files next to this one, from any working directory
 
 from library import Library
 from look import dress

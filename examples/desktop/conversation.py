@@ -17,8 +17,8 @@ from PySide6.QtWidgets import (
 )
 
 COLUMN = 720           # most pixels of a line of text
-LINE = 125             # percent of its height: the distance of lines
-REDRAW = 40            # milliseconds: a fast model writes more often than anybody sees
+LINE = 125             # distance of lines in percent of their height
+REDRAW = 40            # milliseconds: a fast model writes more often than needed
 EXAMPLES = (
     "What should I see in Paris?",
     "What should I eat in Lisbon?",
@@ -28,7 +28,7 @@ EXAMPLES = (
 
 
 class Text(QTextBrowser):
-    """What a model writes, as high as it is: Markdown, without HTML and without anything from elsewhere."""
+    """The model's text as Markdown, in its full height, without HTML and external content."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Text(QTextBrowser):
         self._fit()
 
     def loadResource(self, kind: int, url: object) -> None:
-        """No pictures: neither from the disk nor from the network."""
+        """Load no pictures, from the disk or from the network."""
 
     def resizeEvent(self, event: QResizeEvent) -> None:
         super().resizeEvent(event)
@@ -59,7 +59,7 @@ class Text(QTextBrowser):
 
 
 class Conversation(QScrollArea):
-    """All messages of a chat, the newest in sight unless the reader has scrolled away."""
+    """All messages of a chat; the newest is visible unless the reader has scrolled away."""
 
     example = Signal(str)
 

@@ -1,4 +1,4 @@
-"""What the application keeps on the disk: models, and chats as JSON."""
+"""The application's files: models, and chats as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Chat:
 
     @property
     def title(self) -> str:
-        """The first question, or what a new one is called."""
+        """The first question, or the title of a new chat."""
         return " ".join(self.messages[0]["content"].split())[:60] if self.messages else "New chat"
 
 
@@ -32,7 +32,7 @@ class Library:
 
     def __init__(self, folder: Path) -> None:
         self.models_folder, self._chats = folder / "models", folder / "chats"
-        self.kv_store = folder / "read before"       # what models have read, so that an old chat goes on at once
+        self.kv_store = folder / "read before"       # keys and values, so that an old chat continues at once
         for each in (self.models_folder, self._chats):
             each.mkdir(parents=True, exist_ok=True)
 
@@ -41,11 +41,11 @@ class Library:
         return cls(Path(platformdirs.user_data_dir("edgemistral-desktop", appauthor=False)))
 
     def models(self) -> list[Path]:
-        """The demo model first: it is always there."""
+        """All models; the demo model, which always exists, is first."""
         return [edgemistral.demo_model(), *sorted(self.models_folder.glob("*.safetensors"))]
 
     def chats(self) -> list[Chat]:
-        """The last changed first. A file that cannot be read is passed over."""
+        """All chats, the last changed first. Files that cannot be read are skipped."""
         found = []
         for path in self._chats.glob("*.json"):
             try:

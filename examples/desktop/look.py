@@ -1,4 +1,4 @@
-"""Colours and style, light and dark as the system has it."""
+"""Colours and style, light or dark as in the system."""
 
 from __future__ import annotations
 

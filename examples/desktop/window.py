@@ -1,4 +1,4 @@
-"""The window: chats at the left, the conversation, and what the model is doing below it."""
+"""The window: chats on the left, the conversation, and the model's state below it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from PySide6.QtWidgets import (
 from work import Work
 
 QUANTIZE, OPEN = "Quantize a checkpoint …", "Open a model file …"
-HALF = 0.5      # share of the time that "half speed" leaves the model
+HALF = 0.5      # duty of "half speed"
 
 
 class Composer(QFrame):
-    """A box to write in that grows with what is written. Enter sends, Shift+Enter begins a new line."""
+    """An input box that grows with its text. Enter sends, Shift+Enter begins a new line."""
 
     send = Signal()
 
@@ -68,7 +68,7 @@ class Composer(QFrame):
 
 
 class Picker(QComboBox):
-    """A box with an arrow, which style sheets take away."""
+    """A box that draws its arrow, because style sheets remove it."""
 
     def paintEvent(self, event: QPaintEvent) -> None:
         super().paintEvent(event)
@@ -106,7 +106,7 @@ class Window(QMainWindow):
         self._list_models(Path(model) if model else None)
         self.composer.text.setFocus()
 
-    # ---- what it consists of -----------------------------------------------------------------------------------------
+    # ---- parts of the window -----------------------------------------------------------------------------------------
 
     def _make_side(self) -> QWidget:
         side = QFrame(objectName="side")
@@ -215,7 +215,7 @@ class Window(QMainWindow):
         self.work.load(path, self.library.kv_store)
 
     def quantize(self, source: Path) -> None:
-        """In the background, into the folder of models."""
+        """Quantize in the background, into the folder of models."""
         self.making.setText(f"Quantizing {source.name} …")
         for part in (self.making, self.made):
             part.show()
@@ -314,7 +314,7 @@ class Window(QMainWindow):
         if reply is not None and reply.text:
             self.chat.messages.append({"role": "assistant", "content": reply.text})
         else:
-            self.chat.messages.pop()       # a question without an answer: asked again, it would come twice
+            self.chat.messages.pop()       # no answer: if the question is asked again, it would be there twice
         if self.chat.messages:
             self.library.save(self.chat)
         self._meter.stop()

@@ -1,4 +1,4 @@
-"""What takes time, on threads. Qt passes signals between threads, so whoever listens runs on the window's own."""
+"""Slow work on threads. Qt passes signals between threads, so receivers run on the window's thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import edgemistral
 
 
 class Work(QObject):
-    """One model and one answer at a time; quantizing beside them."""
+    """One model and one answer at a time, and quantizing at the same time."""
 
     loading = Signal(str, int, int)         # stage, done, total
     loaded = Signal()
@@ -32,7 +32,7 @@ class Work(QObject):
         self._threads: list[threading.Thread] = []
 
     def load(self, path: Path, kv_store: Path) -> None:
-        """Let go of the model that is loaded, and load this one."""
+        """Close the loaded model, and load this one."""
         def work() -> None:
             if self.model is not None:
                 old, self.model = self.model, None
@@ -57,7 +57,7 @@ class Work(QObject):
         self._start("answer", work)
 
     def stop(self) -> None:
-        """Stop the answer: within one token."""
+        """Stop the answer within one token."""
         if self.reply is not None:
             self.reply.cancel()
 

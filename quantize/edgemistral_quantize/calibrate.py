@@ -1,11 +1,11 @@
-"""What the columns of each matrix carry, measured: the calibration text goes through the float32 model, layer by layer.
+"""Measures the inputs of each matrix: the calibration text goes through the float32 model, layer by layer.
 
 A column of a matrix matters as much as the input that it multiplies. So before a layer is quantized, the hidden states of
-the calibration text pass through it in float32, and the mean square of every input is kept. The layer behind takes the
-states from there: nothing but the states (tokens x dim) outlives a layer.
+the calibration text pass through it in float32, and the mean square of every input is kept. The next layer continues from
+these states (tokens x dim); nothing else is kept.
 
-Every product has the same shape whatever the memory, the threads and the strips of the reader: one window of tokens by
-`TILE` rows of a matrix, on one thread of BLAS. So the statistics, and the blob, do not depend on them.
+Every product has the same shape for any memory, threads and strips: one window of tokens by `TILE` rows of a matrix, on one
+thread of BLAS. So the statistics, and the blob, do not depend on them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 TILE = 256        # rows of a matrix in one product
-TOKENS = 64       # at once, in what goes number by number
+TOKENS = 64       # computed together in element-wise operations
 MATRICES = ("wqkv", "wo", "w13", "w2")
 
 
 class Source(Protocol):
-    """What is needed of a checkpoint."""
+    """The part of a checkpoint that is needed."""
 
     config: ModelConfig
 
@@ -43,7 +43,7 @@ class Source(Protocol):
 
 @dataclass
 class Inputs:
-    """What one layer's matrices were given, by the name of the matrix: float64 (cols,), mean squares of the inputs."""
+    """Mean squares of the inputs of one layer's matrices, by the name of the matrix: float64 (cols,)."""
 
     mean_squares: dict[str, F64] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class CalibrationPass:
     ) -> None:
         """windows: token ids (n,) each. at_once: windows that pass a matrix together, while it is in memory.
 
-        relative: divide what wo and w2 meet by the size of the state that they add to (see `_over_size`).
+        relative: divide the inputs of wo and w2 by the size of the state that they add to (see `_over_size`).
         """
         self._source, self._config, self._relative = source, source.config, relative
         self._at_once, self._strip_bytes, self._progress = at_once, strip_bytes, progress
@@ -76,7 +76,7 @@ class CalibrationPass:
         self._pool.shutdown()
 
     def pass_layer(self, layer: int, collect: Collect | None = None) -> Inputs:
-        """Move the states behind `layer`; what its matrices met on the way. Call it for 0, 1, ... in turn."""
+        """Move the states through `layer`; returns the inputs of its matrices. Call it for 0, 1, ... in turn."""
         c, at = self._config, f"layers.{layer}."
         norms = {name: list(self._strips(at + name)) for name in ("attention_norm", "ffn_norm")}
         rows = {"wqkv": c.q_dim + 2 * c.kv_dim, "wo": c.dim, "w13": 2 * c.hidden_dim, "w2": c.dim}
@@ -88,7 +88,7 @@ class CalibrationPass:
                 add(states, outputs)
                 if self._relative:
                     self._each(_over_size, inputs, states)
-            for squares in self._pool.map(_sum_of_squares, inputs):   # in the windows' order, whatever the threads
+            for squares in self._pool.map(_sum_of_squares, inputs):   # in the windows' order, for any number of threads
                 sums[matrix] = sums[matrix] + squares if matrix in sums else squares
             if collect is not None:
                 collect(matrix, inputs)
@@ -109,18 +109,18 @@ class CalibrationPass:
         return Inputs({name: total / self.tokens for name, total in sums.items()})
 
     def pass_norm(self) -> Inputs:
-        """What the output head meets, behind the last layer."""
+        """The mean squares of the output head's inputs, after the last layer."""
         norm = list(self._strips("norm"))
         heads = self._pool.map(lambda x: _sum_of_squares(rms_norm(x, norm, self._config.norm_eps)), self.states)
         return Inputs({"output": sum(heads, np.zeros(self._config.dim)) / self.tokens})
 
     @property
     def tokens(self) -> int:
-        """Of all windows."""
+        """The tokens of all windows."""
         return sum(map(len, self.states))
 
     def map(self, function: Callable[..., Any], *arrays: Iterable[Any]) -> Iterable[Any]:
-        """As Python's own, in the pass's threads."""
+        """Python's `map`, in the threads of this pass."""
         return self._pool.map(function, *arrays)
 
     def _each(self, function: Callable[..., F32], *arrays: Iterable[F32]) -> list[F32]:
@@ -153,7 +153,7 @@ class CalibrationPass:
 
 
 def work_bytes(config: ModelConfig, window: int, n_windows: int, at_once: int) -> int:
-    """Memory of a `CalibrationPass` beside its strips: the states, and the widest activations of `at_once` windows."""
+    """Memory of a `CalibrationPass` without its strips: the states, and the widest activations of `at_once` windows."""
     c = config
     attention = 4 * window * (c.q_dim + 2 * c.kv_dim) + 4 * 256 * window
     feed_forward = window * (3 * c.hidden_dim + 2 * c.dim) + 8 * TOKENS * c.hidden_dim
@@ -161,7 +161,7 @@ def work_bytes(config: ModelConfig, window: int, n_windows: int, at_once: int) -
 
 
 def tiled(strips: Iterable[NDArray[Any]]) -> Iterator[F32]:
-    """The same rows as float32, `TILE` at a time (at the end fewer), however they come."""
+    """The same rows as float32, `TILE` at a time (fewer at the end), for strips of any size."""
     waiting: list[F32] = []
     n = 0
     for strip in strips:
@@ -185,7 +185,7 @@ def _multiply(w: F32, columns: slice, x: F32, y: F32) -> None:
 def _over_size(x: F32, states: F32) -> F32:
     """Divide each token's inputs, in place, by the size of its state: the next norm divides their error by that.
 
-    Without it a few tokens with huge states, the first one of a text above all, would outweigh all others.
+    Without it a few tokens with huge states, mostly the first one of a text, would outweigh all others.
     """
     for first in range(0, len(x), TOKENS):
         rows = slice(first, first + TOKENS)
@@ -202,7 +202,7 @@ def _swiglu(gate_up: F32) -> F32:
 
 
 def _sum_of_squares(x: F32) -> F64:
-    """Of each column of x (tokens, cols)."""
+    """The sum of squares of each column of x (tokens, cols)."""
     total: F64 = np.zeros(x.shape[1])
     for first in range(0, len(x), TOKENS):
         total += np.square(x[first : first + TOKENS]).sum(axis=0, dtype=np.float64)

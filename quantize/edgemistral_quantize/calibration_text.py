@@ -1,7 +1,7 @@
-"""The text that calibrates: tokens of the kinds that a model meets, cut in windows.
+"""The calibration text: tokens of all kinds that a model reads, cut into windows.
 
 The package's own text is in `calibration/`: prose from books in the public domain; program code, tables and mark-up;
-several languages; conversations, which go through the model's chat template. A file of the user's is taken as it is.
+several languages; conversations, which go through the model's chat template. A user's file is used unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edgemistral.errors import BadInput
 from edgemistral.files import regular
 
 METHODS = ("none", "fast", "full")
-VERSION = 2                                    # of what the methods do: a run of another version cannot go on with its file
+VERSION = 2                                    # of the methods: a run of another version cannot resume
 WINDOW = 512                                   # tokens that see each other, the first of them <s>
 WINDOWS = {"none": 0, "fast": 8, "full": 32}   # at most
 FOLDER = Path(__file__).parent / "calibration"
@@ -28,7 +28,7 @@ SPEAKERS = {"system": "system", "user": "user", "assistant": "assistant"}
 
 
 class Tokenizer(Protocol):
-    """What is needed of the model's tokenizer."""
+    """The part of the model's tokenizer that is needed."""
 
     @property
     def bos_id(self) -> int | None: ...
@@ -54,11 +54,11 @@ class Calibration:
 
     @property
     def different(self) -> int:
-        """Of the tokens: how many inputs of the first layer are no repetition, and so how much a statistic is worth."""
+        """How many different tokens there are: the number of samples of the statistics."""
         return len(np.unique(np.concatenate(self.windows)))
 
     def describe(self) -> dict[str, Any]:
-        """As a blob's metadata has it."""
+        """As stored in a blob's metadata."""
         tokens = sum(map(len, self.windows))
         return {"method": self.method, "version": VERSION, "text_sha256": self.text_sha256, "tokens": tokens}
 
@@ -69,7 +69,7 @@ def read_calibration(method: str, text: Path | None, tokenizer: Tokenizer, conte
     Raises BadInput for an unknown method and for a text that cannot be read, is not UTF-8 or is empty.
     """
     if method not in METHODS:
-        raise BadInput(f"calibrate is {method!r}; supported are {', '.join(METHODS)}")
+        raise BadInput(f"calibrate is {method!r}; supported: {', '.join(METHODS)}")
     if method == "none":
         if text is not None:
             raise BadInput(f"calibration_text is {text}, but calibrate is 'none': nothing would read it")
@@ -88,7 +88,7 @@ def read_calibration(method: str, text: Path | None, tokenizer: Tokenizer, conte
 
 
 def conversations(text: str) -> Iterator[list[dict[str, Any]]]:
-    """The conversations of chat.txt: a blank line between two, `role: ` before each message; other lines go on with it."""
+    """The conversations of chat.txt: separated by blank lines, `role: ` begins a message, other lines continue it."""
     for block in text.split("\n\n"):
         messages: list[dict[str, Any]] = []
         for line in block.splitlines():
@@ -108,13 +108,13 @@ def _ids(kind: str, text: str, tokenizer: Tokenizer) -> list[int]:
     for messages in conversations(text):
         try:
             ids += tokenizer.encode_chat(messages)
-        except BadInput:          # a template that refuses a system text, say
+        except BadInput:          # for example, a template that refuses a system text
             ids += tokenizer.encode("\n\n".join(message["content"] for message in messages))
     return ids
 
 
 def _cut(ids: list[int], size: int, begin: list[int]) -> list[NDArray[np.int32]]:
-    """Windows of `size` tokens, `begin` before each; what is left at the end counts if it is all or at least half of one."""
+    """Windows of `size` tokens, `begin` before each. A shorter rest is used if it is all, or at least half a window."""
     step = max(size - 1, 1)
     pieces = [ids[at : at + step] for at in range(0, len(ids), step)]
     if len(pieces) > 1 and len(pieces[-1]) < step / 2:

@@ -56,7 +56,7 @@ class Checkpoint:
 
     @property
     def min_strip_bytes(self) -> int:
-        """Of the largest strip that cannot be smaller, as float32, with what is held beside it."""
+        """The smallest possible `strip_bytes`: the largest indivisible strip as float32, with the memory held for it."""
         return fuse.min_strip_bytes(self._tensors, self.config)
 
     def strips(self, name: str, strip_bytes: int) -> Iterator[Strip]:
@@ -64,6 +64,6 @@ class Checkpoint:
 
         Strips are (rows, cols) in the checkpoint's dtype, finite, and at most `strip_bytes` large when widened to
         float32 unless `min_strip_bytes` is more. All but the last have a multiple of 32 rows; a norm is one row.
-        Raises BadCheckpoint for a NaN or an infinity, and when the file cannot be read or has become shorter.
+        Raises BadCheckpoint for a NaN or an infinity, and if the file cannot be read or has become shorter.
         """
         return fuse.strips(self._tensors, self.config, name, strip_bytes)

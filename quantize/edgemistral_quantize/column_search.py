@@ -1,4 +1,4 @@
-"""The jitted half of `gptq.py`: round one group of 32 columns, and better what was rounded.
+"""The jitted half of `gptq.py`: rounds one group of 32 columns, and improves rounded groups.
 
 As in `scale_search.py` a lane holds the group of one row, so plain loops become vector code with one order of every sum.
 """
@@ -29,10 +29,10 @@ I8 = NDArray[np.int8]
 
 
 def round_group(w: F32, weights: F32, levels: F32, unit: F32, upper: F32, errors: F32) -> tuple[U8, I8]:
-    """One group of all rows, column by column, each one's error fed forward: codes (rows, 32) and whole scales (rows,).
+    """Round one group of all rows, column by column, and feed each error forward: codes (rows, 32), whole scales (rows,).
 
-    w (rows, 32) is used up. upper (32, 32): the group's part of GPTQ's factor. errors (rows, 32) gets each error over the
-    factor's diagonal, for the columns behind the group.
+    w (rows, 32) is overwritten. upper (32, 32): the group's part of GPTQ's factor. errors (rows, 32) receives each error over
+    the factor's diagonal, for the columns after the group.
     """
     codes, whole = np.empty(w.shape, np.uint8), np.empty(len(w), np.int8)
     _round_rows(w, weights, levels, unit, upper, errors, codes, whole)
@@ -40,10 +40,10 @@ def round_group(w: F32, weights: F32, levels: F32, unit: F32, upper: F32, errors
 
 
 def better_group(codes: U8, whole: I8, gradient: F32, h: F32, levels: F32, unit: F32) -> F32:
-    """Change codes (rows, 32) and whole scales (rows,) in place where that lowers the error; the change of the weights.
+    """Change codes (rows, 32) and whole scales (rows,) in place if that lowers the error; returns the change of the weights.
 
-    gradient (rows, 32): the errors w - q of all columns times H, of the group's columns; it is used up. h (32, 32): H's
-    part for the group. First the scale that suits the codes best, then each code in turn: nothing raises the error.
+    gradient (rows, 32): the errors w - q of all columns times H, for the group's columns; it is overwritten. h (32, 32): H's
+    part for the group. First the best scale for the codes, then each code in turn. No step raises the error.
     """
     change = np.empty(gradient.shape, np.float32)
     _better_rows(codes, whole, gradient, h, levels, unit, change)
@@ -126,7 +126,7 @@ def _better_rows(codes: U8, whole: I8, gradient: F32, h: F32, levels: F32, unit:
 
 @inner
 def _better_scales(slope, value, h, units, found, scale, step, along):
-    """Move each lane's whole scale to the best one for its codes; step: by how much the real scale changed."""
+    """Move each lane's whole scale to the best one for its codes; step: the change of the real scale."""
     moment, energy = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     along[:] = ZERO
     for j in range(GROUP):

@@ -30,10 +30,10 @@ from edgemistral_quantize.checkpoint import Checkpoint, Strip
 from edgemistral_quantize.equalise import Change, Changes, layer_changes, output_changes
 from edgemistral_quantize.groups import default_levels, quantize_rows
 
-STRIP_BYTES = 1 << 24   # of rows as float32: large enough to keep all threads busy, small beside the caches of the disk
-STRIPS_IN_WORK = 8      # strips' worth of memory at any time: two being read and widened, one being quantized, copies
-ENOUGH = 1024           # different tokens to calibrate a model of any size with; less wide models need as many as columns
-WINDOWS_AT_ONCE = 8     # most windows of calibration that pass a layer together: it is read anew for the next ones
+STRIP_BYTES = 1 << 24   # of rows as float32: large enough to keep all threads busy, small relative to the disk cache
+STRIPS_IN_WORK = 8      # memory in strips at any time: two being read and widened, one being quantized, copies
+ENOUGH = 1024           # different tokens that suffice to calibrate any model; narrower models need as many as columns
+WINDOWS_AT_ONCE = 8     # most windows of calibration that pass a layer together; the layer is read again for the next ones
 
 Progress = Callable[[int, int], object]
 
@@ -57,39 +57,36 @@ def quantize(
     lora: str | os.PathLike[str] | None = None,
     notice: Callable[[str], object] | None = None,
 ) -> Path:
-    """Make a blob of a checkpoint directory in Hugging Face or Mistral layout, or of a GGUF file; returns its path.
+    """Make a blob from a checkpoint directory in Hugging Face or Mistral layout, or from a GGUF file; returns its path.
 
-    `bits` (4 or 8; None: 4, or 8 for a GGUF that is quantized already) are those of the layers'
-    matrices, `output_bits` those of the output head; embeddings become bfloat16. Bits between, such as 4.5, are an
-    average that the layers keep to, scales included: matrices that lose most in 4 bits take 8 (`sensitivity.py`).
-    `max_ram` bounds the bytes of working memory, beside what Python and the compiled kernels take.
+    bits: of the layers' matrices, 4 or 8; None: 4, or 8 for a GGUF that is quantized already. A value between, such as 4.5,
+    is the average over the layers with scales: the matrices that lose most in 4 bits get 8 (`sensitivity.py`). output_bits:
+    of the output head. Embeddings become bfloat16. max_ram: bytes of working memory, without Python and compiled kernels.
 
-    `calibrate`: "fast" measures on a text what each column of the matrices carries, weighs its rounding errors by that
-    and evens the columns out; with 4 bits later columns make up for the errors of earlier ones (GPTQ), in parts of 512
-    columns. "full" does so over all columns, reads more text and betters the result, which takes several times as long;
-    it changes 8 bits little. "none" does none of it. The text is the package's own or, in UTF-8, `calibration_text`. The
-    method and the text's sha256 are kept in the blob. A text with fewer different tokens than the model has columns (1024
-    are always enough) calibrates nothing: `notice` tells so, and the blob is that of "none".
+    calibrate: "fast" measures the inputs of each column on a text, weights the rounding errors by them and equalises the
+    columns; with 4 bits later columns compensate the errors of earlier ones (GPTQ), in parts of 512 columns. "full" does
+    this over all columns, reads more text and improves the result. It takes several times as long, and changes 8 bits
+    little. "none" skips all of this. The text is the package's own or `calibration_text`, in UTF-8. The blob keeps the
+    method and the text's sha256. If the text has fewer different tokens than the model has columns (1024 are always enough),
+    nothing is calibrated: `notice` says so, and the blob is that of "none".
 
-    The blob grows as DST.partial and gets its name when it is whole and on the disk. After a crash or an error
-    `resume=True` goes on behind the tensors that are already in DST.partial, once their checksums and those of their
-    sources are found to match; the calibration of their layers is computed again. `force=True` starts again and replaces
-    an existing DST.
+    The blob is written as DST.partial and renamed when it is complete and on the disk. After a crash or an error,
+    `resume=True` continues after the tensors in DST.partial whose checksums, and those of their sources, match; the
+    calibration of their layers is computed again. `force=True` starts again and replaces an existing DST.
 
-    chat_template: a file with the Jinja template to use instead of the checkpoint's own. lora: the folder of a PEFT
-    adapter that is merged into the weights. `progress`: a bar on the terminal, or a function that is called as
-    progress(done, total), in bytes, now and then and from any thread; what it raises ends the work. `notice` is called
-    with one line about what the user should know.
+    chat_template: a file with a Jinja template to use instead of the checkpoint's. lora: the folder of a PEFT adapter to
+    merge into the weights. progress: whether to show a bar on the terminal, or a function called as progress(done, total),
+    in bytes, from any thread; its exceptions end the work. notice: called with one line that the user should know.
 
-    Raises BadConfig and BadCheckpoint when the checkpoint cannot be used (before anything is written, but for a NaN, an
-    infinity or an unreadable file in the middle), BadInput for everything about DST and the arguments, a full disk too.
+    Raises BadConfig and BadCheckpoint if the checkpoint cannot be used (before anything is written, except for a NaN, an
+    infinity or an unreadable file in the middle), BadInput for wrong arguments and all problems with DST, such as a full disk.
     """
     if output_bits not in BLOCK_BYTES:
-        raise BadInput(f"output_bits is {output_bits}; supported are {' and '.join(map(str, BLOCK_BYTES))}")
+        raise BadInput(f"output_bits is {output_bits}; supported: {' and '.join(map(str, BLOCK_BYTES))}")
     if bits is not None and bits not in BLOCK_BYTES:
         sensitivity.check_bits(bits)
         if calibrate == "none":
-            raise BadInput(f"bits is {bits} and calibrate is 'none': which matrices deserve 8 bits takes a calibration")
+            raise BadInput(f"bits is {bits} and calibrate is 'none': choosing the matrices with 8 bits takes a calibration")
     checkpoint = Checkpoint(
         Path(src), None if chat_template is None else Path(chat_template), None if lora is None else Path(lora)
     )
@@ -129,7 +126,7 @@ def _choose(
 
 
 def quantized_twice(types: str, source_bits: float, bits: float) -> str:
-    """What to know before weights that are quantized already are quantized once more."""
+    """The notice before quantizing weights that are already quantized."""
     return (
         f"note: SRC is quantized already ({types}, {source_bits:.1f} bits per weight). Quantizing it again to {bits:g} bits "
         f"loses again: {'little' if bits == 8 else 'much'}. The original model gives a better file"
@@ -138,10 +135,10 @@ def quantized_twice(types: str, source_bits: float, bits: float) -> str:
 
 
 def few_tokens(different: int, dim: int) -> str:
-    """Why a calibration is left out."""
+    """The notice that calibration is skipped."""
     return (
-        f"note: the calibration text has {different} different tokens of this vocabulary. That says too little about {dim} "
-        "columns: quantizing without calibration. A longer --calibration-text helps where the vocabulary is larger"
+        f"note: the calibration text has {different} different tokens of this vocabulary. That is too few for {dim} "
+        "columns: quantizing without calibration. A longer --calibration-text helps if the vocabulary is larger"
     )
 
 
@@ -149,7 +146,7 @@ def convert(
     checkpoint: Checkpoint, dst: Path, recipe: Recipe, calibration: Calibration | None, max_ram: int, resume: bool = False,
     force: bool = False, progress: bool | Progress = True,
 ) -> Path:
-    """`quantize` behind the reading of its arguments: for tokens that come from elsewhere."""
+    """`quantize` with a checkpoint and calibration tokens that are already read."""
     if dst.exists() and any(dst.samefile(file) for file in checkpoint.files):
         raise BadInput(f"{dst}: a part of the checkpoint itself")
     strip_bytes, calibration, at_once = _share_memory(checkpoint, calibration, max_ram)
@@ -165,9 +162,9 @@ def convert(
         ) as writer,
         _Bar(
             total=checkpoint.n_bytes * (1 + rounds), desc=dst.name, unit="B", unit_scale=True, unit_divisor=1024,
-            disable=None if progress is True else True,   # None: only where a terminal shows it
+            disable=None if progress is True else True,   # None: only in a terminal
         ) as bar,
-        # Threads are ours, each with its own products: so sums have one order, and no idle worker of BLAS spins.
+        # We use our own threads, each with its own products: sums have one order, and no idle BLAS thread spins.
         threadpool_limits(1, user_api="blas"),
         contextlib.ExitStack() as stack,
     ):
@@ -201,13 +198,13 @@ def convert(
 
 
 class _Bar(tqdm):  # type: ignore[misc]
-    """A bar without the thread that tqdm starts to watch bars, and never ends."""
+    """A bar without tqdm's monitor thread, which never ends."""
 
     monitor_interval = 0
 
 
 def _telling(progress: Progress, total: int) -> Callable[[int], object]:
-    """A function that counts bytes and tells how far it is, at every hundredth part."""
+    """A function that counts bytes and calls `progress` at every hundredth of the total."""
     done = told = 0
 
     def update(n: int) -> None:
@@ -223,7 +220,7 @@ def _telling(progress: Progress, total: int) -> Callable[[int], object]:
 def _share_memory(
     checkpoint: Checkpoint, calibration: Calibration | None, max_ram: int
 ) -> tuple[int, Calibration | None, int]:
-    """Bytes of a strip, the calibration with as many windows as there is room for, and how many pass a layer at once."""
+    """Bytes of a strip, the calibration with as many windows as fit, and how many of them pass a layer at once."""
     needed = STRIPS_IN_WORK * checkpoint.min_strip_bytes
     if max_ram < needed:
         raise BadInput(f"max_ram is {max_ram} bytes; this checkpoint needs {needed}")
@@ -250,7 +247,7 @@ def _share_memory(
 def _moments(
     config: ModelConfig, recipe: Recipe, calibration: Calibration | None, writer: BlobWriter, layer: str
 ) -> dict[str, gptq.Moments] | None:
-    """For each matrix of a layer what a full calibration collects; None where nothing is to be collected."""
+    """The moments to collect for each matrix of a layer; None if there is nothing to collect."""
     if calibration is None or recipe.bits != 4:
         return None
     cols = {"wqkv": config.dim, "wo": config.q_dim, "w13": config.dim, "w2": config.hidden_dim}
@@ -276,8 +273,8 @@ class _Conversion:
         progress: Callable[[int], object],
     ) -> None:
         self.checkpoint, self.writer, self.strip_bytes, self.progress = checkpoint, writer, strip_bytes, progress
-        self.samples = samples     # different inputs that the calibration is made of
-        self.spare = spare         # bytes that are free between two layers of the calibration
+        self.samples = samples     # number of different inputs of the calibration
+        self.spare = spare         # free bytes between two layers of the calibration
 
     def write_matrix(self, matrix: Matrix, change: Change, moments: gptq.Moments | None = None) -> None:
         """Codes, row scales and levels of one matrix, which `change` prepares; by GPTQ if there are `moments`."""
@@ -307,7 +304,7 @@ class _Conversion:
     def _rounded(
         self, matrix: Matrix, change: Change, levels: NDArray[np.uint8] | None, moments: gptq.Moments | None, digest: Any
     ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float32]]]:
-        """Packed panels and row scales of the matrix's rows, some at a time."""
+        """Packed panels and row scales of the matrix, some rows at a time."""
         n_rows = 0
         strips = _one_ahead(widen(strip) for strip in self._read(matrix.name, digest))
         if moments is None or levels is None or change.columns is None:
@@ -335,7 +332,7 @@ class _Conversion:
             self.writer.write(spec.name, rows, digest.hexdigest)
 
     def write_tokenizer(self) -> None:
-        """The SentencePiece model as it is."""
+        """The tokenizer's bytes, unchanged."""
         tokenizer = self.checkpoint.tokenizer
         self.writer.write("tokenizer", [tokenizer], hashlib.sha256(tokenizer).hexdigest)
 
@@ -346,7 +343,7 @@ class _Conversion:
             yield strip
 
     def _is_done(self, name: str, *stored: str) -> bool:
-        """Whether an earlier run wrote all tensors that are made of source `name`, and of the same weights."""
+        """Whether an earlier run wrote all tensors made from source `name`, with the same weights."""
         if not all(self.writer.done(each) for each in (name, *stored)):
             return False
         digest = hashlib.sha256()

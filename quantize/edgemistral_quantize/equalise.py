@@ -1,9 +1,9 @@
-"""Even out the columns that a matrix meets, offline, and weigh their errors: what the statistics of a layer are used for.
+"""Uses the statistics of a layer: equalises the inputs of a matrix, offline, and weights its columns' errors.
 
 A few inputs of a trained model are much larger than the others, and the kernels give 128 inputs one 8-bit scale. So input
 j is divided by  s[j] = rms(x[j]) ** alpha  (over its geometric mean), and column j of the matrix multiplied by it. This is
-the idea of SmoothQuant (arXiv 2211.10438). The division costs nothing when the model runs, because it goes into what makes
-the input:
+the idea of SmoothQuant (arXiv 2211.10438). The division costs nothing at run time, because it is merged into the source of the
+input:
 
     wqkv, w13, output   the norm's weight
     wo                  the rows of wv: one s for all the query heads that share a value head
@@ -25,14 +25,15 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 # By bits. Tried by hand on SmolLM2-135M-Instruct and on the demo model; no committed benchmark shows these values yet.
-# For 8 bits SmolLM2 wants 0.5 and the demo model less: 0.4 lies between, and was chosen with the demo's test questions known.
+# For 8 bits, 0.5 is best for SmolLM2 and a smaller value for the demo model: 0.4 is between, chosen with knowledge of the
+# demo's test questions.
 ALPHA = {4: 0.25, 8: 0.4}
-FLOOR = 1e-3                # of the mean square: what hardly moved in the calibration text may move in another
+FLOOR = 1e-3                # of the mean square: an input that is small in the calibration text may be larger in another
 
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to one matrix before it is quantized, and what its columns' errors weigh; None: nothing, all alike."""
+    """Changes to one matrix before it is quantized, and weights of its columns' errors; None: no change, equal weights."""
 
     columns: F32 | None = None      # (cols,), factors
     rows: F32 | None = None         # (rows,), factors, in the order of the blob
@@ -49,14 +50,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Changes:
-    """By the names of the parts: the matrices, and the factors (dim,) of the norms."""
+    """The changes of matrices and the factors (dim,) of norms, by name."""
 
     matrices: Mapping[str, Change]
     norms: Mapping[str, F32]
 
 
 def layer_changes(config: ModelConfig, measured: Mapping[str, F64], bits: int, samples: float) -> Changes:
-    """For one layer, from the mean squares (cols,) of `samples` different inputs of wqkv, wo, w13 and w2."""
+    """The changes of one layer, from the mean squares (cols,) of `samples` different inputs of wqkv, wo, w13 and w2."""
     c, alpha = config, ALPHA[bits]
     mean_squares = {name: shrunk(values, samples) for name, values in measured.items()}
     s = {name: factors(values, alpha) for name, values in mean_squares.items()}
@@ -88,10 +89,10 @@ def output_changes(measured: F64, bits: int, samples: float) -> Changes:
 
 
 def shrunk(mean_squares: F64, samples: float) -> F64:
-    """The same brought nearer to each other by the share of their differences that is chance.
+    """The same, moved towards each other by the share of their differences that is chance.
 
-    The logarithm of a mean square of n normal numbers has the variance 2 / n. What the logarithms vary more than that is
-    the model's doing. Trained models' columns vary by hundreds of times as much, those of random weights by little more.
+    The logarithm of a mean square of n normal numbers has the variance 2 / n. Any larger variance comes from the model: it
+    is hundreds of times larger for trained models, and little larger for random weights.
     """
     logs = np.log(np.maximum(mean_squares, FLOOR**2 * mean_squares.mean() + np.finfo(np.float64).tiny))
     spread = logs.var()
@@ -101,7 +102,7 @@ def shrunk(mean_squares: F64, samples: float) -> F64:
 
 
 def factors(mean_squares: F64, alpha: float) -> F64:
-    """s (cols,): positive, 1 in the geometric mean; all 1 where nothing was measured."""
+    """s (cols,): positive, with geometric mean 1; all 1 if nothing was measured."""
     mean = mean_squares.mean()
     if not mean > 0 or alpha == 0:
         return np.ones_like(mean_squares)

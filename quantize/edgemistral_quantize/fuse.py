@@ -1,4 +1,4 @@
-"""From a source's tensors to the rows of a blob's: q, k and v one after another, gate and up in turn."""
+"""Joins a source's tensors to the rows of a blob's: q, k and v one after another, gate and up in turn."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ MIN_ROWS = 2 * layout.PANEL   # of a strip
 
 
 def min_strip_bytes(tensors: Mapping[str, Tensor], config: ModelConfig) -> int:
-    """Of the largest strip that cannot be smaller, as float32: a head of wqkv, 32 rows of another matrix."""
+    """Bytes of the largest indivisible strip as float32: a head of wqkv, or 32 rows of another matrix."""
     c = config
     held = max(tensor.held_bytes for tensor in tensors.values())
     return held + 4 * max(c.head_dim * c.dim, MIN_ROWS * max(2 * c.dim, c.q_dim, c.hidden_dim))
 
 
 def strips(tensors: Mapping[str, Tensor], config: ModelConfig, name: str, strip_bytes: int) -> Iterator[Strip]:
-    """The rows of blob tensor `name`, of the source's tensors by our names (layers.0.wq, ...).
+    """The rows of blob tensor `name`, from the source's tensors by our names (layers.0.wq, ...).
 
     Strips are at most `strip_bytes` large when widened to float32, unless `min_strip_bytes` is more. All but the last
     have a multiple of 32 rows; a norm is one row.

@@ -1,15 +1,15 @@
-"""Quantize column by column, and let the columns to come make up for each one's error: GPTQ (arXiv 2210.17323).
+"""Quantizes column by column, and lets later columns compensate each error: GPTQ (arXiv 2210.17323).
 
-For a matrix W whose inputs have the second moments H = E[x x^T], the columns are rounded in their order. The error of a
-column, over the diagonal of the factor U (H^-1 = U^T U, U upper), is fed forward: column k loses  error * U[j, k]. The scale
-of each group of 32 columns is searched when its turn comes, on weights that are corrected already, with H's diagonal as the
-weight of each column's error. Codes and scales are those of `groups.py`: 4 bits, whole scales on the row's unit. Then every
-group is bettered in turn, `SWEEPS` times over all columns: its scale by least squares, each of its codes while the others
-stay. No step raises the error  tr((W - Q) H (W - Q)^T).
+For a matrix W whose inputs have the second moments H = E[x x^T], the columns are rounded in order. The error of a column j,
+over the diagonal of the factor U (H^-1 = U^T U, U upper), is fed forward: column k loses  error * U[j, k]. The scale of each
+group of 32 columns is searched in its turn, on weights that are already corrected, with H's diagonal as the weight of each
+column's error. Codes and scales are those of `groups.py`: 4 bits, whole scales on the row's unit. Then every group is improved
+in turn, `SWEEPS` times over all columns: its scale by least squares, and each code while the others are fixed. No step raises
+the error  tr((W - Q) H (W - Q)^T).
 
-A matrix is cut in parts of columns, whose errors stay within them. Parts of `MOST_COLUMNS["fast"]` cost little more than
-no feedback at all, and have most of its use. Those of "full" are as large as the memory bears: a factor of all the 14,336
-columns of a 7B's w2 would not fit.
+A matrix is cut into parts of columns; errors stay within a part. Parts of `MOST_COLUMNS["fast"]` cost little more than no
+feedback, and have most of its effect. Those of "full" are as large as the memory allows: a factor of all 14,336 columns of a
+7B's w2 would not fit.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ I8 = NDArray[np.int8]
 
 MOST_COLUMNS = {"fast": 512, "full": 4096}   # of a part
 SWEEPS = {"fast": 0, "full": 3}
-DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)   # of the mean diagonal, added to it; the next one where Cholesky fails
-ROWS = 256                              # of a matrix in one product, whatever the memory and the threads
-COPIES = 6                              # of its rows that rounding them takes, at most
+DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)   # share of the mean diagonal, added to it; the next one if Cholesky fails
+ROWS = 256                              # of a matrix in one product, for any memory and threads
+COPIES = 6                              # most copies of its rows while they are rounded
 
-Map = Callable[..., Iterable[object]]   # as Python's own, in several threads
+Map = Callable[..., Iterable[object]]   # Python's `map`, in several threads
 
 
 def parts(cols: int, method: str) -> list[slice]:
@@ -56,7 +56,7 @@ class Moments:
         self.sums = [np.zeros((part.stop - part.start,) * 2, np.float32) for part in self.parts]
 
     def add(self, x: F32, map_: Map) -> None:
-        """Of one window (tokens, cols). Call it in the order of the windows."""
+        """Add one window (tokens, cols). Call it in the order of the windows."""
         for part, total in zip(self.parts, self.sums, strict=True):
             inputs = np.ascontiguousarray(x[:, part])
 
@@ -77,7 +77,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Factors:
-    """What rounding a matrix needs of its moments: of each part U and H, damped; and of each column H's diagonal, (cols,)."""
+    """The moments in the form that rounding needs: U and damped H of each part, and H's diagonal (cols,)."""
 
     parts: Sequence[slice]
     upper: Sequence[F32]
@@ -87,7 +87,7 @@ class Factors:
 
     @classmethod
     def of(cls, moments: Moments, columns: F32, samples: float) -> Factors:
-        """For inputs that are divided by `columns` (cols,), measured on `samples` different ones. Uses the moments up."""
+        """For inputs divided by `columns` (cols,), measured on `samples` different ones. Overwrites the moments."""
         upper: list[F32] = []
         diagonal: list[F32] = []
         for part, h in zip(moments.parts, moments.whole(), strict=True):
@@ -100,11 +100,11 @@ class Factors:
 
 
 def _shrink(h: F32, samples: float) -> None:
-    """Bring the columns' products, in place, nearer to 0 by the share of them that is chance.
+    """Shrink the columns' products, in place, towards 0 by their share of chance.
 
     The share is that of Ledoit and Wolf ("A well-conditioned estimator for large-dimensional covariance matrices", 2004)
-    for normal inputs and the diagonal as the target. Columns that belong together in a trained model hardly move; those
-    of random weights, which a text with few different tokens makes look alike, come apart.
+    for normal inputs and the diagonal as the target. Correlated columns of a trained model change little. Columns of random
+    weights, which seem correlated on a text with few different tokens, become independent.
     """
     diagonal = np.diagonal(h).astype(np.float64)
     of_all = float(np.einsum("ij,ij->", h, h, dtype=np.float64))
@@ -116,9 +116,9 @@ def _shrink(h: F32, samples: float) -> None:
 
 
 def _factor(h: F32) -> F32:
-    """U, upper, with U^T U the inverse of h; h becomes 1 in the mean of its diagonal, and is damped."""
+    """U, upper, with U^T U the inverse of h; h is scaled to a mean diagonal of 1, and damped."""
     mean = np.diagonal(h).mean(dtype=np.float64)
-    if not mean > 0:   # nothing ever came in
+    if not mean > 0:   # all inputs were 0
         h[:] = 0
         np.fill_diagonal(h, 1)
         return np.eye(len(h), dtype=np.float32)
@@ -127,7 +127,7 @@ def _factor(h: F32) -> F32:
     diagonal = np.diagonal(turned).copy()
     for damping in DAMPING:
         np.fill_diagonal(turned, diagonal + damping)
-        try:   # turning rows and columns round makes the lower factor of h the upper one of its inverse
+        try:   # reversing rows and columns makes the lower factor of h the upper one of its inverse
             upper = np.ascontiguousarray(np.linalg.inv(np.linalg.cholesky(turned))[::-1, ::-1], np.float32)
         except np.linalg.LinAlgError:
             continue
@@ -139,7 +139,7 @@ def _factor(h: F32) -> F32:
 
 
 def work_bytes(config: ModelConfig, method: str) -> int:
-    """Memory of a layer's moments and of the largest factor while it is made, with what one matrix needs to be rounded."""
+    """Memory of a layer's moments, of the largest factor while it is made, and of rounding one matrix."""
     widths = (config.dim, config.q_dim, config.dim, config.hidden_dim)
     sizes: list[list[int]] = [[part.stop - part.start for part in parts(cols, method)] for cols in widths]
     largest = max(max(matrix) for matrix in sizes)
@@ -148,7 +148,7 @@ def work_bytes(config: ModelConfig, method: str) -> int:
 
 
 def tiles_at_once(cols: int, threads: int, spare: int) -> int:
-    """How many threads may round rows of a matrix within `work_bytes` and `spare` bytes more."""
+    """How many threads may round rows of a matrix within `work_bytes` plus `spare` bytes."""
     return max(1, min(threads, 1 + spare // _tile_bytes(cols)))
 
 
@@ -197,7 +197,7 @@ def quantize_rows(w: F32, levels: U8, factors: Factors) -> tuple[U8, F32]:
 
 
 def _better(exact: F32, codes: U8, scales: I8, values: F32, unit: F32, h: F32, sweeps: int) -> None:
-    """Codes and whole scales of one part of the rows, changed in place."""
+    """Improve codes and whole scales of one part of the rows, in place."""
     if not sweeps:
         return
     gradient = (exact - values[codes] * (np.repeat(scales.astype(np.float32), GROUP, axis=1) * unit[:, None])) @ h

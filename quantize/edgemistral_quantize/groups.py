@@ -1,13 +1,13 @@
-"""Group quantization: float32 rows to the packed panels of `edgemistral.files.layout`.
+"""Group quantization: from float32 rows to the packed panels of `edgemistral.files.layout`.
 
 A weight becomes  row_scale * group_scale * value : a float32 for the row, a signed byte for each group of 32 columns,
-and a value that is one of 16 levels (4 bits) or a code in -127..127 (8 bits). The squared error, weighted by the
-columns' importance where it is known, is minimised by search (`scale_search.py`):
+and a value that is one of 16 levels (4 bits) or a code in -127..127 (8 bits). A search (`scale_search.py`) minimises the
+squared error, weighted by the columns' importance if it is known:
 
-    4 bits  The 16 levels are not symmetric, so a group may use them either way round. Its largest weight is laid at
-            8 places around either end of the levels; for each of them all weights go to their nearest level, and
-            least squares gives the scale that suits this assignment best: sum(w q) / sum(q q). The largest scale of
-            a row becomes 127, and each group takes the best of the five whole numbers around its own scale.
+    4 bits  The 16 levels are not symmetric, so a group's scale may be negative. Its largest weight is placed at 8
+            positions around either end of the levels. For each position all weights go to their nearest level, and least
+            squares gives the best scale: sum(w q) / sum(q q). The largest scale of a row becomes 127, and each group takes
+            the best of the five whole numbers around its own scale.
     8 bits  The largest weight of a row becomes 127 * 127, and each group takes the best of 19 whole numbers from
             just below the smallest one that clips none of its weights.
 """
@@ -28,12 +28,12 @@ from edgemistral_quantize.scale_search import find_peaks, quantize_panels_4, qua
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
-# For Gaussian and slightly heavier-tailed groups, as trained weights have: `python bench/quantization_error.py --fit`.
+# Fitted to Gaussian and slightly heavier-tailed groups, as in trained weights: `python bench/quantization_error.py --fit`.
 DEFAULT_LEVELS = (-62, -49, -38, -30, -23, -17, -11, -6, -1, 4, 9, 14, 20, 27, 35, 47)
 
 
 def default_levels() -> U8:
-    """The 16 levels as a blob stores them: uint8 (64,), 64 added to each, all four times over."""
+    """The 16 levels as a blob stores them: uint8 (64,), 64 added to each, repeated four times."""
     return stored_levels(DEFAULT_LEVELS)
 
 
@@ -50,7 +50,7 @@ def quantize_rows(
     w           float32 (rows, cols), C-contiguous, finite
     bits        4 or 8
     levels      uint8 (64,) as a blob stores them, for 4 bits only; None stands for `default_levels()`
-    importance  float32 (cols,), finite, >= 0: the weight of each column's squared error; None stands for all alike
+    importance  float32 (cols,), finite, >= 0: the weight of each column's squared error; None: equal weights
     threads     None: one for every CPU
 
     Returns packed uint8 (panels, blocks, bytes of a block) and row scales float32 (panels * 16,), for rows padded to a
@@ -58,7 +58,7 @@ def quantize_rows(
     another type, shape or range.
     """
     if bits not in BLOCK_BYTES:
-        raise ValueError(f"bits is {bits}: supported are {' and '.join(map(str, BLOCK_BYTES))}")
+        raise ValueError(f"bits is {bits}; supported: {' and '.join(map(str, BLOCK_BYTES))}")
     if bits == 8:
         return quantize_to_levels(w, None, importance, threads)
     stored = default_levels() if levels is None else levels
@@ -71,13 +71,13 @@ def quantize_rows(
 def quantize_to_levels(
     w: F32, levels: F32 | None, importance: F32 | None = None, threads: int | None = None
 ) -> tuple[U8, F32]:
-    """`quantize_rows` for levels that are float32 (16,) and need not be whole numbers; None stands for 8 bits."""
+    """`quantize_rows` for levels that are float32 (16,), also with fractions; None means 8 bits."""
     if w.ndim != 2 or w.dtype != np.float32 or not w.flags.c_contiguous or w.size == 0:
         raise ValueError("the weights must be a C-contiguous float32 matrix")
     rows, cols = w.shape
     weights = _column_weights(importance, cols)
     w = w.view()
-    w.flags.writeable = False    # numba compiles read-only and writable arrays apart: once is enough
+    w.flags.writeable = False    # numba would compile again for writable arrays
 
     panels, blocks = round_up(rows, PANEL) // PANEL, round_up(cols, BLOCK) // BLOCK
     packed = np.empty((panels, blocks, BLOCK_BYTES[8 if levels is None else 4]), np.uint8)
@@ -102,7 +102,7 @@ def quantize_to_levels(
 def _column_weights(importance: F32 | None, cols: int) -> F32:
     """Weights of the columns' errors, 1 on average, 0 for padded columns: float32 (cols rounded up to a block,).
 
-    No real column counts for less than a millionth, so that each group has a scale, whatever its importance.
+    A real column has a weight of at least a millionth, so that each group has a scale.
     """
     weights = np.zeros(round_up(cols, BLOCK), np.float32)
     if importance is None:

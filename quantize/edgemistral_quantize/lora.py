@@ -1,9 +1,9 @@
-"""Merge a LoRA adapter in PEFT's format into the tensors of its base model, a strip of rows at a time.
+"""Merges a LoRA adapter in PEFT's format into the tensors of its base model, a strip of rows at a time.
 
-    W' = W + s B A, with s = lora_alpha / r (or / sqrt(r): rsLoRA); DoRA scales each row of that to its stored length
+    W' = W + s B A, with s = lora_alpha / r (or / sqrt(r): rsLoRA); DoRA scales each row of W' to its stored length
 
-Sources: https://arxiv.org/abs/2106.09685, 2312.03732, 2402.09353, and PEFT's own layers. Held in memory are the factors
-of the one tensor that is read: A, and B's rows of the strip.
+Sources: https://arxiv.org/abs/2106.09685, 2312.03732, 2402.09353, and PEFT's own layers. Only the factors of the tensor
+that is being read are in memory: A, and B's rows of the strip.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class MergedTensor:
 
     @property
     def held_bytes(self) -> int:
-        """Of the factors as float32, and as they are stored while they are widened."""
+        """Bytes of the factors as float32, plus their stored form while they are widened."""
         return self.base.held_bytes + 8 * (int(np.prod(self.a.shape)) + int(np.prod(self.b.shape)))
 
     def read(self, begin: int, end: int) -> Strip:
@@ -81,10 +81,10 @@ class MergedTensor:
 
 
 def merge(tensors: Mapping[str, Tensor], adapter: Path) -> tuple[dict[str, Tensor], list[Path]]:
-    """The base's tensors by our names with the adapter in them, and the adapter's files.
+    """The base's tensors by our names with the adapter merged, and the adapter's files.
 
-    BadCheckpoint: the folder is no LoRA adapter, or one that does not fit these tensors, or of a kind that is not merged
-    here; nothing of an adapter is ever left out silently.
+    BadCheckpoint: the folder is not a LoRA adapter, does not fit these tensors, or is of a kind that cannot be merged. No
+    part of an adapter is ever ignored silently.
     """
     config_file, weights_file = adapter / recognise.ADAPTER_CONFIG, adapter / WEIGHTS
     if adapter.is_file():
@@ -103,14 +103,14 @@ def merge(tensors: Mapping[str, Tensor], adapter: Path) -> tuple[dict[str, Tenso
         raise BadCheckpoint(f"{weights_file}: holds no tensors")
     for tensor in stored.values():
         if tensor.entry.dtype not in DTYPES:
-            raise BadCheckpoint(f"{tensor} has dtype {tensor.entry.dtype}; supported are {', '.join(DTYPES)}")
+            raise BadCheckpoint(f"{tensor} has dtype {tensor.entry.dtype}; supported: {', '.join(DTYPES)}")
     factors: dict[str, dict[str, StoredTensor]] = {}
     merged = dict(tensors)
     for name, tensor in stored.items():
         if match := PART.fullmatch(name):
             parts = factors.setdefault(match[1], {})
             if match[2] in parts:
-                raise BadCheckpoint(f"{tensor} is there twice, under another name too")
+                raise BadCheckpoint(f"{tensor} occurs twice, also under another name")
             parts[match[2]] = tensor
         elif match := SAVED.fullmatch(name):   # of modules_to_save: replaces the base's
             ours = _ours(match[1], tensors, tensor)
@@ -133,11 +133,11 @@ def merge(tensors: Mapping[str, Tensor], adapter: Path) -> tuple[dict[str, Tenso
 def _check_kind(config: Mapping[str, Any], where: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise BadCheckpoint(f"{where}: peft_type is {str(kind)[:40]!r}; merged are adapters of type LORA")
+        raise BadCheckpoint(f"{where}: peft_type is {str(kind)[:40]!r}; only adapters of type LORA are merged")
     if config.get("fan_in_fan_out"):
         raise BadCheckpoint(f"{where}: fan_in_fan_out is set; a Mistral or Llama model has no such layers")
     if config.get("bias", "none") != "none":
-        raise BadCheckpoint(f"{where}: bias is {str(config['bias'])[:40]!r}; supported are models without biases")
+        raise BadCheckpoint(f"{where}: bias is {str(config['bias'])[:40]!r}; supported: models without biases")
     for name in UNUSED:
         if config.get(name):
             raise BadCheckpoint(f"{where}: {name} is set; such adapters are not merged here")

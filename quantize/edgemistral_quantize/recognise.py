@@ -1,7 +1,7 @@
-"""Say what a user gave, in its own words, before anything is said to be missing or misshapen.
+"""Recognizes what a user gave, for an error message that names it instead of only what is missing.
 
-`locate` finds the folder or the file to read. `instead_of_weights` tells what a folder holds when it holds no weights
-that can be read; `already_quantized` tells by tensors who quantized them.
+`locate` finds the folder or the file to read. `instead_of_weights` describes a folder without readable weights.
+`already_quantized` recognizes the quantization method by the names of tensors.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ QUANTIZED_BY = (   # a pattern of tensor names that only this method has
 
 
 def locate(source: Path) -> Path:
-    """The folder with a checkpoint, or the GGUF file, that `source` stands for.
+    """The folder with a checkpoint, or the GGUF file, that `source` means.
 
-    A folder of the Hugging Face cache stands for its snapshot. BadCheckpoint: there is nothing, or another file.
+    A folder of the Hugging Face cache means its snapshot. BadCheckpoint: it does not exist, or is another kind of file.
     """
     if source.is_symlink() and not source.exists():
         raise BadCheckpoint(f"{source}: a link to a file that is not there; is the download complete?")
@@ -74,7 +74,7 @@ def locate(source: Path) -> Path:
 
 
 def _similar(missing: Path) -> str:
-    """The end of a message: what is there under nearly the same name."""
+    """The end of a message: an existing path with a similar name."""
     try:
         names = [path.name for path in missing.parent.iterdir()]
     except OSError:
@@ -84,7 +84,7 @@ def _similar(missing: Path) -> str:
 
 
 def _check_file(path: Path) -> Path:
-    """A GGUF file itself; a message for all others."""
+    """The path if it is a GGUF file; BadCheckpoint for all others."""
     try:
         with regular.reading(path, BadCheckpoint) as file:
             start = file.read(SNIFFED)
@@ -98,7 +98,7 @@ def _check_file(path: Path) -> Path:
     if what is not None:
         raise BadCheckpoint(f"{path}: {what}")
     if METADATA.encode() in header and b'"edgemistral' in header:
-        raise BadCheckpoint(f"{path}: a model file that quantize has made already; `edgemistral run` takes it")
+        raise BadCheckpoint(f"{path}: already a model file made by quantize; use `edgemistral run` with it")
     if path.name.startswith("adapter_"):
         raise BadCheckpoint(f"{path}: a file of a LoRA adapter; use quantize BASE DST --lora {path.parent}")
     kind = "the weights without the config and the tokenizer" if header or path.suffix == ".safetensors" else "a file"
@@ -123,7 +123,7 @@ def _snapshot(cache: Path) -> Path:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What is in a folder, by name; names that begin with a dot (as macOS's ._ files) are not there."""
+    """The sorted entries of a folder, without names that begin with a dot (such as macOS's ._ files)."""
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as problem:
@@ -131,7 +131,7 @@ def visible(folder: Path) -> list[Path]:
 
 
 def unfinished(folder: Path) -> str:
-    """The end of a message: an unfinished download in or beside the folder, if there is one."""
+    """The end of a message: an unfinished download in or next to the folder, if there is one."""
     places = (folder, folder / ".cache" / "huggingface" / "download", folder / "blobs", folder.parent.parent / "blobs")
     for place in places:
         if place.is_dir():
@@ -142,7 +142,7 @@ def unfinished(folder: Path) -> str:
 
 
 def instead_of_weights(folder: Path) -> str:
-    """The end of a message about a folder without a config or without weights: what it holds instead."""
+    """The end of a message about a folder without a config or without weights: what it contains instead."""
     names = [path.name for path in visible(folder)]
     configs = [name for name in names if name in CONFIGS]
     if ADAPTER_CONFIG in names or any(name.startswith("adapter_model.") for name in names):
@@ -166,7 +166,7 @@ def instead_of_weights(folder: Path) -> str:
             return f"; its folder {inner[0]} has one: give that"
         return ""
     weights = next((name for name in names if name.lower().endswith(".safetensors")), None)
-    if weights is not None:     # in the other layout than the config
+    if weights is not None:     # in another layout than the config
         other = next(name for name in CONFIGS if name not in configs)
         return f"; {weights} belongs to the layout with {other}, which is not there" if len(configs) == 1 else ""
     for inner_folder in (path for path in visible(folder) if path.is_dir()):
@@ -187,7 +187,7 @@ def _base_of(folder: Path) -> str:
 
 
 def already_quantized(tensors: Iterable[tuple[str, str]]) -> str | None:
-    """Of (name, dtype): `METHOD: tensor NAME` when they are another program's quantized weights."""
+    """From (name, dtype) of tensors: `METHOD: tensor NAME` if another program has quantized them."""
     listed = list(tensors)
     for pattern, method in QUANTIZED_BY:
         for name, _ in listed:
@@ -200,7 +200,7 @@ def already_quantized(tensors: Iterable[tuple[str, str]]) -> str | None:
 
 
 def numbered_gap(paths: list[Path]) -> str | None:
-    """The first name that is missing of files ...-00001-of-0000N..., or what else is wrong with their numbers."""
+    """The first missing name of files ...-00001-of-0000N..., or another error in their numbers."""
     groups: dict[tuple[str, str, str], dict[int, Path]] = {}
     for path in paths:
         if match := NUMBERED.fullmatch(path.name):

@@ -1,10 +1,10 @@
-"""The jitted half of group quantization: find each group's scale, write codes and scales in the order of the layout.
+"""The jitted half of group quantization: finds each group's scale, writes codes and scales in the order of the layout.
 
-All of it happens in **lanes**: the 64 groups of one block (16 rows x 4 groups) lie side by side, lane 16 * group + row,
-which is also the order of a block's scale bytes. So the compiler makes vector code of plain loops, every group's sums
-are formed in one fixed order, and the result does not depend on threads, strips or the width of vectors. A **tile**
-holds the 32 weights of each lane, divided by their row's peak (its largest magnitude): nothing can overflow between
-there and the row scale. A scale is  whole * unit:  a number in -127..127 and a unit that the lanes of a row share.
+It works in **lanes**: the 64 groups of one block (16 rows x 4 groups) lie side by side, lane 16 * group + row, which is also
+the order of a block's scale bytes. So the compiler makes vector code of plain loops, every group's sums have one fixed order,
+and the result does not depend on threads, strips or the width of vectors. A **tile** holds the 32 weights of each lane,
+divided by their row's peak (its largest magnitude), so that nothing can overflow. A scale is  whole * unit:  a number in
+-127..127 and a unit that the lanes of a row share.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LANES = PANEL * GROUPS
 MAX_SCALE = 127
 MAX_CODE = np.float32(127)
 UNIT_8 = np.float32(1 / 127**2)                         # 8 bits: a row's peak is code 127 with scale 127
-LIMIT_4 = np.float32(np.finfo(np.float32).max / (MAX_SCALE * 65))    # of row scales: whatever they restore is finite
+LIMIT_4 = np.float32(np.finfo(np.float32).max / (MAX_SCALE * 65))    # of row scales: all restored weights are finite
 LIMIT_8 = np.float32(np.finfo(np.float32).max / (MAX_SCALE * 128))
 ZERO, ONE, TWO, HALF = np.float32(0), np.float32(1), np.float32(2), np.float32(0.5)
 MAGNITUDE = np.uint32(0x7FFFFFFF)                       # the bits of a float32 without its sign
@@ -123,7 +123,7 @@ def _load(w, peaks, weights, panel, block, tile, weight):
 
 @inner
 def _set_unit(r, wanted, limit, peaks, panel, unit, row_scales):
-    """The unit of row r's scales in all its lanes, and the row scale that it stands for."""
+    """Set the unit of row r's scales in all its lanes, and the row scale."""
     peak = peaks[PANEL * panel + r]
     if peak > ZERO:
         wanted = min(wanted, limit / peak)
@@ -144,7 +144,7 @@ def _largest(tile, largest):
 
 @inner
 def _search_scales(tile, weight, levels, scale):
-    """The real scale of each lane that leaves the least error; 0 where all weights are 0."""
+    """The real scale of each lane with the least error; 0 if all weights are 0."""
     largest, inverse = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     moment, energy, explained = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     _largest(tile, largest)
@@ -204,7 +204,7 @@ def _nearest_levels(tile, inverse, levels, codes):
 
 @inner
 def _search_whole_scales_4(tile, weight, levels, scale, unit, whole):
-    """The whole number of units near each lane's real scale that leaves the least error."""
+    """The whole number of units near each lane's real scale with the least error."""
     start, tried = np.empty(LANES, np.int32), np.empty(LANES, np.int32)
     inverse, moment, energy = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     error = np.zeros(LANES, np.float32)   # less sum(weight * tile**2), which is that of scale 0
@@ -226,7 +226,7 @@ def _search_whole_scales_4(tile, weight, levels, scale, unit, whole):
 
 @inner
 def _search_whole_scales_8(tile, weight, unit, whole):
-    """The whole number of units that leaves the least error, near the smallest one that clips no weight of the lane."""
+    """The whole number of units with the least error, near the smallest one that clips no weight of the lane."""
     largest, inverse = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     start, tried = np.empty(LANES, np.int32), np.empty(LANES, np.int32)
     error, least = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
@@ -267,7 +267,7 @@ def _nearest_codes(tile, inverse, codes):
 
 @inner
 def _invert(whole, unit, inverse):
-    """1 / (whole * unit); 0, which sends all weights to the level nearest to 0, where the scale is 0."""
+    """1 / (whole * unit); 0 if the scale is 0: all weights then get the level nearest to 0."""
     for lane in range(LANES):
         s = np.float32(whole[lane]) * unit[lane]
         inverse[lane] = ONE / s if s != ZERO else ZERO

@@ -1,8 +1,8 @@
-"""Which matrices deserve 8 bits when the average may be more than 4: measured, one matrix at a time.
+"""Chooses the matrices with 8 bits if the average may be more than 4, by measuring one matrix at a time.
 
-Some of the calibration text passes every layer as it is, and once for each of its matrices with only that one rounded to 4
-bits. What that changes in the states behind the layer, relative to their size, is the matrix's sensitivity. Then those
-that gain most for each byte get 8 bits, until the budget is spent.
+A part of the calibration text passes every layer unchanged, and once for each of its matrices with only that matrix rounded to
+4 bits. The change of the states after the layer, relative to their size, is the matrix's sensitivity. The matrices that gain
+most for each byte get 8 bits, until the budget is used.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from edgemistral.files.layout import BLOCK, BLOCK_BYTES, PANEL, Matrix, Recipe
 from edgemistral_quantize.calibrate import CalibrationPass, Source
 from edgemistral_quantize.groups import default_levels, quantize_rows
 
-WINDOWS = 2   # of the calibration text: thousands of states are compared, which is plenty
+WINDOWS = 2   # of the calibration text: about a thousand states are compared, which is enough
 LEAST, MOST = (8 * BLOCK_BYTES[bits] / (PANEL * BLOCK) for bits in (4, 8))   # bits of a weight with its scales
 
 
 def check_bits(bits: float) -> None:
-    """Raises BadInput if `bits` is no average that a choice of 4 and 8 bits can reach."""
+    """Raises BadInput if 4 and 8 bits cannot give the average `bits`."""
     if not (isinstance(bits, (int, float)) and math.isfinite(bits) and LEAST < bits < MOST):
-        raise BadInput(f"bits is {bits}; supported are 4, 8, and averages between {LEAST} and {MOST}, such as 4.5")
+        raise BadInput(f"bits is {bits}; supported: 4, 8, and averages between {LEAST} and {MOST}, such as 4.5")
 
 
 def choose(
     source: Source, windows: list[NDArray[np.int32]], bits: float, output_bits: int, strip_bytes: int,
     progress: Callable[[int], object],
 ) -> Recipe:
-    """The recipe whose layers take at most `bits` bits a weight on average, scales included and padding left out."""
+    """The recipe whose layers have at most `bits` bits per weight on average, with scales and without padding."""
     return spend(source.config, sensitivities(source, windows[:WINDOWS], strip_bytes, progress), bits, output_bits)
 
 
 def sensitivities(
     source: Source, windows: list[NDArray[np.int32]], strip_bytes: int, progress: Callable[[int], object]
 ) -> dict[str, float]:
-    """By the name of each layer's matrices the mean relative squared change of the states that its 4 bits cause."""
+    """By the name of each layer's matrices: the mean relative squared change of the states by its 4 bits."""
     run = CalibrationPass(source, windows, len(windows), strip_bytes, progress)
     found: dict[str, float] = {}
     try:
@@ -67,7 +67,7 @@ def sensitivities(
 
 
 def spend(config: ModelConfig, sensitivity: Mapping[str, float], bits: float, output_bits: int) -> Recipe:
-    """The matrices that lose most for each byte in 8 bits, while the layers' average stays within `bits`."""
+    """Give 8 bits to the matrices that gain most for each byte, while the layers' average is at most `bits`."""
     matrices = [m for layer in range(config.n_layers) for m in layout.layer_matrices(config, layer, Recipe(4))]
     sizes = {m.name: m.panels * m.blocks for m in matrices}                 # in blocks
     left = (bits - LEAST) / (MOST - LEAST) * sum(sizes.values()) + 1e-6
@@ -80,7 +80,7 @@ def spend(config: ModelConfig, sensitivity: Mapping[str, float], bits: float, ou
 
 
 class _Rounded:
-    """A checkpoint with one matrix as its 4 bits would restore it."""
+    """A checkpoint with one matrix rounded to 4 bits."""
 
     def __init__(self, source: Source, matrix: Matrix, importance: NDArray[np.float32]) -> None:
         self.config, self._source, self._matrix, self._importance = source.config, source, matrix, importance
@@ -97,6 +97,6 @@ class _Rounded:
 
 
 def _change(exact: NDArray[np.float32], got: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Of each token's state (tokens, dim): squared difference over squared size."""
+    """For each token's state (tokens, dim): squared difference over squared size."""
     change: NDArray[np.float32] = np.square(got - exact).sum(axis=1) / (np.square(exact).sum(axis=1) + np.float32(1e-30))
     return change

@@ -1,4 +1,4 @@
-"""tekken.json, the tokenizer of Mistral's models since Nemo, as a tokenizer.json. The reference is mistral-common.
+"""Converts tekken.json, the tokenizer of Mistral's models since Nemo, to a tokenizer.json. The reference is mistral-common.
 
 A tekken.json lists its tokens by rank, as tiktoken does: of all neighbours that together are a token, those with the lowest
 rank are merged first. A tokenizer.json lists pairs instead. Every way to split a token into two others becomes a pair, in the
@@ -33,7 +33,7 @@ BOS, EOS = "<s>", "</s>"
 
 @dataclass(frozen=True)
 class Tekken:
-    """described: the tokenizer.json. version: as the file says it."""
+    """described: the tokenizer.json. version: from the file."""
 
     described: bytes
     version: str
@@ -45,7 +45,7 @@ def read_tekken(path: Path, data: bytes) -> Tekken:
     config = fields.get("config") if isinstance(fields, dict) else None
     vocab = fields.get("vocab") if isinstance(fields, dict) else None
     if not isinstance(config, dict) or not isinstance(vocab, list):
-        raise BadCheckpoint(f"{path}: no tekken.json: config and vocab are missing")
+        raise BadCheckpoint(f"{path}: not a tekken.json: config and vocab are missing")
     pattern, size, n_special = (config.get(name) for name in ("pattern", "default_vocab_size", "default_num_special_tokens"))
     if not isinstance(pattern, str):
         raise BadCheckpoint(f"{path}: config.pattern is not a text")
@@ -99,7 +99,7 @@ def _ranks(path: Path, vocab: list[Any]) -> dict[bytes, int]:
 
 
 def _pairs(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every two tokens that together are a token, in the order in which they are merged."""
+    """All pairs of tokens that together are a token, in the order in which they are merged."""
     pairs = []
     for token in ranks:                                  # by rank
         splits = [(token[:n], token[n:]) for n in range(1, len(token)) if token[:n] in ranks and token[n:] in ranks]
@@ -108,7 +108,7 @@ def _pairs(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def _special(path: Path, listed: Any, n: int) -> list[tuple[str, bool]]:
-    """Text of the special tokens, and whether each is a control token. Those that nobody named have numbers for names."""
+    """The text of each special token, and whether it is a control token. Tokens without a name are named by a number."""
     if listed is None:
         found = [(text, True) for text in SPECIAL]
     else:

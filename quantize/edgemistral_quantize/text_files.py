@@ -1,4 +1,4 @@
-"""What the files of a checkpoint say about its text, as one `TextSpec`: tokenizer, template, ends of turn, defaults."""
+"""Reads the text files of a checkpoint into one `TextSpec`: tokenizer, template, ends of turn, defaults."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TextFiles:
 def read_text_files(directory: Path, config: Mapping[str, Any], chat_template: Path | None = None) -> TextFiles:
     """The text of a checkpoint in a directory. config: the fields of config.json or params.json.
 
-    chat_template: a file whose template counts instead of the checkpoint's. BadCheckpoint names the file that is wrong.
+    chat_template: a file with a template to use instead of the checkpoint's. BadCheckpoint names the file that is wrong.
     """
     found = _Found(directory)
     kind, path, data = _tokenizer_file(directory)
@@ -94,7 +94,7 @@ def read_text_files(directory: Path, config: Mapping[str, Any], chat_template: P
     ends = [*([] if turn_end is None else [turn_end]), *ends]
     if version is not None and template is None:
         if version not in tekken.VERSIONS:
-            raise BadCheckpoint(f"{path}: is of version {version!r}, whose chat template is not built in; supported are "
+            raise BadCheckpoint(f"{path}: is of version {version!r}, whose chat template is not built in; supported: "
                                 f"{', '.join(tekken.VERSIONS)}; others need quantize --chat-template FILE")
         spec = dataclasses.replace(spec, mistral_version=tekken.VERSIONS[version])
         if missing := sorted(tekken.MARKS[tekken.VERSIONS[version]] - set(tokenizer.control.values())):
@@ -104,7 +104,7 @@ def read_text_files(directory: Path, config: Mapping[str, Any], chat_template: P
         chat_template=template,
         tool_template=tools,
         special=special if template is not None else {},
-        # What Mistral's own models have is the default: then both layouts of a checkpoint give the same blob.
+        # The defaults are those of Mistral's own models, so that both layouts of a checkpoint give the same blob.
         end_ids=() if set(ends) <= {eos_id} else tuple(dict.fromkeys(ends)),
         turn_end_id=None if not ends or ends[0] == eos_id else ends[0],
     )
@@ -112,8 +112,8 @@ def read_text_files(directory: Path, config: Mapping[str, Any], chat_template: P
 
 
 def within_vocabulary(text: TextFiles, vocab_size: int) -> TextSpec:
-    """The spec without added tokens for which the embeddings have no row: a model whose tokenizer grew and whose embeddings
-    did not can neither read nor write them. BadCheckpoint: its template does, or an end of turn is outside the vocabulary.
+    """The spec without added tokens that have no row in the embeddings (the tokenizer grew, the embeddings did not): the model
+    cannot use them. BadCheckpoint: its template uses one, or an end of turn is outside the vocabulary.
     """
     spec, where = text.spec, text.path.parent
     added = {token_id: content for token_id, content, _ in spec.added}
@@ -136,7 +136,7 @@ def within_vocabulary(text: TextFiles, vocab_size: int) -> TextSpec:
 
 
 class _Found:
-    """The JSON files beside the tokenizer, empty where they are missing."""
+    """The JSON files next to the tokenizer; a missing file is empty."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -154,7 +154,7 @@ class _Found:
         return value if isinstance(value, str) else None
 
     def added(self) -> dict[int, tuple[str, bool]]:
-        """id -> text, and whether it is a control token: one that no file describes further is."""
+        """id -> text, and whether it is a control token; a token without further description is one."""
         found: dict[int, tuple[str, bool]] = {}
         for text, token_id in self.added_tokens.items():
             if type(token_id) is not int or token_id < 0:
@@ -162,10 +162,10 @@ class _Found:
             found[token_id] = text, True
         decoder, where = self.tokenizer.get("added_tokens_decoder") or {}, self.directory / "tokenizer_config.json"
         if not isinstance(decoder, Mapping):
-            raise BadCheckpoint(f"{where}: added_tokens_decoder is no object")
+            raise BadCheckpoint(f"{where}: added_tokens_decoder is not an object")
         for key, token in decoder.items():
             if not str(key).isdecimal() or not isinstance(token, Mapping) or not isinstance(token.get("content"), str):
-                raise BadCheckpoint(f"{where}: added_tokens_decoder[{key!r:.20}] is no token")
+                raise BadCheckpoint(f"{where}: added_tokens_decoder[{key!r:.20}] is not a token")
             found[int(key)] = token["content"], token.get("special") is not False
         return found
 
@@ -231,7 +231,7 @@ def _is_sentencepiece(data: bytes) -> bool:
 
 
 def _templates(found: _Found, given: Path | None) -> tuple[str | None, str | None]:
-    """The template for chats, and one for chats with tools where that is another."""
+    """The template for chats, and one for chats with tools if it is different."""
     if given is not None:
         return read_template(given), None
     templates = {name: text for name, text in found.templates().items() if text.strip()}
@@ -270,7 +270,7 @@ def _defaults(generation: Mapping[str, Any], path: Path) -> dict[str, float]:
 
 
 def _ids(value: Any, what: str) -> list[int]:
-    """None, one id or a list of them; -1 is None."""
+    """A list of ids from None, one id or a list; -1 means None."""
     values = [] if value is None or value == -1 else value if isinstance(value, list) else [value]
     if any(type(each) is not int or each < 0 for each in values):
         raise BadCheckpoint(f"{what} is {value!r:.60}: it must be a token id or a list of them")
@@ -286,18 +286,18 @@ def _vocabulary(data: bytes) -> dict[str, int]:
     try:
         return {str(token["content"]): int(token["id"]) for token in json.loads(data).get("added_tokens") or []}
     except (ValueError, TypeError, KeyError, AttributeError):
-        return {}          # whoever makes a tokenizer of it says what is wrong
+        return {}          # making the tokenizer raises the error
 
 
 def _adds_bos(data: bytes, begins: Iterable[int], said: Any) -> bool:
-    """Whether texts begin with bos_id: as tokenizer_config.json says, else as the tokenizer itself does it."""
+    """Whether texts begin with bos_id: from tokenizer_config.json, or else from the tokenizer itself."""
     if isinstance(said, bool):
         return said
     from tokenizers import Tokenizer as Library
 
     try:
         first = Library.from_str(data.decode()).encode("a").ids[:1]
-    except Exception:      # whoever makes a tokenizer of it says what is wrong
+    except Exception:      # making the tokenizer raises the error
         return False
     return bool(set(first) & set(begins))
 
@@ -310,7 +310,7 @@ def _made(spec: TextSpec, data: bytes, path: Path, eos_id: int | None) -> Tokeni
 
 
 def _size(tokenizer: Tokenizer) -> int:
-    """Pieces of a SentencePiece model, without what was added."""
+    """The number of pieces of a SentencePiece model, without added tokens."""
     return int(getattr(tokenizer, "_n_pieces", 0))
 
 
@@ -322,7 +322,7 @@ def _read_text(path: Path) -> str:
     try:
         return regular.read(path, BadCheckpoint).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadCheckpoint(f"{path}: no UTF-8 text (byte {error.start})") from None
+        raise BadCheckpoint(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
 def _read_bytes(path: Path) -> bytes:

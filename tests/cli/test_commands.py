@@ -178,7 +178,7 @@ def test_a_mistake_is_one_line(arguments, message):
 
 
 def test_wrong_input_is_one_line(demo):
-    assert "no UTF-8" in error_of("run", demo, "-", stdin=b"\xff\xfe")
+    assert "not UTF-8" in error_of("run", demo, "-", stdin=b"\xff\xfe")
     request = json.dumps({"input_data": {"input_string": ["a"], "parameters": {"top_p": 2}}})
     assert "input_data.parameters.top_p" in error_of("run", demo, "--json", "-", stdin=request)
 
@@ -205,7 +205,7 @@ def test_an_interrupted_quantizer_says_how_to_go_on(monkeypatch, tmp_path):
     monkeypatch.setattr("edgemistral_quantize.quantize", interrupted)
     result = CliRunner().invoke(main, ["quantize", str(tmp_path), str(tmp_path / "a.safetensors")])
     assert result.exit_code == 130
-    expected = f"interrupted: {tmp_path / 'a.safetensors.partial'} holds what is done, --resume goes on with it"
+    expected = f"interrupted: {tmp_path / 'a.safetensors.partial'} holds what is done, --resume continues it"
     assert result.stderr.rstrip("\n") == expected     # click ends the line of ^C
 
 
@@ -285,7 +285,7 @@ def test_eval(demo, tmp_path):
     for arguments in (["nope.txt"], [str(text), "--reference", str(tmp_path)]):
         error_of("eval", demo, *arguments)
     text.write_bytes(b"\xff")
-    assert "no UTF-8" in error_of("eval", demo, str(text))
+    assert "not UTF-8" in error_of("eval", demo, str(text))
 
 
 def test_a_checkpoint_is_quantized_runs_and_is_compared_with_its_source(tmp_path):

@@ -182,7 +182,7 @@ def test_a_message_over_the_context_is_refused_and_the_conversation_survives(mak
 def test_a_full_context_is_said(make_chat, capsys):
     chat = make_chat(context=20, max_new_tokens=None)
     chat.take("Hello")
-    assert "(the context of 20 tokens is full: /clear begins anew)" in capsys.readouterr().err
+    assert "(the context of 20 tokens is full: /clear starts again)" in capsys.readouterr().err
     assert chat.messages[-1]["content"]
 
 
@@ -253,7 +253,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(tokenizer, capsys, at, 
         assert [message["role"] for message in chat.messages] == ["user", "assistant"] and chat.messages[1]["content"]
         assert err == "(stopped)\n"
     else:
-        assert chat.messages == [] and "the conversation is as it was" in err
+        assert chat.messages == [] and "the conversation is unchanged" in err
     chat.settings["max_new_tokens"] = 3
     chat.take("Go on")
     assert chat.messages[-1]["role"] == "assistant"

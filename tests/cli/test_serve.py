@@ -136,7 +136,7 @@ def error_of(*arguments, code=2):
         (["demo", "--host", ""], "needs --api-key (or --insecure)"),
         (["demo", "--host", "example.com"], "needs --api-key (or --insecure)"),
         (["demo", "--api-key", ""], "API key"),
-        (["demo", "--allow-origin", "*"], "'*' is no origin"),
+        (["demo", "--allow-origin", "*"], "'*' is not an origin"),
         (["demo", "--context", "0"], "context is 0"),
         (["demo", "--context", "99999999"], "context is 99999999"),
         (["demo", "--threads", "0"], "threads is 0"),

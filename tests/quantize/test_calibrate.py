@@ -265,7 +265,7 @@ def test_sensitive_matrices_take_8_bits(tmp_path: Path, text: Path) -> None:
 
 @pytest.mark.parametrize("bits", [3, 4.2, 8.25, float("nan"), "4.5"])
 def test_other_averages_are_refused(checkpoint: Path, tmp_path: Path, bits: object) -> None:
-    with pytest.raises(BadInput, match=r"bits is .*; supported are 4, 8, and averages"):
+    with pytest.raises(BadInput, match=r"bits is .*; supported: 4, 8, and averages"):
         quantize(checkpoint, tmp_path / "b", bits=bits)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="takes a calibration"):
         quantize(checkpoint, tmp_path / "b", bits=4.5, calibrate="none")

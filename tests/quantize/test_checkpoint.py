@@ -216,7 +216,7 @@ def in_two_files(directory: Path) -> None:
             change_weights(layers__0__wk=WEIGHTS["layers.0.wk"].T), BadCheckpoint,
             r"safetensors: tensor model.layers.0.self_attn.k_proj.weight has shape \[192, 64\].*\[64, 192\]",
         ),
-        (with_integers, BadCheckpoint, "tensor lm_head.weight has dtype I8; supported are BF16, F16, F32"),
+        (with_integers, BadCheckpoint, "tensor lm_head.weight has dtype I8; supported: BF16, F16, F32"),
         (in_two_files, BadCheckpoint, "tensor .* is in copy.safetensors too"),
         (index({"x": "model-1.safetensors"}), BadCheckpoint, "lists 'model-1.safetensors', which is not there"),
         (index({"x": "../c/weights.safetensors"}), BadCheckpoint, "which is not there"),

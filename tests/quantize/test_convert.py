@@ -122,7 +122,7 @@ def test_embeddings_are_rounded_to_the_nearest_even_bfloat16(tmp_path: Path) -> 
 
 def test_bad_arguments_write_nothing(checkpoint: Path, tmp_path: Path) -> None:
     for options, message in (
-        ({"bits": 3}, "bits is 3; supported are 4, 8, and averages between 4.25 and 8.25"),
+        ({"bits": 3}, "bits is 3; supported: 4, 8, and averages between 4.25 and 8.25"),
         ({"output_bits": 16}, "output_bits is 16"),
         ({"max_ram": 1000}, "max_ram is 1000 bytes; this checkpoint needs 458752"),
     ):

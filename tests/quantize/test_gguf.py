@@ -243,7 +243,7 @@ TENSOR = string(b"t") + struct.pack("<IQ", 1, 32)
         (hostile(tensors=1, rest=TENSOR + struct.pack("<IQ", 0, HUGE)), "lies outside the file or at an odd place"),
         (hostile(tensors=1, rest=TENSOR + struct.pack("<IQ", 0, 32) + bytes(99)), "lies outside the file"),
         (hostile(tensors=1, rest=TENSOR + struct.pack("<IQ", 0, 1) + bytes(999)), "at an odd place"),
-        (hostile(tensors=1, rest=TENSOR + struct.pack("<IQ", 99, 0)), "has the type number 99; supported are F32"),
+        (hostile(tensors=1, rest=TENSOR + struct.pack("<IQ", 99, 0)), "has the type number 99; supported: F32"),
         (hostile(tensors=1, rest=TENSOR + struct.pack("<IQ", 12, 0) + bytes(999)), r"dimensions \[32\] as Q4_K"),
         (hostile(tensors=2, rest=2 * (TENSOR + struct.pack("<IQ", 0, 0)) + bytes(999)), "twice"),
         (

@@ -127,7 +127,7 @@ def templates(value: Any) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (with_biases, r"q_proj.bias does not belong to a model with this config: supported are models without biases"),
+        (with_biases, r"q_proj.bias does not belong to a model with this config; supported: models without biases"),
         (without_weights, "no safetensors files with weights; is the download complete?"),
         (moved("onnx/model_q4.onnx"), "its folder onnx has model_q4.onnx: a format that is not read"),
         (moved("original/consolidated.00.pth"), "its folder original has consolidated.00.pth: a format that is not read"),
@@ -142,7 +142,7 @@ def templates(value: Any) -> Callable[[Path], object]:
         (fields(eos_token_id="2"), "eos_token_id is '2': it must be a token id or a list of them"),
         (fields(eos_token_id=50000), "eos_token_id 50000 in config.json or generation_config.json is outside the vocabulary"),
         (no_tokenizer, "no tokenizer.model, tokenizer.json or tekken.json: .*; vocab.json alone is not read"),
-        (word_piece, "a model of type 'WordPiece'; supported is BPE"),
+        (word_piece, "a model of type 'WordPiece'; supported: BPE"),
         (templates([{"name": "rag", "template": "{{ messages }}"}, {"name": "tool_use", "template": "{{ messages }}"}]),
          "chat templates named rag, tool_use and none named default"),
         (templates("chatml"), "the chat template does not use `messages`: 'chatml'"),

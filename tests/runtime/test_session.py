@@ -144,7 +144,7 @@ def test_a_damaged_segment_cuts_back_to_its_last_good_block(tmp_path, pool):
     flip(path, at)
     sequence, file = reopen(path, pool)
     assert sequence.length == 256 + 64
-    assert file.cut_back == f"{path}: goes on from 320 of 600 tokens: the rest is damaged or was never written"
+    assert file.cut_back == f"{path}: continues from 320 of 600 tokens: the rest is damaged or was never written"
     check(sequence)
     sequence.close()
     sequence, file = reopen(path, pool)

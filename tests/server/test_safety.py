@@ -127,7 +127,7 @@ def test_a_named_origin_may_ask_and_read(locked):
 
 @pytest.mark.parametrize("origin", ["*", "app.example.com", "https://", "https://app.example.com/", "app:", "null/"])
 def test_what_is_no_origin_cannot_be_allowed(origin):
-    with pytest.raises(ValueError, match="is no origin"):
+    with pytest.raises(ValueError, match="is not an origin"):
         create_app(fake_model(), allow_origins=[origin])
 
 

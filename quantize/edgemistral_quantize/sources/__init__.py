@@ -1,1 +1,1 @@
-"""Where weights come from: folders in Hugging Face or Mistral layout, and GGUF files, all as the same tensors."""
+"""Sources of weights: folders in Hugging Face or Mistral layout, and GGUF files, all as the same tensors."""

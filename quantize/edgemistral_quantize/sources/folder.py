@@ -1,8 +1,8 @@
 """A checkpoint folder in Hugging Face layout or in Mistral layout.
 
-A folder is in Hugging Face layout when it has a config.json and weights in `*.safetensors` (those that
-`model.safetensors.index.json` lists, when it is there), in Mistral layout when it has params.json and
-`consolidated*.safetensors`. Where both are, as in Mistral's own repositories, the first one that is whole is read.
+A folder in Hugging Face layout has a config.json and weights in `*.safetensors` (those listed in
+`model.safetensors.index.json`, if it exists). A folder in Mistral layout has params.json and
+`consolidated*.safetensors`. If both exist, as in Mistral's own repositories, the first complete one is read.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ TEXT_FILES = (*SENTENCEPIECE, "tokenizer.json", "tekken.json", "tokenizer_config
 
 
 def open_folder(folder: Path, chat_template: Path | None = None) -> Opened:
-    """Check everything about a folder but the values of its weights. chat_template: a file that replaces its own.
+    """Check everything about a folder except the values of its weights. chat_template: a file that replaces its own.
 
-    Raises BadConfig for the config, BadCheckpoint for everything else, naming file and tensor; when both layouts are
-    there and neither is whole, of Hugging Face's.
+    Raises BadConfig for the config, BadCheckpoint for everything else, naming file and tensor. If both layouts exist and
+    neither is complete, the error is about Hugging Face's.
     """
     present = [naming for naming in (HUGGING_FACE, MISTRAL) if regular.there(folder / naming.config)]
     if not present:
@@ -67,11 +67,11 @@ def _open(folder: Path, naming: Naming, shards: list[Path], chat_template: Path 
                             "whose weights are BF16, F16 or F32")
     found = without_prefix(stored, naming, folder)
     expected = expected_tensors(config, naming, tied=fields.get(naming.tied) is True)
-    spare = naming.names["output"] + ".weight"   # stored all the same by some who tie it to the embeddings
+    spare = naming.names["output"] + ".weight"   # some checkpoints store it although it is tied to the embeddings
     matched = match(expected, found, spare, folder)
     for tensor in matched.values():
         if tensor.entry.dtype not in DTYPES:
-            raise BadCheckpoint(f"{tensor} has dtype {tensor.entry.dtype}; supported are {', '.join(DTYPES)}")
+            raise BadCheckpoint(f"{tensor} has dtype {tensor.entry.dtype}; supported: {', '.join(DTYPES)}")
     tensors: dict[str, Tensor] = dict(matched)
     if naming.neighbours_rotate:
         for name, tensor in matched.items():
@@ -84,7 +84,7 @@ def _open(folder: Path, naming: Naming, shards: list[Path], chat_template: Path 
 def _read_config(
     folder: Path, naming: Naming, fields: Mapping[str, Any], text: TextFiles
 ) -> tuple[ModelConfig, TextFiles, Tokenizer]:
-    bos_id = text.eos_id if text.bos_id is None else text.bos_id   # never used where there is none
+    bos_id = text.eos_id if text.bos_id is None else text.bos_id   # not used if there is no bos_id
     try:
         if naming is HUGGING_FACE:
             config = ModelConfig.from_hf({**fields, "bos_token_id": bos_id, "eos_token_id": text.eos_id})
@@ -102,7 +102,7 @@ def _read_config(
 
 
 def list_tensors(shards: list[Path]) -> dict[str, StoredTensor]:
-    """All tensors of some safetensors files, by their names there."""
+    """All tensors of the given safetensors files, by their names there."""
     found: dict[str, StoredTensor] = {}
     for path in shards:
         try:
@@ -119,12 +119,12 @@ def list_tensors(shards: list[Path]) -> dict[str, StoredTensor]:
 
 
 def _find_weights(folder: Path, naming: Naming) -> list[Path]:
-    """The files that hold the weights in one layout; none when there are none."""
+    """The files with the weights in one layout, or an empty list."""
     of_mistral = naming is MISTRAL
     index = folder / ("consolidated.safetensors.index.json" if of_mistral else "model.safetensors.index.json")
     whole = folder / ("consolidated.safetensors" if of_mistral else "model.safetensors")
     if regular.there(index):
-        # transformers reads model.safetensors first, whatever an index beside it lists.
+        # transformers reads model.safetensors first, even if there is an index.
         return [whole] if whole.is_file() and not describe_file(whole) else sorted(_indexed(index))
     own = [path for path in recognise.visible(folder) if path.name.lower().endswith(".safetensors")]
     if whole in own and any(recognise.NUMBERED.fullmatch(path.name) for path in own):
@@ -148,18 +148,18 @@ def _indexed(index: Path) -> list[Path]:
         if Path(name).name != name or len(name.encode("utf-8", "replace")) > 255 or not (index.parent / name).is_file():
             hint = recognise.unfinished(index.parent)
             if not hint and not any(len(other) < 64 and (index.parent / other).is_file() for other in names):
-                hint = recognise.instead_of_weights(index.parent)   # as a pickle beside an index of others' files
+                hint = recognise.instead_of_weights(index.parent)   # for example, pickles instead of the listed files
             raise BadCheckpoint(f"{index}: lists {name[:80]!r}, which is not there{hint or '; is the download complete?'}")
     return [index.parent / name for name in names]
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content; BadCheckpoint when it cannot be read."""
+    """The content; BadCheckpoint if it cannot be read."""
     return regular.read(path, BadCheckpoint)
 
 
 def read_object(path: Path, error: type[BadInput]) -> dict[str, Any]:
-    """The JSON object in a file; `error` when it is something else."""
+    """The JSON object in a file; `error` if it is something else."""
     fields = strict_json.parse(read_bytes(path), str(path), error)
     if not isinstance(fields, dict):
         raise error(f"{path}: not a JSON object")

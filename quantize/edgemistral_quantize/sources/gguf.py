@@ -1,7 +1,7 @@
-"""GGUF files of the llama architecture, as llama.cpp's converter writes them: their config, tokenizer and tensors.
+"""Reads GGUF files of the llama architecture, as written by llama.cpp's converter: config, tokenizer and tensors.
 
-Rotary pairs are neighbours there, as in Mistral's layout. The types that hold more than plain floats are dequantized by
-the `gguf` package (the extra `gguf`), a strip at a time.
+Rotary pairs are neighbours there, as in Mistral's layout. The `gguf` package (the extra `gguf`) dequantizes all types other
+than plain floats, a strip at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAMES = {         # ours by theirs, after "llama."
     "embedding_length": "dim", "block_count": "n_layers", "attention.head_count": "n_heads",
     "feed_forward_length": "hidden_dim", "context_length": "context", "attention.layer_norm_rms_epsilon": "norm_eps",
 }
-ROPE_THETA = 10000.0   # what llama.cpp takes where the field is missing
+ROPE_THETA = 10000.0   # llama.cpp's value if the field is missing
 ROPE_FACTORS = "rope_freqs.weight"
 OTHER_KINDS = {   # by general.type
     "mmproj": "the part of a model that reads images (mmproj)", "adapter": "a LoRA adapter as a GGUF file, which is not merged "
@@ -75,9 +75,9 @@ class GgufTensor:
 
 
 def open_gguf(path: Path, chat_template: Path | None = None) -> Opened:
-    """Check everything about a GGUF file, or the first of several, but the values of its weights.
+    """Check everything about a GGUF file, or the first of several, except the values of its weights.
 
-    Raises BadConfig for what no kernel here computes, BadCheckpoint for everything else.
+    Raises BadConfig for an unsupported model, BadCheckpoint for everything else.
     """
     paths = _parts(path)
     headers = [read_gguf_header(part) for part in paths]
@@ -107,27 +107,27 @@ def open_gguf(path: Path, chat_template: Path | None = None) -> Opened:
 
 
 def check_kind(metadata: Mapping[str, Any]) -> None:
-    """BadConfig for a file that holds something else than a model of the architecture."""
+    """BadConfig for a file that does not contain a model of the llama architecture."""
     architecture, kind = metadata.get("general.architecture"), metadata.get("general.type", "model")
     if architecture == "clip" or kind in OTHER_KINDS:
         raise BadConfig(f"{OTHER_KINDS.get(kind, OTHER_KINDS['mmproj'])}; give the model's own file")
     if architecture != "llama":
         said = f"is {architecture[:80]!r}" if isinstance(architecture, str) else "is missing"
-        raise BadConfig(f"general.architecture {said}; supported is 'llama', which Mistral is too")
+        raise BadConfig(f"general.architecture {said}; supported: 'llama', which Mistral is too")
 
 
 def read_config(
     metadata: Mapping[str, Any], found: Mapping[str, GgufTensor], bos_id: int, eos_id: int
 ) -> ModelConfig:
-    """From the metadata, and two tensors: the embeddings, which know the vocabulary, and the rotary factors."""
+    """The config, from the metadata and two tensors: the embeddings (size of the vocabulary) and the rotary factors."""
     def get(name: str, default: Any = None) -> Any:
         return metadata.get("llama." + name, default)
 
     for name in ("expert_count", "leading_dense_block_count", "attention.clamp_kqv", "pooling_type"):
         if get(name):
-            raise BadConfig(f"llama.{name} is {str(get(name))[:80]}; supported is the plain architecture")
+            raise BadConfig(f"llama.{name} is {str(get(name))[:80]}; supported: the plain architecture")
     if get("attention.causal", True) is not True:
-        raise BadConfig("llama.attention.causal is false; supported are models that write text")
+        raise BadConfig("llama.attention.causal is false; supported: models that write text")
     if missing := [name for name in NAMES if get(name) is None]:
         raise BadConfig(f"{', '.join('llama.' + name for name in missing)} missing")
     ours = {name: _plain(get(theirs)) for theirs, name in NAMES.items()}
@@ -150,10 +150,10 @@ def read_config(
 
 
 def _rope_factors(metadata: Mapping[str, Any], stored: GgufTensor | None, head_dim: Any) -> tuple[float, ...] | None:
-    """Linear scaling is in the metadata; that of Llama 3 is a tensor of divisors."""
+    """The divisors of the rotary frequencies: linear scaling is in the metadata, Llama 3's is a tensor."""
     kind = metadata.get("llama.rope.scaling.type", "linear" if "llama.rope.scale_linear" in metadata else "none")
     if kind not in ("none", "linear"):
-        raise BadConfig(f"llama.rope.scaling.type is {str(kind)[:80]!r}; supported are none, linear and Llama 3's table")
+        raise BadConfig(f"llama.rope.scaling.type is {str(kind)[:80]!r}; supported: none, linear and Llama 3's table")
     factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear", 1.0))
     if kind == "none" or not isinstance(factor, int | float) or not factor > 0:
         factor = 1.0
@@ -190,10 +190,10 @@ def _collect(paths: list[Path], headers: list[GgufHeader]) -> dict[str, GgufTens
 
 
 def _plain(value: Any) -> Any:
-    """A list that says the same for every layer says it once; 1e-5 is 1e-5 and not what float32 makes of it."""
+    """One value for a list of equal values (one for each layer); a float32 becomes its shortest decimal, such as 1e-5."""
     if isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
         return value[0].item()
-    if isinstance(value, float):   # stored as float32: the decimal number that was meant
+    if isinstance(value, float):   # stored as float32
         return float(str(np.float32(value)))
     return value if not isinstance(value, np.ndarray) else value.tolist()[:4]
 
@@ -202,7 +202,7 @@ def _import_gguf(path: Path, types: list[str]) -> None:
     try:
         import gguf.quants  # noqa: F401
     except ImportError:
-        raise BadCheckpoint(f"{path}: is quantized as {' and '.join(types)}, which takes the package gguf to read: "
+        raise BadCheckpoint(f"{path}: is quantized as {' and '.join(types)}, which needs the package gguf: "
                             "pip install 'edgemistral[gguf]'") from None
 
 

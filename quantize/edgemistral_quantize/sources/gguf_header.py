@@ -7,8 +7,7 @@
     tensors    name, number of dimensions, dimensions (columns first), type, offset from the start of the data
     the data   from the next multiple of `general.alignment` bytes on
 
-Every count is checked against the bytes that are left before anything is made of it, so that a short file cannot ask
-for much memory.
+Every count is checked against the remaining bytes before it is used, so that a short file cannot ask for much memory.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class TensorType:
     n_bytes: int
 
 
-TYPES = {   # by their numbers in ggml; those without a name here are not read
+TYPES = {   # by their numbers in ggml; all others are not read
     0: TensorType("F32", 1, 4), 1: TensorType("F16", 1, 2), 30: TensorType("BF16", 1, 2),
     2: TensorType("Q4_0", 32, 18), 3: TensorType("Q4_1", 32, 20), 6: TensorType("Q5_0", 32, 22),
     7: TensorType("Q5_1", 32, 24), 8: TensorType("Q8_0", 32, 34), 20: TensorType("IQ4_NL", 32, 18),
@@ -92,7 +91,7 @@ class _Reader:
         version = self.number("<I", "the version")
         if version not in (2, 3):
             what = "big-endian" if version >= 1 << 16 else f"of version {version}"
-            raise BadCheckpoint(f"{self.path}: a GGUF file {what}; supported are little-endian ones of versions 2 and 3")
+            raise BadCheckpoint(f"{self.path}: a GGUF file {what}; supported: little-endian ones of versions 2 and 3")
         n_tensors, n_fields = self.number("<Q", "the counts"), self.number("<Q", "the counts")
         if max(n_tensors, n_fields) > MAX_COUNT:
             self.fail(f"claims {n_tensors} tensors and {n_fields} metadata fields")
@@ -117,7 +116,7 @@ class _Reader:
         return name, dims, self.number("<I", name), self.number("<Q", name)
 
     def place(self, listed: list[tuple[str, list[int], int, int]], start: int, alignment: int) -> dict[str, GgufEntry]:
-        """The entries, each of which lies inside the file and overlaps no other."""
+        """The entries, checked to lie inside the file without overlaps."""
         entries: dict[str, GgufEntry] = {}
         for name, dims, type_number, offset in listed:
             what = f"tensor {name[:80]!r}"
@@ -125,7 +124,7 @@ class _Reader:
                 self.fail(f"has {what} twice")
             if type_number not in TYPES:
                 supported = ", ".join(kind.name for kind in TYPES.values())
-                self.fail(f"{what} has the type number {type_number}; supported are {supported}")
+                self.fail(f"{what} has the type number {type_number}; supported: {supported}")
             kind, n_values = TYPES[type_number], 1
             for length in dims:
                 n_values *= length

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file, as a tokenizer.json or a SentencePiece model; its chat template; its ends of turn."""
+"""Reads the text part of a GGUF file: tokenizer (as a tokenizer.json or a SentencePiece model), chat template, ends of turn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6   # toke
 END_NAMES = ("eos_token_id", "eot_token_id", "eom_token_id")
 ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<|eom_id|>", "<end_of_turn>", "<|end|>")
 
-# How a text is cut before byte pairs are merged, by `tokenizer.ggml.pre`; each is an outer cut before ByteLevel's own.
+# How a text is split before byte pairs are merged, by `tokenizer.ggml.pre`; ByteLevel splits the parts again.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
           r"|\s+(?!\S)|\s+")
@@ -33,9 +33,9 @@ GPT2_LIKE = ("gpt-2", "default", "phi-2", "jina-es", "jina-de", "mpt", "olmo", "
 
 
 def read_text(metadata: Mapping[str, Any], path: Path, chat_template: Path | None = None) -> TextFiles:
-    """What the metadata says about text; a file with a template may replace its own.
+    """The metadata about text; `chat_template` is a file that replaces its template.
 
-    BadCheckpoint names the field that is missing or not supported, BadInput what is wrong with the tokenizer.
+    BadCheckpoint names a field that is missing or not supported; BadInput: an error in the tokenizer.
     """
     get = {name.removeprefix("tokenizer.ggml."): value for name, value in metadata.items()}.get
     kind, tokens = get("model"), get("tokens")
@@ -55,7 +55,7 @@ def read_text(metadata: Mapping[str, Any], path: Path, chat_template: Path | Non
         if type(token_id) is not int or not 0 <= token_id < len(pieces):
             raise BadCheckpoint(f"tokenizer.ggml.{name} is {token_id!r}, outside the vocabulary of {len(pieces)}")
     if not ends:
-        raise BadCheckpoint("tokenizer.ggml.eos_token_id is missing: nothing says where an answer ends")
+        raise BadCheckpoint("tokenizer.ggml.eos_token_id is missing: the end of an answer is unknown")
     end_ids = [each for each in dict.fromkeys(ends) if type(each) is int and 0 <= each < len(pieces)]
     spec = TextSpec(
         special={"eos_token": pieces[end_ids[0]]} | ({} if bos_id is None else {"bos_token": pieces[bos_id]}), legacy=False
@@ -73,7 +73,7 @@ def read_text(metadata: Mapping[str, Any], path: Path, chat_template: Path | Non
         spec = dataclasses.replace(spec, added=added, adds_bos=get("add_bos_token", True) is True)
         eos_id = None
     else:
-        raise BadCheckpoint(f"tokenizer.ggml.model is {str(kind)[:40]!r}; supported are 'gpt2' and 'llama'")
+        raise BadCheckpoint(f"tokenizer.ggml.model is {str(kind)[:40]!r}; supported: 'gpt2' and 'llama'")
     template = metadata.get("tokenizer.chat_template") if chat_template is None else read_template(chat_template)
     if template is not None and not isinstance(template, str):
         raise BadCheckpoint("tokenizer.chat_template is not a text")
@@ -84,7 +84,7 @@ def read_text(metadata: Mapping[str, Any], path: Path, chat_template: Path | Non
 
 
 def _guessed_types(pieces: list[str], get: Any) -> list[int]:
-    """Of a file that does not say them, as old converters wrote it."""
+    """Token types for a file of an old converter, which has none."""
     types = [BYTE if re.fullmatch("<0x[0-9A-F]{2}>", piece) else NORMAL for piece in pieces]
     for name, kind, default in (("unknown_token_id", UNKNOWN, 0), ("bos_token_id", CONTROL, 1), ("eos_token_id", CONTROL, 2)):
         token_id = get(name, default)
@@ -94,7 +94,7 @@ def _guessed_types(pieces: list[str], get: Any) -> list[int]:
 
 
 def _with_template(spec: TextSpec, template: str | None, tokenizer: Tokenizer, ends: list[int]) -> TextSpec:
-    """The template and what ends a turn; Mistral's own template is built in."""
+    """Add the template and the ends of turn; Mistral's own template is built in."""
     if template is not None:
         JinjaTemplate(template, spec.special)   # raises BadInput
         if not tokenizer.bytes_split_characters and is_mistrals_own(template, spec.special):
@@ -120,7 +120,7 @@ def _byte_level(pieces: list[str], types: list[int], merges: Any, pre: Any) -> b
     if len(vocabulary) != len(pieces):
         raise BadCheckpoint("tokenizer.ggml.tokens has the same token twice")
     if bad := next((pair for pair in pairs if not {pair[0], pair[1], pair[0] + pair[1]} <= vocabulary.keys()), None):
-        raise BadCheckpoint(f"tokenizer.ggml.merges has {' '.join(bad)[:80]!r}, whose tokens are not all there")
+        raise BadCheckpoint(f"tokenizer.ggml.merges has {' '.join(bad)[:80]!r}, whose tokens are not all in the vocabulary")
     added = [
         {"id": n, "content": pieces[n], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
          "special": kind != USER_DEFINED}
@@ -141,7 +141,7 @@ def _byte_level(pieces: list[str], types: list[int], merges: Any, pre: Any) -> b
 
 
 def _cuts(pre: Any) -> list[dict[str, Any]]:
-    """The pre-tokenizers that llama.cpp's name `pre` stands for."""
+    """The pre-tokenizers for llama.cpp's name `pre`."""
     def split(pattern: str) -> dict[str, Any]:
         return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
@@ -153,15 +153,15 @@ def _cuts(pre: Any) -> list[dict[str, Any]]:
     if pre in LLAMA3_LIKE or pre == "tekken":
         return [split(TEKKEN if pre == "tekken" else LLAMA3), whole]
     supported = ", ".join((*GPT2_LIKE[:2], *SMOLLM_LIKE[:2], *LLAMA3_LIKE[:2], "tekken"))
-    raise BadCheckpoint(f"tokenizer.ggml.pre is {str(pre)[:40]!r}; supported are {supported} and those like them")
+    raise BadCheckpoint(f"tokenizer.ggml.pre is {str(pre)[:40]!r}; supported: {supported} and those like them")
 
 
 def _sentencepiece(
     pieces: list[str], types: list[int], scores: list[float], get: Any
 ) -> tuple[bytes, tuple[tuple[int, str, bool], ...]]:
-    """A SentencePiece model, and the tokens that were added behind it (id, text, whether it is a control token).
+    """A SentencePiece model, and the tokens added after it (id, text, whether it is a control token).
 
-    What follows the last piece that a model of SentencePiece has itself (an ordinary or byte one) was added later.
+    All tokens after the last ordinary or byte piece were added later.
     """
     last = max((n for n, kind in enumerate(types) if kind in (NORMAL, BYTE)), default=-1)
     added = tuple((n, pieces[n], types[n] == CONTROL) for n in range(last + 1, len(pieces)) if types[n] != UNUSED)

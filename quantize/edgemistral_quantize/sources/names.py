@@ -1,4 +1,4 @@
-"""What tensors are called in each layout, and which of those that were found are which of ours."""
+"""The names of tensors in each layout, and the match of found tensors to ours."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from edgemistral.errors import BadCheckpoint
 
 @dataclass(frozen=True)
 class Naming:
-    """What one layout calls things."""
+    """The names in one layout."""
 
     config: str                    # file
-    tied: str                      # its field that says that the output head is the embeddings
+    tied: str                      # its field for an output head that is the embeddings
     names: Mapping[str, str]       # theirs by ours, without ".weight"; layers.N.X as layers.{}.X
     neighbours_rotate: bool        # rotary pairs are (2i, 2i + 1) instead of (i, i + head_dim / 2)
 
@@ -67,7 +67,7 @@ CONSTANTS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|rope\.freqs|rope_freqs\.we
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|module)\.")
 
 class Shaped(Protocol):
-    """What was found under a name; its text says where."""
+    """A tensor that was found; its str says where."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -96,10 +96,10 @@ def expected_tensors(config: ModelConfig, naming: Naming, tied: bool) -> Iterato
 
 
 def without_prefix(found: Mapping[str, Found], naming: Naming, where: object) -> dict[str, Found]:
-    """The same under the layout's own names: what wraps all of a model, or compiled parts of it, is not in them.
+    """The same under the layout's own names, without prefixes of wrappers.
 
     Such prefixes are `base_model.model.` (PEFT), `_orig_mod.` (torch.compile), `language_model.`, one `model.` too
-    many or, in a bare backbone, too few. BadCheckpoint: two tensors would have one name.
+    many or, in a bare backbone, too few. BadCheckpoint: two tensors would have the same name.
     """
     names = {name: WRAPPERS.sub("", name) for name in found}
     prefix = _common_prefix(names.values())
@@ -112,13 +112,13 @@ def without_prefix(found: Mapping[str, Found], naming: Naming, where: object) ->
         if bare and not short.startswith(naming.names["output"] + "."):
             short = f"{outer}.{short}"
         if short in renamed:
-            raise BadCheckpoint(f"{where}: two tensors are {short} when their prefixes are left out, {name[:80]} is one")
+            raise BadCheckpoint(f"{where}: two tensors are {short} without their prefixes; {name[:80]} is one of them")
         renamed[short] = found[name]
     return renamed
 
 
 def _common_prefix(names: Iterable[str]) -> str:
-    """What all names begin with, up to a point."""
+    """The longest common prefix of all names that ends in a dot, or ""."""
     names = list(names)
     low, high = min(names, default=""), max(names, default="")
     length = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
@@ -128,7 +128,7 @@ def _common_prefix(names: Iterable[str]) -> str:
 def match(
     expected: Iterable[tuple[str, str, tuple[int, ...]]], found: Mapping[str, Found], spare: str, where: object
 ) -> dict[str, Found]:
-    """The tensors by our names; nothing may be missing, misshapen or left over (but `spare`)."""
+    """The tensors by our names. BadCheckpoint: one is missing, misshapen or left over (except `spare`)."""
     matched: dict[str, Found] = {}
     used = {spare}
     for ours, theirs, shape in expected:
@@ -145,13 +145,13 @@ def match(
             if ".lora_" in name:
                 what = ": it is a LoRA adapter's; merge it first, or give the adapter with --lora"
             elif name.endswith(".bias"):
-                what = ": supported are models without biases"
+                what = "; supported: models without biases"
             raise BadCheckpoint(f"{tensor} does not belong to a model with this config{what}")
     return matched
 
 
 def _instead(name: str, found: Mapping[str, object]) -> str:
-    """What is there under a similar name."""
+    """The end of a message: a tensor with a similar name."""
     similar = next((other for other in found if other.endswith(name.removeprefix("model."))), None)
     if similar is None and found and not any(part in other for other in found for part in ("layers.", "blk.")):
         similar = next(iter(found))

@@ -1,4 +1,4 @@
-"""What every source gives once it is open."""
+"""The result of opening any source."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Opened:
     """A source whose config, tokenizer, tensor names, shapes and dtypes are checked; no weight is read yet."""
 
     config: ModelConfig
-    text: TextFiles                # the tokenizer's bytes, and what else is known about text
-    tokenizer: Tokenizer           # made of these
+    text: TextFiles                # the tokenizer's bytes, and the other facts about text
+    tokenizer: Tokenizer           # made from them
     files: list[Path]              # everything that was or will be read
     tensors: dict[str, Tensor] = field(repr=False)   # by our names: layers.0.wq, ...; rotary pairs (i, i + head_dim / 2)
-    quantized_as: str | None = None   # a GGUF's types, as "Q4_1 and Q8_0", when its weights are not floats
+    quantized_as: str | None = None   # a GGUF's types, such as "Q4_1 and Q8_0", if its weights are not floats
     bits: float | None = None      # a quantized source's bits per weight

@@ -1,7 +1,7 @@
-"""A source tensor: rows that are read when they are needed, each value checked to be finite.
+"""A source tensor: its rows are read when needed, and every value is checked to be finite.
 
-Tensors are read with plain file reads and not through a map: an unreadable disk is then an error with a name and not
-the end of the process, and no page stays behind.
+Tensors are read with file reads instead of a mapping: a disk error is then an exception with a name instead of a crash, and no
+pages stay mapped.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ class Tensor(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As the model has it."""
+        """The shape in the model."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the strips: float32, float16, or uint16 for the bits of bfloat16."""
+        """The dtype of the strips: float32, float16, or uint16 for the bits of bfloat16."""
 
     @property
     def held_bytes(self) -> int:
-        """Memory that reading takes beside the strips."""
+        """Memory that reading needs in addition to the strips."""
 
     def read(self, begin: int, end: int) -> Strip:
-        """Rows (end - begin, cols). Raises BadCheckpoint for a NaN, an infinity, or what cannot be read."""
+        """Rows (end - begin, cols). Raises BadCheckpoint for a NaN, an infinity, or a read error."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a safetensors file: its name there, and where its bytes lie."""
+    """A tensor of a safetensors file: its name there, and the place of its bytes."""
 
     name: str
     path: Path
@@ -70,10 +70,10 @@ class StoredTensor:
         strip = np.empty((end - begin, cols), stored)
         read_into(strip, self.path, self.entry.offset + begin * cols * stored.itemsize, str(self))
         if self.entry.dtype == "F64":
-            with np.errstate(over="ignore"):   # too large for float32: an infinity, which is refused below
+            with np.errstate(over="ignore"):   # an overflow gives an infinity, which is refused below
                 strip = strip.astype(np.float32)
         check_finite(strip, begin, str(self))
-        if len(self.shape) == 1 and strip.size and not strip.any():     # a norm: such a model would answer nothing
+        if len(self.shape) == 1 and strip.size and not strip.any():     # a norm of zeros: the model would not work
             raise BadCheckpoint(f"{self} is nothing but zeros; was the download finished?")
         return strip
 
@@ -110,7 +110,7 @@ class HalvedPairs:
 
 
 def n_bytes(tensor: Tensor) -> int:
-    """Of all strips together."""
+    """Bytes of all strips together."""
     return int(np.prod(tensor.shape)) * tensor.dtype.itemsize
 
 
