@@ -43,9 +43,10 @@ class Source(Protocol):
 
 @dataclass
 class Inputs:
-    """Mean squares of the inputs of one layer's matrices, by the name of the matrix: float64 (cols,)."""
+    """What one layer's matrices have in each column, by the name of the matrix: float64 (cols,)."""
 
-    mean_squares: dict[str, F64] = field(default_factory=dict)
+    mean_squares: dict[str, F64] = field(default_factory=dict)    # of the inputs
+    weights: dict[str, F64] = field(default_factory=dict)         # sums of squares of the matrix
 
 
 Collect = Callable[[str, Sequence[F32]], None]
@@ -81,9 +82,10 @@ class CalibrationPass:
         norms = {name: list(self._strips(at + name)) for name in ("attention_norm", "ffn_norm")}
         rows = {"wqkv": c.q_dim + 2 * c.kv_dim, "wo": c.dim, "w13": 2 * c.hidden_dim, "w2": c.dim}
         sums: dict[str, F64] = {}
+        weights: dict[str, F64] = {}
 
         def meet(matrix: str, inputs: list[F32]) -> list[F32]:
-            outputs = self._times(inputs, at + matrix, rows[matrix])
+            outputs, weights[matrix] = self._times(inputs, at + matrix, rows[matrix])
             if matrix in ("wo", "w2"):   # their outputs are added to the states, and a norm comes next
                 add(states, outputs)
                 if self._relative:
@@ -106,13 +108,16 @@ class CalibrationPass:
             h = meet("w13", self._each(lambda x: rms_norm(x, norms["ffn_norm"], c.norm_eps), states))
             h = self._each(_swiglu, h)
             meet("w2", h)
-        return Inputs({name: total / self.tokens for name, total in sums.items()})
+        return Inputs({name: total / self.tokens for name, total in sums.items()}, weights)
 
     def pass_norm(self) -> Inputs:
-        """The mean squares of the output head's inputs, after the last layer."""
+        """The same of the output head, after the last layer."""
         norm = list(self._strips("norm"))
         heads = self._pool.map(lambda x: _sum_of_squares(rms_norm(x, norm, self._config.norm_eps)), self.states)
-        return Inputs({"output": sum(heads, np.zeros(self._config.dim)) / self.tokens})
+        weights = np.zeros(self._config.dim)
+        for tile in tiled(self._source.strips("output", self._strip_bytes)):     # a part of the last step: no progress
+            weights += _sum_of_squares(tile)
+        return Inputs({"output": sum(heads, np.zeros(self._config.dim)) / self.tokens}, {"output": weights})
 
     @property
     def tokens(self) -> int:
@@ -126,15 +131,17 @@ class CalibrationPass:
     def _each(self, function: Callable[..., F32], *arrays: Iterable[F32]) -> list[F32]:
         return list(self._pool.map(function, *arrays))
 
-    def _times(self, inputs: list[F32], name: str, rows: int) -> list[F32]:
-        """x W^T of each input x (tokens, cols) by the matrix W (rows, cols) -> (tokens, rows)."""
+    def _times(self, inputs: list[F32], name: str, rows: int) -> tuple[list[F32], F64]:
+        """x W^T of each input x (tokens, cols) by the matrix W (rows, cols) -> (tokens, rows); W's squares, (cols,) sums."""
         outputs = [np.empty((len(x), rows), np.float32) for x in inputs]
-        first = 0
+        first, squares = 0, np.zeros(inputs[0].shape[1])
         for tile in tiled(self._strips(name)):
             columns = slice(first, first + len(tile))
-            list(self._pool.map(partial(_multiply, tile, columns), inputs, outputs))
+            products = self._pool.map(partial(_multiply, tile, columns), inputs, outputs)
+            squares += _sum_of_squares(tile)
+            list(products)
             first += len(tile)
-        return outputs
+        return outputs, squares
 
     def _embed(self, windows: Sequence[NDArray[np.int32]]) -> list[F32]:
         states = [np.empty((len(ids), self._config.dim), np.float32) for ids in windows]
