@@ -54,8 +54,8 @@ def create_app(
     model: a loaded model, or a function that loads it. The function is called on a thread when the application starts;
     until it returns, /health says "loading" and other routes answer 503. on_load: called on that thread once requests
     are answered. on_failed_load: called there if loading raises.
-    api_key: required for every request except the page, /docs and /health. allow_hosts: Host names allowed in addition
-    to those of this computer. allow_origins: origins whose pages may call this, such as "https://app.example.com".
+    api_key: required for every request except the page, /docs, /openapi.json and /health. allow_hosts: Host names allowed
+    in addition to those of this computer. allow_origins: origins whose pages may call this, such as "https://app.example.com".
     queue: requests that may wait. parallel: answers written at the same time. max_body: bytes of a request.
     session_dir: the folder that keeps the conversations of requests with a session.
     review: called (on a thread, or awaited if it is a coroutine function) as review("prompt", messages or text) and

@@ -1,6 +1,6 @@
 """OpenAI's newer interface: /v1/responses. Nothing is kept between requests.
 
-Each request brings its whole conversation: `previous_response_id`, `conversation` and `store` are refused.
+Each request brings its whole conversation: `previous_response_id`, `conversation` and `store: true` are refused.
 """
 
 from __future__ import annotations
