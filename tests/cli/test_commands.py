@@ -162,7 +162,7 @@ def test_a_full_context_is_said(demo):
         (["demo", "Hello", "--threads", "0"], "threads is 0"),
         (["demo", "Hello", "--kv-bits", "3"], "--kv-bits"),
         (["demo", "Hello", "--nonsense"], "--nonsense"),
-        (["demo", "Hello", "--max-ram", "lots"], "'lots' is no size"),
+        (["demo", "Hello", "--max-ram", "lots"], "'lots' is not a size"),
         (["demo", "Hello", "--greedy", "--temperature", "1"], "exclude each other"),
         (["demo", "--raw"], "--raw needs a PROMPT"),
         (["demo", "Hello", "--raw", "--system", "x"], "takes no --system"),

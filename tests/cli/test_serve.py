@@ -142,7 +142,7 @@ def error_of(*arguments, code=2):
         (["demo", "--threads", "0"], "threads is 0"),
         (["demo", "--kv-bits", "5"], "--kv-bits"),
         (["demo", "--queue", "0"], "--queue"),
-        (["demo", "--max-body", "lots"], "'lots' is no size"),
+        (["demo", "--max-body", "lots"], "'lots' is not a size"),
         (["demo", "extra"], "unexpected extra argument"),
     ],
 )
