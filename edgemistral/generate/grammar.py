@@ -156,7 +156,7 @@ def check_schema(schema: Any) -> None:
         if isinstance(node, Mapping):
             stack += ((value, constant or name in ("enum", "const")) for name, value in node.items())
             merged = merged or "allOf" in node or "$ref" in node
-            if isinstance(step := node.get("multipleOf"), (int, float)):
+            if isinstance(step := node.get("multipleOf"), (int, float)) and not isinstance(step, bool):
                 steps.append(_digits_of(step))
         elif isinstance(node, list):
             stack += ((value, constant) for value in node)

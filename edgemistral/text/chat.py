@@ -154,6 +154,8 @@ class JinjaTemplate:
             return template
         except TemplateSyntaxError as error:
             raise BadInput(f"line {error.lineno} of the chat template: {error.message}") from None
+        except (SyntaxError, RecursionError, MemoryError, ValueError) as error:      # of what jinja2 makes of it
+            raise BadInput(f"the chat template cannot be compiled: {' '.join(str(error).split())[:200]}") from None
 
     def encode(self, tokenizer: Tokenizer, messages: Messages, tools: Tools | None = None) -> list[int]:
         """As transformers' apply_chat_template with add_generation_prompt."""

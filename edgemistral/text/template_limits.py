@@ -23,6 +23,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._count = threading.local()
+        del self.globals["lipsum"]           # as much text as it is asked for
         for name in ("indent", "center"):
             self.filters[name] = _with_width(self.filters[name])
 
