@@ -171,6 +171,8 @@ def _digits_of(step: float) -> int:
     """The digits of a number, without leading and trailing zeros. BadRequest: it is not above zero."""
     if not 0 < step < math.inf:
         raise BadRequest(f"grammar: multipleOf is {step!r:.40}: it must be above 0", "grammar")
+    if isinstance(step, int) and step.bit_length() > 4096:      # longer numbers may not become text
+        return MOST_STATES + 1
     return int("".join(map(str, Decimal(repr(step)).normalize().as_tuple().digits)))
 
 
