@@ -64,6 +64,7 @@ def inlined(function: Callable[..., Any]) -> Any:
     """`inner` whose code becomes part of its caller's: passing named tuples of arrays takes hundreds of stores a call."""
     if interpreted(function):
         return _plain(function)
+    parts.inlined(function)
     return _part(function, forceinline=True)
 
 
