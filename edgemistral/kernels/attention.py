@@ -24,7 +24,7 @@ from edgemistral.kernels.jit import inlined, inner
 from edgemistral.kernels.kv_formats import attend_to_block, finish_output
 from edgemistral.kernels.kv_layout import POSITIONS, ROWS, SEGMENT_BLOCKS
 from edgemistral.kernels.simd import load_f32, mul, splat_f32, store_f32, total, zero_f32
-from edgemistral.kernels.softmax import LOWEST
+from edgemistral.kernels.softmax import LOWEST, values_stride
 
 SPAN = 32                 # tokens that one thread takes through the cache together: each block is read once for all of them
 
@@ -51,11 +51,12 @@ class Rows(NamedTuple):
 class AttentionScratch(NamedTuple):
     """One thread's workspace; rows = SPAN * group, rounded up to whole tiles of ROWS."""
 
-    values: NDArray[np.float32]        # (rows * head_dim,) unnormalized outputs
+    values: NDArray[np.float32]        # (rows * head_dim in whole DIMS,) unnormalized outputs
     peaks: NDArray[np.float32]         # (rows,) running maximum of the scores
     sums: NDArray[np.float32]          # (rows * 16,) running denominators, in 16 parts
-    probabilities: NDArray[np.float32]  # (ROWS * 64,) of one tile and block; its bytes hold the u8 codes in 4 and 8 bits
-    codes: NDArray[np.uint8]           # the same bytes
+    probabilities: NDArray[np.float32]  # (ROWS * 64,) of one tile and block
+    codes: NDArray[np.uint8]           # the same bytes: u8 codes of the probabilities in 4 and 8 bits
+    units: NDArray[np.float32]         # (2 * ROWS,) of those codes, and the sums of each row's codes
     first_seen: NDArray[np.int64]      # (ROWS,) first and last position of the block that each row of the tile may see
     last_seen: NDArray[np.int64]       # (ROWS,)
 
@@ -94,7 +95,8 @@ def attend(kv, rows, layer, head, first, last, group, head_dim, window, queries,
     for r in range((n + ROWS - 1) // ROWS * ROWS):
         scratch.peaks[r] = LOWEST
         store_f32(scratch.sums, 16 * r, zero_f32())
-    for i in range(0, (n + ROWS - 1) // ROWS * ROWS * head_dim, 16):
+    values_row = values_stride(head_dim)
+    for i in range(0, (n + ROWS - 1) // ROWS * ROWS * values_row, 16):
         store_f32(scratch.values, i, zero_f32())
     first_seen, last_seen = scratch.first_seen, scratch.last_seen
     own = position // POSITIONS         # of all tokens of the span, and the last block that they see
@@ -118,5 +120,5 @@ def attend(kv, rows, layer, head, first, last, group, head_dim, window, queries,
         to = (first + r // group) * stride + (head * group + r % group) * head_dim
         factor = splat_f32(np.float32(1) / total(load_f32(scratch.sums, 16 * r)))
         for i in range(0, head_dim, 16):
-            store_f32(out, to + i, mul(load_f32(scratch.values, r * head_dim + i), factor))
+            store_f32(out, to + i, mul(load_f32(scratch.values, r * values_row + i), factor))
         finish_output(out, to, kv.bits, head_dim)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import numpy as np
 
 from edgemistral.kernels.jit import inlined
-from edgemistral.kernels.kv_layout import POSITIONS, ROWS
+from edgemistral.kernels.kv_layout import DIMS, POSITIONS, ROWS
 from edgemistral.kernels.simd import (
     add,
+    broadcast_f32,
     fma,
     load_f16_as_f32,
     load_f32,
@@ -22,10 +23,11 @@ from edgemistral.kernels.simd import (
     spread_f32_as_f16,
     store_f32,
     store_f32_as_f16,
-    zero_f32,
+    store_tile,
+    tile,
+    zero_f32_tile,
 )
-from edgemistral.kernels.softmax import softmax
-from edgemistral.kernels.unroll import registers, unroll, unrolled
+from edgemistral.kernels.softmax import softmax, values_stride
 
 
 @inlined
@@ -47,37 +49,20 @@ def scale_query_16bit(x, at, head_dim, queries, row_at):
 
 
 @inlined
-@unrolled(ROWS=ROWS)
 def tile_16bit(at, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch):
     """See `kv_formats.attend_to_block`."""
-    s = registers()
-    k = registers()
-    values = 128 * head_dim
-    for r in unroll(ROWS):
-        for p in unroll(4):
-            s[r, p] = zero_f32()
+    values, floats = 128 * head_dim, ROWS * head_dim * tile_at
+    s = zero_f32_tile(ROWS, 4)
     for c in range(head_dim):
-        for p in unroll(4):
-            k[p] = load_f16_as_f32(at, 32 * head_dim * p + 32 * c)
-        for r in unroll(ROWS):
-            q = splat_f32(queries.floats[(tile_at * ROWS + r) * head_dim + c])
-            for p in unroll(4):
-                s[r, p] = fma(k[p], q, s[r, p])
-    for r in unroll(ROWS):
-        softmax(s[r, 0], s[r, 1], s[r, 2], s[r, 3], first_seen[r], last_seen[r], masked, at, row + r, head_dim, scratch)
-    for d in range(0, head_dim, 64):
-        for r in unroll(ROWS):
-            for p in unroll(4):
-                s[r, p] = zero_f32()
-        for c in range(64):
-            for p in unroll(4):
-                k[p] = load_f16_as_f32(at, values + 2 * (head_dim * c + d + 16 * p))
-            for r in unroll(ROWS):
-                q = splat_f32(scratch.probabilities[64 * r + c])
-                for p in unroll(4):
-                    s[r, p] = fma(k[p], q, s[r, p])
-        for r in unroll(ROWS):
-            for p in unroll(4):
-                if 16 * p < head_dim - d:
-                    v = (row + r) * head_dim + d + 16 * p
-                    store_f32(scratch.values, v, add(s[r, p], load_f32(scratch.values, v)))
+        k = tile(load_f16_as_f32, at, 32 * c, 1, 4, 0, 32 * head_dim)
+        s = fma(k, tile(broadcast_f32, queries.floats, floats + c, ROWS, 1, head_dim, 0), s)
+    softmax(s, first_seen, last_seen, masked, row, head_dim, scratch)
+    stride = values_stride(head_dim)
+    for d in range(0, head_dim, DIMS):
+        s = zero_f32_tile(ROWS, 4)
+        for c in range(POSITIONS):
+            v = tile(load_f16_as_f32, at, values + 2 * (head_dim * c + d), 1, 4, 0, 32)
+            s = fma(v, tile(broadcast_f32, scratch.probabilities, c, ROWS, 1, POSITIONS, 0), s)
+        to = row * stride + d
+        s = add(s, tile(load_f32, scratch.values, to, ROWS, 4, stride, 16))
+        store_tile(store_f32, scratch.values, to, stride, 16, s)

@@ -20,10 +20,11 @@ from __future__ import annotations
 import numpy as np
 
 from edgemistral.kernels.jit import inlined
-from edgemistral.kernels.kv_layout import POSITIONS, QUERY_SUMS, ROWS
+from edgemistral.kernels.kv_layout import DIMS, POSITIONS, QUERY_SUMS, ROWS
 from edgemistral.kernels.simd import (
     add,
-    broadcast4,
+    broadcast_f32,
+    broadcast_i32,
     dot4,
     dot4_7bit,
     fma,
@@ -35,24 +36,25 @@ from edgemistral.kernels.simd import (
     maximum,
     minimum,
     mul,
-    prefetch,
+    prefetch_tile,
     round_to_i32,
     splat_f32,
-    splat_i32,
     spread_bytes,
     spread_words,
     store_f32,
     store_scalar_bf16,
     store_scalar_f32,
+    store_tile,
     sub,
+    tile,
     to_f32,
     total,
     without_low_nibbles,
+    words,
     zero_f32,
-    zero_i32,
+    zero_i32_tile,
 )
-from edgemistral.kernels.softmax import softmax_in_codes
-from edgemistral.kernels.unroll import registers, unroll, unrolled
+from edgemistral.kernels.softmax import softmax_in_codes, values_stride
 
 TRIALS = 7          # scales to try: the largest magnitude becomes 7, 7.5, ... 10 times the scale
 KEYS = 512          # byte of a block where K's codes begin
@@ -119,77 +121,42 @@ def append_4bit(at, within, x, key_at, value_at, head_dim):
 
 
 @inlined
-@unrolled(ROWS=ROWS)
 def tile_4bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch):
     """See `kv_formats.attend_to_block`."""
-    i = registers()
-    s = registers()
-    k = registers()
-    unit = registers()
-    codes = registers()
-    half = head_dim // 2
+    half, sums, codes = head_dim // 2, QUERY_SUMS * ROWS * tile_at, ROWS * head_dim * tile_at
     values = KEYS + 64 * half
     # Scores: first the high nibbles' half of the dims, then that of the low ones.
-    for r in unroll(ROWS):
-        for p in unroll(4):
-            i[r, p] = splat_i32(queries.sums[QUERY_SUMS * (tile_at * ROWS + r) + 2])
+    i = tile(broadcast_i32, queries.sums, sums + 2, ROWS, 4, QUERY_SUMS, 0)
     for c in range(half // 4):
-        for p in unroll(4):
-            k[p] = without_low_nibbles(load_bytes(at, KEYS + 8 * head_dim * p + 64 * c))
-        prefetch(ahead, 128 * c)
-        prefetch(ahead, 128 * c + 64)
-        for r in unroll(ROWS):
-            q = broadcast4(queries.codes, (tile_at * (head_dim // 4) + half // 4 + c) * 4 * ROWS + 4 * r)
-            for p in unroll(4):
-                i[r, p] = dot4(i[r, p], k[p], q)
-    for p in unroll(4):
-        scale = mul(load_bf16_as_f32(at, 128 + 32 * p), splat_f32(np.float32(1 / 16)))
-        for r in unroll(ROWS):
-            s[r, p] = mul(to_f32(i[r, p]), scale)
-    for r in unroll(ROWS):
-        for p in unroll(4):
-            i[r, p] = splat_i32(queries.sums[QUERY_SUMS * (tile_at * ROWS + r) + 1])
+        k = without_low_nibbles(tile(load_bytes, at, KEYS + 64 * c, 1, 4, 0, 8 * head_dim))
+        prefetch_tile(ahead, 128 * c, 1, 2, 0, 64)
+        i = dot4(i, k, words(queries.codes, codes + ROWS * (half + 4 * c), ROWS, 1, 4, 0))
+    s = mul(to_f32(i), mul(tile(load_bf16_as_f32, at, 128, 1, 4, 0, 32), splat_f32(np.float32(1 / 16))))
+    i = tile(broadcast_i32, queries.sums, sums + 1, ROWS, 4, QUERY_SUMS, 0)
     for c in range(half // 4):
-        for p in unroll(4):
-            k[p] = low_nibbles(load_bytes(at, KEYS + 8 * head_dim * p + 64 * c))
-        prefetch(ahead, 16 * head_dim + 128 * c)
-        prefetch(ahead, 16 * head_dim + 128 * c + 64)
-        for r in unroll(ROWS):
-            q = broadcast4(queries.codes, (tile_at * (head_dim // 4) + c) * 4 * ROWS + 4 * r)
-            for p in unroll(4):
-                i[r, p] = dot4_7bit(i[r, p], k[p], q)
-    for p in unroll(4):
-        scale = load_bf16_as_f32(at, 32 * p)
-        for r in unroll(ROWS):
-            s[r, p] = fma(to_f32(i[r, p]), scale, s[r, p])
-    for r in unroll(ROWS):
-        scale = splat_f32(queries.scales[tile_at * ROWS + r])
-        for p in unroll(4):
-            s[r, p] = mul(s[r, p], scale)
-        unit[r], codes[r] = softmax_in_codes(s[r, 0], s[r, 1], s[r, 2], s[r, 3], first_seen[r], last_seen[r], masked,
-                                             at + 256, row + r, head_dim, scratch)
+        k = low_nibbles(tile(load_bytes, at, KEYS + 64 * c, 1, 4, 0, 8 * head_dim))
+        prefetch_tile(ahead, 16 * head_dim + 128 * c, 1, 2, 0, 64)
+        i = dot4_7bit(i, k, words(queries.codes, codes + ROWS * 4 * c, ROWS, 1, 4, 0))
+    s = fma(to_f32(i), tile(load_bf16_as_f32, at, 0, 1, 4, 0, 32), s)
+    s = mul(s, tile(broadcast_f32, queries.scales, tile_at * ROWS, ROWS, 1, 1, 0))
+    softmax_in_codes(s, first_seen, last_seen, masked, at + 256, row, head_dim, scratch)
     # Values: two pieces of 32 dims at a time; sums over the low nibbles, and over the whole bytes.
-    for d in range(0, head_dim, 64):
-        for r in unroll(ROWS):
-            for p in unroll(4):
-                i[r, p] = zero_i32()
+    stride = values_stride(head_dim)
+    for d in range(0, head_dim, DIMS):
+        i, j = zero_i32_tile(ROWS, 2), zero_i32_tile(ROWS, 2)
         for c in range(16):
-            for p in unroll(2):
-                k[2 * p + 1] = load_bytes(at, values + 2 * head_dim * c + 2 * d + 64 * p)
-                k[2 * p] = low_nibbles(k[2 * p + 1])
-                prefetch(ahead, 32 * head_dim + 2 * head_dim * c + 2 * d + 64 * p)
-            for r in unroll(ROWS):
-                q = broadcast4(scratch.codes, 64 * r + 4 * c)
-                for p in unroll(4):
-                    i[r, p] = dot4(i[r, p], q, k[p])
-        for r in unroll(ROWS):
-            sum_of_codes = np.float32(codes[r])
-            low_offset, high_offset = splat_f32(np.float32(-7.5) * sum_of_codes), splat_f32(np.float32(8) * sum_of_codes)
-            low_unit, high_unit = splat_f32(unit[r]), splat_f32(unit[r] * np.float32(1 / 16))
-            for p in unroll(2):
-                if 32 * p < head_dim - d:
-                    v = (row + r) * head_dim + d + 32 * p
-                    low = to_f32(i[r, 2 * p])
-                    high = add(sub(to_f32(i[r, 2 * p + 1]), low), high_offset)
-                    store_f32(scratch.values, v, fma(add(low, low_offset), low_unit, load_f32(scratch.values, v)))
-                    store_f32(scratch.values, v + 16, fma(high, high_unit, load_f32(scratch.values, v + 16)))
+            piece = 2 * head_dim * c + 2 * d
+            v = tile(load_bytes, at, values + piece, 1, 2, 0, 64)
+            prefetch_tile(ahead, 32 * head_dim + piece, 1, 2, 0, 64)
+            p = words(scratch.codes, 4 * c, ROWS, 1, POSITIONS, 0)
+            i, j = dot4(i, p, low_nibbles(v)), dot4(j, p, v)
+        unit, to = tile(broadcast_f32, scratch.units, 0, ROWS, 1, 1, 0), row * stride + d
+        sum_of_codes = tile(broadcast_f32, scratch.units, ROWS, ROWS, 1, 1, 0)
+        low = to_f32(i)
+        high = add(sub(to_f32(j), low), mul(sum_of_codes, splat_f32(np.float32(8))))
+        low = add(low, mul(sum_of_codes, splat_f32(np.float32(-7.5))))
+        low_sums = fma(low, unit, tile(load_f32, scratch.values, to, ROWS, 2, stride, 32))
+        unit = mul(unit, splat_f32(np.float32(1 / 16)))
+        high_sums = fma(high, unit, tile(load_f32, scratch.values, to + 16, ROWS, 2, stride, 32))
+        store_tile(store_f32, scratch.values, to, stride, 32, low_sums)
+        store_tile(store_f32, scratch.values, to + 16, stride, 32, high_sums)

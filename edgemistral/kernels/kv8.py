@@ -18,12 +18,13 @@ from __future__ import annotations
 import numpy as np
 
 from edgemistral.kernels.jit import inlined
-from edgemistral.kernels.kv_layout import POSITIONS, QUERY_SUMS, ROWS
+from edgemistral.kernels.kv_layout import DIMS, POSITIONS, QUERY_SUMS, ROWS
 from edgemistral.kernels.rope import hadamard, hadamard_size
 from edgemistral.kernels.simd import (
     absolute,
     add_i32,
-    broadcast4,
+    broadcast_f32,
+    broadcast_i32,
     dot4,
     flip_top_bits,
     fma,
@@ -32,21 +33,23 @@ from edgemistral.kernels.simd import (
     load_f32,
     maximum,
     mul,
-    prefetch,
+    prefetch_tile,
     round_to_i32,
     splat_f32,
-    splat_i32,
     spread_bytes,
     spread_words,
     store_f32,
     store_scalar_f32,
+    store_tile,
+    tile,
     to_f32,
     total_i32,
+    words,
     zero_f32,
     zero_i32,
+    zero_i32_tile,
 )
-from edgemistral.kernels.softmax import softmax_in_codes
-from edgemistral.kernels.unroll import registers, unroll, unrolled
+from edgemistral.kernels.softmax import softmax_in_codes, values_stride
 
 
 @inlined
@@ -100,50 +103,31 @@ def quantize_query_to_codes(x, at, head_dim, queries, row_at):
 
 
 @inlined
-@unrolled(ROWS=ROWS)
 def tile_8bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch):
     """See `kv_formats.attend_to_block`."""
-    i = registers()
-    s = registers()
-    k = registers()
-    unit = registers()
-    # Scores: 16 positions side by side, four panels, ROWS rows.
     keys, values = 8 * 64, (8 + head_dim) * 64
-    for r in unroll(ROWS):
-        for p in unroll(4):
-            i[r, p] = splat_i32(queries.sums[QUERY_SUMS * (tile_at * ROWS + r)])
+    # Scores: 16 positions side by side, four panels, ROWS rows.
+    i = tile(broadcast_i32, queries.sums, QUERY_SUMS * ROWS * tile_at, ROWS, 4, QUERY_SUMS, 0)
     for c in range(head_dim // 4):
-        for p in unroll(4):
-            k[p] = flip_top_bits(load_bytes(at, keys + 16 * head_dim * p + 64 * c))
-            prefetch(ahead, 16 * head_dim * p + 64 * c)
-        for r in unroll(ROWS):
-            q = broadcast4(queries.codes, (tile_at * (head_dim // 4) + c) * 4 * ROWS + 4 * r)
-            for p in unroll(4):
-                i[r, p] = dot4(i[r, p], k[p], q)
-    for r in unroll(ROWS):
-        scale = splat_f32(queries.scales[tile_at * ROWS + r])
-        for p in unroll(4):
-            s[r, p] = mul(to_f32(i[r, p]), mul(load_f32(at, 64 * p), scale))
-        unit[r], _ = softmax_in_codes(s[r, 0], s[r, 1], s[r, 2], s[r, 3], first_seen[r], last_seen[r], masked,
-                                      at + 256, row + r, head_dim, scratch)
-    # Values: 64 dims at a time.
-    for d in range(0, head_dim, 64):
-        for r in unroll(ROWS):
-            for p in unroll(4):
-                i[r, p] = zero_i32()
+        k = flip_top_bits(tile(load_bytes, at, keys + 64 * c, 1, 4, 0, 16 * head_dim))
+        prefetch_tile(ahead, 64 * c, 1, 4, 0, 16 * head_dim)
+        q = words(queries.codes, (tile_at * (head_dim // 4) + c) * 4 * ROWS, ROWS, 1, 4, 0)
+        i = dot4(i, k, q)
+    scale = tile(broadcast_f32, queries.scales, tile_at * ROWS, ROWS, 1, 1, 0)
+    s = mul(to_f32(i), mul(tile(load_f32, at, 0, 1, 4, 0, 64), scale))
+    softmax_in_codes(s, first_seen, last_seen, masked, at + 256, row, head_dim, scratch)
+    unit = tile(broadcast_f32, scratch.units, 0, ROWS, 1, 1, 0)
+    # Values.
+    stride = values_stride(head_dim)
+    for d in range(0, head_dim, DIMS):
+        i = zero_i32_tile(ROWS, 4)
         for c in range(16):
-            for p in unroll(4):
-                k[p] = load_bytes(at, values + 4 * head_dim * c + 4 * d + 64 * p)
-                prefetch(ahead, 64 * head_dim + 4 * head_dim * c + 4 * d + 64 * p)
-            for r in unroll(ROWS):
-                q = broadcast4(scratch.codes, 64 * r + 4 * c)
-                for p in unroll(4):
-                    i[r, p] = dot4(i[r, p], q, k[p])
-        for r in unroll(ROWS):
-            for p in unroll(4):
-                if 16 * p < head_dim - d:
-                    v = (row + r) * head_dim + d + 16 * p
-                    store_f32(scratch.values, v, fma(to_f32(i[r, p]), splat_f32(unit[r]), load_f32(scratch.values, v)))
+            v = tile(load_bytes, at, values + 4 * head_dim * c + 4 * d, 1, 4, 0, 64)
+            prefetch_tile(ahead, 64 * head_dim + 4 * head_dim * c + 4 * d, 1, 4, 0, 64)
+            i = dot4(i, words(scratch.codes, 4 * c, ROWS, 1, 64, 0), v)
+        to = row * stride + d
+        sums = tile(load_f32, scratch.values, to, ROWS, 4, stride, 16)
+        store_tile(store_f32, scratch.values, to, stride, 16, fma(to_f32(i), unit, sums))
 
 
 @inlined

@@ -10,6 +10,7 @@ SEGMENT = SEGMENT_BLOCKS * POSITIONS    # positions
 ROWS = 4                  # query rows (token x query head of one KV head) that one pass over a block holds in registers
 KV_FORMATS = {4: (4, 8), 8: (8, 8), 16: (16, 0)}    # bits -> bits of a code, bytes of one position's scales (of K and V)
 OWN_BITS = {4: 8}         # formats whose positions see the block that they lie in, their own block, with more bits
+DIMS = 64                 # of values that meet them there; outputs are summed in rows of whole ones
 QUERY_SUMS = 4            # sums of a query row's codes that the formats need, one unused
 
 

@@ -26,7 +26,8 @@ from edgemistral.kernels.lowering import prefetch_ahead
 from edgemistral.kernels.simd import (
     LOWERING,
     add_i32,
-    broadcast4,
+    broadcast_f32,
+    broadcast_i32,
     dot4,
     dot4_7bit,
     fma,
@@ -37,16 +38,18 @@ from edgemistral.kernels.simd import (
     look_up,
     low_nibbles,
     mul,
-    prefetch,
-    splat_f32,
-    splat_i32,
+    prefetch_tile,
     store_bytes,
     store_f32,
+    store_tile,
+    tile,
     to_f32,
+    words,
     zero_f32,
-    zero_i32,
+    zero_f32_tile,
+    zero_i32_tile,
 )
-from edgemistral.kernels.unroll import registers, static, unroll, unrolled
+from edgemistral.kernels.unroll import static, unroll, unrolled
 
 PAIR = 2 * PANEL         # rows of two panels, the unit of work
 FEW = 4                  # most tokens for which a step waits for memory, not for products
@@ -100,64 +103,49 @@ def _make_panels(BITS, T):
     @inner
     @unrolled(BITS=BITS, T=T, S=S, BYTES=BYTES, CHAINS=CHAINS, FAR=FAR, LINES=LINES)
     def panels(blob, at, apart, panel_bytes, blocks, levels_at, row_scales, scales_apart, x, result):
-        """result[stream][token] = the 32 rows of the pair at byte `at` + stream * `apart` times every token."""
-        i = registers()
-        f = registers()
-        w = registers()
-        y = registers()
+        """result[stream][token] = the 32 rows of the pair at byte `at` + stream * `apart` times every token.
+
+        Tiles are tokens x streams.
+        """
         if static(BITS == 4):
             levels = load_bytes(blob, levels_at)
         for half in range(2):
-            for s in unroll(S):
-                for t in unroll(T):
-                    y[s, t] = zero_f32()
+            y = zero_f32_tile(T, S)
             for block in range(blocks):
                 base = at + half * panel_bytes + block * BYTES
                 if static(LINES > 0):
-                    for s in unroll(S):
-                        prefetch(blob, base + s * apart + FAR)
-                for s in unroll(S):
-                    for t in unroll(T):
-                        f[s, t] = zero_f32()
-                for g in range(GROUPS):
-                    for s in unroll(S):
-                        for t in unroll(T):
-                            i[s, t, 0] = splat_i32(x.sums[(block * GROUPS + g) * T + t])
-                            if static(CHAINS == 2):
-                                i[s, t, 1] = zero_i32()
+                    prefetch_tile(blob, base + FAR, S, 1, apart, 0)
+                f = zero_f32_tile(T, S)
+                for g in range(block * GROUPS, block * GROUPS + GROUPS):
+                    scales, codes = base + 16 * (g % GROUPS), base + SCALE_BYTES + 64 * BITS * (g % GROUPS)
+                    i = tile(broadcast_i32, x.sums, g * T, T, S, 1, 0)
+                    if static(CHAINS == 2):
+                        j = zero_i32_tile(T, S)
                     for c in unroll(4):
-                        for s in unroll(S):
-                            for line in unroll(LINES):      # spread evenly: a core can wait for about 24 lines at a time
-                                prefetch(blob, base + s * apart + FAR + SCALE_BYTES + 64 * ((4 * g + c) * LINES + line))
-                            codes_at = base + s * apart + SCALE_BYTES
-                            if static(BITS == 4):
-                                codes = load_bytes(blob, codes_at + 64 * (4 * g + c))
-                                w[s, 0], w[s, 1] = look_up(levels, low_nibbles(codes)), look_up(levels, high_nibbles(codes))
-                            else:
-                                w[s, 0] = load_bytes(blob, codes_at + 128 * (4 * g + c))
-                                w[s, 1] = load_bytes(blob, codes_at + 128 * (4 * g + c) + 64)
-                        for b in unroll(2):
-                            for t in unroll(T):
-                                four = broadcast4(x.codes, ((block * GROUPS + g) * 8 + 2 * c + b) * 4 * T + 4 * t)
-                                for s in unroll(S):
-                                    if static(BITS == 4):
-                                        i[s, t, b % CHAINS] = dot4_7bit(i[s, t, b % CHAINS], w[s, b], four)
-                                    else:
-                                        i[s, t, b % CHAINS] = dot4(i[s, t, b % CHAINS], w[s, b], four)
-                    for s in unroll(S):
-                        scale = load_i8_as_f32(blob, base + s * apart + 16 * g)
-                        for t in unroll(T):
-                            if static(CHAINS == 2):
-                                i[s, t, 0] = add_i32(i[s, t, 0], i[s, t, 1])
-                            f[s, t] = fma(to_f32(i[s, t, 0]), scale, f[s, t])
-                for t in unroll(T):
-                    scale = splat_f32(x.scales[block * T + t])
-                    for s in unroll(S):
-                        y[s, t] = fma(f[s, t], scale, y[s, t])
-            for s in unroll(S):
-                scale = load_f32(blob, row_scales + s * scales_apart + 4 * PANEL * half)
-                for t in unroll(T):
-                    store_f32(result, STREAM * s + PAIR * t + PANEL * half, mul(y[s, t], scale))
+                        if static(LINES > 0):      # spread evenly: a core can wait for about 24 lines at a time
+                            prefetch_tile(blob, codes + FAR + 64 * LINES * c, S, LINES, apart, 64)
+                        if static(BITS == 4):
+                            both = tile(load_bytes, blob, codes + 64 * c, 1, S, 0, apart)
+                            v, w = look_up(levels, low_nibbles(both)), look_up(levels, high_nibbles(both))
+                        else:
+                            v = tile(load_bytes, blob, codes + 128 * c, 1, S, 0, apart)
+                            w = tile(load_bytes, blob, codes + 128 * c + 64, 1, S, 0, apart)
+                        a = words(x.codes, (8 * g + 2 * c) * 4 * T, T, 1, 4, 0)
+                        b = words(x.codes, (8 * g + 2 * c + 1) * 4 * T, T, 1, 4, 0)
+                        if static(BITS == 4 and CHAINS == 2):
+                            i, j = dot4_7bit(i, v, a), dot4_7bit(j, w, b)
+                        elif static(BITS == 4):
+                            i = dot4_7bit(dot4_7bit(i, v, a), w, b)
+                        elif static(CHAINS == 2):
+                            i, j = dot4(i, v, a), dot4(j, w, b)
+                        else:
+                            i = dot4(dot4(i, v, a), w, b)
+                    if static(CHAINS == 2):
+                        i = add_i32(i, j)
+                    f = fma(to_f32(i), tile(load_i8_as_f32, blob, scales, 1, S, 0, apart), f)
+                y = fma(f, tile(broadcast_f32, x.scales, block * T, T, 1, 1, 0), y)
+            scale = tile(load_f32, blob, row_scales + 4 * PANEL * half, 1, S, 0, scales_apart)
+            store_tile(store_f32, result, PANEL * half, PAIR, STREAM, mul(y, scale))
 
     return panels
 
@@ -169,27 +157,25 @@ _panels_8bit_1, _panels_8bit_2, _panels_8bit_4, _panels_8bit_8 = (_make_panels(8
 # ---- many tokens -----------------------------------------------------------------------------------------------------
 
 @inlined
-@unrolled()
 def _unpack_4bit(blob, at, panel_bytes, levels, scratch):
     """One block of two panels -> unsigned bytes [group][8 chunks][panel][64] and float scales [group][panel][16]."""
     for panel in range(2):
         base = at + panel * panel_bytes
-        for g in unroll(4):
+        for g in range(GROUPS):
             store_f32(scratch.scales, PAIR * g + PANEL * panel, load_i8_as_f32(blob, base + 16 * g))
-            for c in unroll(4):
+            for c in range(4):
                 codes = load_bytes(blob, base + SCALE_BYTES + 64 * (4 * g + c))
                 store_bytes(scratch.weights, 128 * (8 * g + 2 * c) + 64 * panel, look_up(levels, low_nibbles(codes)))
                 store_bytes(scratch.weights, 128 * (8 * g + 2 * c + 1) + 64 * panel, look_up(levels, high_nibbles(codes)))
 
 
 @inlined
-@unrolled()
 def _unpack_8bit(blob, at, panel_bytes, scratch):
     for panel in range(2):
         base = at + panel * panel_bytes
-        for g in unroll(4):
+        for g in range(GROUPS):
             store_f32(scratch.scales, PAIR * g + PANEL * panel, load_i8_as_f32(blob, base + 16 * g))
-            for c in unroll(8):
+            for c in range(8):
                 codes = load_bytes(blob, base + SCALE_BYTES + 64 * (8 * g + c))
                 store_bytes(scratch.weights, 128 * (8 * g + c) + 64 * panel, codes)
 
@@ -201,43 +187,29 @@ def _make_tiles(T, SEVEN_BITS):
         """Multiply the unpacked block with `count` tiles of activations from tile `first` on; adds to scratch.result.
 
         Meanwhile `lines` lines from byte `ahead` on, and of the next panel, are prefetched, a few with every tile: all at once
-        they would delay the other loads.
+        they would delay the other loads. Registers are T tokens x 2 panels.
         """
-        i = registers()
-        f = registers()
-        w = registers()
         share = (lines + count - 1) // count
         for n in range(count):
-            tile = first + n
             for line in range(share * n, min(share * n + share, lines)):
-                prefetch(blob, ahead + 64 * line)
-                prefetch(blob, ahead + panel_bytes + 64 * line)
-            for t in unroll(T):
-                for p in unroll(2):
-                    f[t, p] = zero_f32()
+                prefetch_tile(blob, ahead + 64 * line, 2, 1, panel_bytes, 0)
+            f = zero_f32_tile(T, 2)
             for g in range(GROUPS):
-                for t in unroll(T):
-                    for p in unroll(2):
-                        i[t, p] = splat_i32(x.sums[(tile * GROUPS + g) * T + t])
-                for c in unroll(8):
-                    for p in unroll(2):
-                        w[p] = load_bytes(scratch.weights, 128 * (8 * g + c) + 64 * p)
-                    for t in unroll(T):
-                        four = broadcast4(x.codes, ((tile * GROUPS + g) * 8 + c) * 4 * T + 4 * t)
-                        for p in unroll(2):
-                            if static(SEVEN_BITS):
-                                i[t, p] = dot4_7bit(i[t, p], w[p], four)
-                            else:
-                                i[t, p] = dot4(i[t, p], w[p], four)
-                for p in unroll(2):
-                    scale = load_f32(scratch.scales, PAIR * g + PANEL * p)
-                    for t in unroll(T):
-                        f[t, p] = fma(to_f32(i[t, p]), scale, f[t, p])
-            for t in unroll(T):
-                scale = splat_f32(x.scales[tile * T + t])
-                for p in unroll(2):
-                    at = PAIR * (n * T + t) + PANEL * p
-                    store_f32(scratch.result, at, fma(f[t, p], scale, load_f32(scratch.result, at)))
+                group = (first + n) * GROUPS + g
+                i = tile(broadcast_i32, x.sums, group * T, T, 2, 1, 0)
+                for c in range(8):
+                    w = tile(load_bytes, scratch.weights, 128 * (8 * g + c), 1, 2, 0, 64)
+                    a = words(x.codes, (8 * group + c) * 4 * T, T, 1, 4, 0)
+                    if static(SEVEN_BITS):
+                        i = dot4_7bit(i, w, a)
+                    else:
+                        i = dot4(i, w, a)
+                f = fma(to_f32(i), tile(load_f32, scratch.scales, PAIR * g, 1, 2, 0, PANEL), f)
+            at = PAIR * T * n
+            scale = tile(broadcast_f32, x.scales, (first + n) * T, T, 1, 1, 0)
+            y = fma(f, scale, tile(load_f32, scratch.result, at, T, 2, PAIR, PANEL))
+            store_tile(store_f32, scratch.result, at, PAIR, PANEL, y)
+
     return tiles
 
 

@@ -1,7 +1,8 @@
 """The vector vocabulary as ordinary Python over NumPy: the twin of `simd_llvm`, to step through a kernel and to find bad reads.
 
 EDGEMISTRAL_SIMD=interpret makes the kernels use it. A vector is a NumPy array that is never modified: 64 x uint8, 16 x int32 or
-16 x float32. Every operation gives the bits of the compiled one. Behaviour that is undefined in compiled code is an error here:
+16 x float32. A tile has two more axes in front, rows and columns. Every operation gives the bits of the compiled one. Behaviour
+that is undefined in compiled code is an error here:
 
     * a load or store that is not wholly inside its array, or inside the memory behind its address (IndexError)
     * a negative index (IndexError)
@@ -28,13 +29,14 @@ F32, I32 = np.float32, np.int32
 LANES = np.arange(16, dtype=I32)
 
 __all__ = [
-    "LOWERING", "absolute", "add", "add_i32", "atomic_add", "atomic_load", "broadcast4", "div", "dot4", "dot4_7bit", "exp",
-    "flip_top_bits", "fma", "high_nibbles", "highest", "lane_numbers", "load_bf16_as_f32", "load_bytes", "load_f16_as_f32",
-    "load_f32", "load_i8_as_f32", "look_up", "low_nibbles", "maximum", "minimum", "mul", "pause", "prefetch",
-    "round_to_i32", "splat_f32", "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes",
-    "store_f32", "store_f32_as_f16", "store_low_bytes", "store_scalar_bf16", "store_scalar_f32", "sub", "to_f32", "total",
-    "total_i32", "walsh_hadamard", "where_between", "where_negative", "without_low_nibbles", "yield_thread", "zero_f32",
-    "zero_i32",
+    "LOWERING", "absolute", "add", "add_i32", "atomic_add", "atomic_load", "broadcast4", "broadcast_f32", "broadcast_i32",
+    "div", "dot4", "dot4_7bit", "exp", "flip_top_bits", "fma", "high_nibbles", "highest", "lane_numbers",
+    "lane_numbers_tile", "load_bf16_as_f32", "load_bytes", "load_f16_as_f32", "load_f32", "load_i8_as_f32", "look_up",
+    "low_nibbles", "maximum", "minimum", "mul", "pause", "prefetch", "prefetch_tile", "round_to_i32", "row_of", "splat_f32",
+    "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes", "store_f32", "store_f32_as_f16",
+    "store_low_bytes", "store_scalar_bf16", "store_scalar_f32", "store_tile", "sub", "sum_of_vectors", "tile", "to_f32",
+    "total", "total_i32", "walsh_hadamard", "where_between", "where_negative", "without_low_nibbles", "words", "yield_thread",
+    "zero_f32", "zero_f32_tile", "zero_i32", "zero_i32_tile",
 ]
 
 
@@ -77,6 +79,14 @@ def load_f16_as_f32(base, index):
 
 def broadcast4(base, index):
     return np.tile(_bytes(base, index, 4), 16)
+
+
+def broadcast_f32(base, index):
+    return np.tile(_bytes(base, index, 4).view(F32), 16)
+
+
+def broadcast_i32(base, index):
+    return np.tile(_bytes(base, index, 4).view(I32), 16)
 
 
 def store_bytes(base, index, value):
@@ -122,8 +132,8 @@ def _spread(base, index, stride, pieces):
 
 def _typed(value: Vector, dtype: Any) -> Vector:
     """The vector, if it has this type, else TypeError: another one would not compile."""
-    if value.dtype != dtype or value.nbytes != 64:
-        raise TypeError(f"a vector of {value.size} x {value.dtype} where 64 bytes of {np.dtype(dtype)} belong")
+    if value.dtype != dtype or value.shape[-1] * value.itemsize != 64:
+        raise TypeError(f"a vector of {value.shape[-1]} x {value.dtype} where 64 bytes of {np.dtype(dtype)} belong")
     return value
 
 
@@ -148,6 +158,28 @@ def prefetch(base, index):
     """Nothing: a prefetch may name any address, even one that does not exist."""
 
 
+def tile(load, base, index, rows, cols, down, right):
+    return np.array([[load(base, index + down * row + right * col) for col in range(cols)] for row in range(rows)])
+
+
+def words(base, index, rows, cols, down, right):
+    return tile(broadcast4, base, index, rows, cols, down, right)
+
+
+def row_of(tile, row):
+    return tile[row : row + 1]
+
+
+def store_tile(store, base, index, down, right, value):
+    for row, vectors in enumerate(value):
+        for col, vector in enumerate(vectors):
+            store(base, index + down * row + right * col, vector)
+
+
+def prefetch_tile(base, index, rows, cols, down, right):
+    """As `prefetch`."""
+
+
 # ---- lane by lane ----------------------------------------------------------------------------------------------------
 
 def splat_f32(scalar):
@@ -168,6 +200,18 @@ def zero_i32():
 
 def lane_numbers():
     return LANES
+
+
+def zero_f32_tile(rows, cols):
+    return np.zeros((rows, cols, 16), F32)
+
+
+def zero_i32_tile(rows, cols):
+    return np.zeros((rows, cols, 16), I32)
+
+
+def lane_numbers_tile(rows, cols):
+    return np.arange(rows * cols * 16, dtype=I32).reshape(rows, cols, 16)
 
 
 def add(a, b):
@@ -269,7 +313,7 @@ def exp(a):
 
 def walsh_hadamard(a):
     for n in (1, 2, 4, 8):
-        other = a[LANES ^ n]
+        other = a[..., LANES ^ n]
         a = np.where(LANES & n, other - a, a + other)
     return a
 
@@ -286,8 +330,21 @@ def total_i32(a):
     return _fold(a, np.add)
 
 
-def _fold(value, combine):
-    """Combine 16 lanes in one fixed tree."""
+def sum_of_vectors(a):
+    return _pairs(a, np.add)
+
+
+def _pairs(tile, combine):
+    """Combine the vectors of a tile in one fixed tree; a vector stays as it is."""
+    vectors = list(tile.reshape(-1, 16))
+    while len(vectors) > 1:
+        vectors = [combine(*pair) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
+    return vectors[0]
+
+
+def _fold(tile, combine):
+    """Combine vectors, then the 16 lanes, in one fixed tree."""
+    value = _pairs(tile, combine)
     for n in (8, 4, 2, 1):
         value = combine(value[:n], value[n : 2 * n])
     return value[0]
@@ -297,7 +354,7 @@ def _fold(value, combine):
 
 def dot4(acc, u, s):
     products = u.astype(I32) * s.view(np.int8)
-    return _typed(acc, I32) + products.reshape(16, 4).sum(axis=1, dtype=I32)
+    return _typed(acc, I32) + products.reshape(*products.shape[:-1], 16, 4).sum(axis=-1, dtype=I32)
 
 
 def dot4_7bit(acc, u, s):

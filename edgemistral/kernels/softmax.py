@@ -1,90 +1,105 @@
-"""One step of the online softmax (Milakov and Gimelshein 2018): the scores of one row with the 64 positions of a block."""
+"""One step of the online softmax (Milakov and Gimelshein 2018): the scores of ROWS rows with the 64 positions of a block."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from edgemistral.kernels.jit import inlined
+from edgemistral.kernels.kv_layout import DIMS, POSITIONS, ROWS
 from edgemistral.kernels.simd import (
     add,
-    add_i32,
     exp,
     highest,
-    lane_numbers,
+    lane_numbers_tile,
     load_f32,
-    maximum,
     mul,
     round_to_i32,
+    row_of,
     splat_f32,
     store_f32,
     store_low_bytes,
+    store_tile,
     sub,
+    sum_of_vectors,
+    tile,
     total,
     total_i32,
     where_between,
     zero_f32,
 )
-from edgemistral.kernels.unroll import registers, static, unroll, unrolled
+from edgemistral.kernels.unroll import unroll, unrolled
 
 LOWEST = np.float32(-1e30)
 
 
-def _make_softmax(IN_CODES):
-    @inlined
-    @unrolled(IN_CODES=IN_CODES)
-    def softmax(s0, s1, s2, s3, first, last, masked, value_scales, row, head_dim, scratch):
-        """Scores -> weights of the values, in row r = row % 4 of the probabilities; returns their unit, and their sum.
-
-        Row `row` of the scratch may see the positions first ... last of the block; `masked` is true if these are not all.
-        `softmax_in_codes` multiplies probabilities by the values' scales, 64 float32 at address `value_scales`, and rounds
-        the products to u8, in a unit chosen so that they keep their sum.
-        """
-        s = registers()
-        n = registers()
-        s[0], s[1], s[2], s[3] = s0, s1, s2, s3
-        r = row % 4    # not an argument: numba compiles a function anew for each literal number
-        if masked:
-            for p in unroll(4):
-                s[p] = _where_seen(p, first, last, s[p], splat_f32(LOWEST))
-        top, peak = highest(maximum(maximum(s[0], s[1]), maximum(s[2], s[3]))), scratch.peaks[row]
-        denominator = load_f32(scratch.sums, 16 * row)
-        if top > peak:
-            shrink = exp(splat_f32(peak - top))
-            for d in range(row * head_dim, row * head_dim + head_dim, 16):
-                store_f32(scratch.values, d, mul(load_f32(scratch.values, d), shrink))
-            denominator = mul(denominator, shrink)
-            peak = top
-            scratch.peaks[row] = top
-        for p in unroll(4):
-            s[p] = exp(sub(s[p], splat_f32(peak)))
-        if masked:
-            for p in unroll(4):
-                s[p] = _where_seen(p, first, last, s[p], zero_f32())
-        store_f32(scratch.sums, 16 * row, add(denominator, add(add(s[0], s[1]), add(s[2], s[3]))))
-        if static(not IN_CODES):
-            for p in unroll(4):
-                store_f32(scratch.probabilities, 64 * r + 16 * p, s[p])
-            return np.float32(1), np.int32(0)
-        for p in unroll(4):
-            s[p] = mul(s[p], load_f32(value_scales, 64 * p))
-        if masked:                                   # scales that were never written may not be numbers
-            for p in unroll(4):
-                s[p] = _where_seen(p, first, last, s[p], zero_f32())
-        top = max(highest(maximum(maximum(s[0], s[1]), maximum(s[2], s[3]))), np.float32(1e-30))
-        factor = splat_f32(np.float32(255) / top)
-        for p in unroll(4):
-            n[p] = round_to_i32(mul(s[p], factor))
-            store_low_bytes(scratch.codes, 64 * r + 16 * p, n[p])
-        codes = total_i32(add_i32(add_i32(n[0], n[1]), add_i32(n[2], n[3])))
-        weight = total(add(add(s[0], s[1]), add(s[2], s[3])))
-        return weight / np.float32(max(codes, np.int32(1))), codes
-    return softmax
+@inlined
+def values_stride(head_dim):
+    """Numbers from one row of the scratch's values to the next: whole registers' worth of dims."""
+    return (head_dim + DIMS - 1) // DIMS * DIMS
 
 
 @inlined
-def _where_seen(panel, first, last, a, b):
-    """a at the positions first ... last of a block, b elsewhere, of the 16 positions of one panel."""
-    return where_between(lane_numbers(), np.int32(first - 16 * panel), np.int32(last - 16 * panel), a, b)
+@unrolled(ROWS=ROWS)
+def softmax(s, first_seen, last_seen, masked, row, head_dim, scratch):
+    """Scores (ROWS x 4) -> weights of the values in `scratch.probabilities`.
+
+    Row `row + r` of the scratch may see the positions first_seen[r] ... last_seen[r] of the block; `masked` is true if these
+    are not all.
+    """
+    for r in unroll(ROWS):
+        p = _weigh(row_of(s, r), first_seen[r], last_seen[r], masked, row + r, head_dim, scratch)
+        store_tile(store_f32, scratch.probabilities, POSITIONS * r, 0, 16, p)
 
 
-softmax, softmax_in_codes = _make_softmax(0), _make_softmax(1)
+@inlined
+@unrolled(ROWS=ROWS)
+def softmax_in_codes(s, first_seen, last_seen, masked, value_scales, row, head_dim, scratch):
+    """`softmax` times the values' scales (64 float32 at address `value_scales`), rounded to u8 in `scratch.codes`.
+
+    The codes of a row have a unit, chosen so that they keep their sum: units[r]. units[ROWS + r] is the sum of the codes.
+    """
+    for r in unroll(ROWS):
+        _weigh_in_codes(row_of(s, r), first_seen[r], last_seen[r], masked, value_scales, row + r, head_dim, scratch)
+
+
+@inlined
+def _weigh_in_codes(s, first, last, masked, value_scales, row, head_dim, scratch):
+    """`softmax_in_codes` of one row, which is row % ROWS of its tile."""
+    r = row % ROWS             # not an argument: numba compiles a function anew for each literal number
+    p = mul(_weigh(s, first, last, masked, row, head_dim, scratch), tile(load_f32, value_scales, 0, 1, 4, 0, 64))
+    if masked:                 # scales that were never written may not be numbers
+        p = _where_seen(first, last, p, zero_f32())
+    top = max(highest(p), np.float32(1e-30))
+    n = round_to_i32(mul(p, splat_f32(np.float32(255) / top)))
+    store_tile(store_low_bytes, scratch.codes, POSITIONS * r, 0, 16, n)
+    codes = total_i32(n)
+    scratch.units[r] = total(p) / np.float32(max(codes, np.int32(1)))
+    scratch.units[ROWS + r] = codes
+
+
+@inlined
+def _weigh(s, first, last, masked, row, head_dim, scratch):
+    """e**(score - peak) of one row's positions. If its peak rises, the sums so far are scaled down."""
+    if masked:
+        s = _where_seen(first, last, s, splat_f32(LOWEST))
+    top, peak = highest(s), scratch.peaks[row]
+    denominator = load_f32(scratch.sums, 16 * row)
+    if top > peak:
+        shrink = exp(splat_f32(peak - top))
+        at = row * values_stride(head_dim)
+        for d in range(at, at + head_dim, 16):
+            store_f32(scratch.values, d, mul(load_f32(scratch.values, d), shrink))
+        denominator = mul(denominator, shrink)
+        peak = top
+        scratch.peaks[row] = top
+    p = exp(sub(s, splat_f32(peak)))
+    if masked:
+        p = _where_seen(first, last, p, zero_f32())
+    store_f32(scratch.sums, 16 * row, add(denominator, sum_of_vectors(p)))
+    return p
+
+
+@inlined
+def _where_seen(first, last, a, b):
+    """a at the positions first ... last of a block, b elsewhere."""
+    return where_between(lane_numbers_tile(1, 4), np.int32(first), np.int32(last), a, b)

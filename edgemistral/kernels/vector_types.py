@@ -35,6 +35,11 @@ def splat(builder, scalar, llvm):
     return shuffle(builder, one, None, [0] * llvm.count)
 
 
+def to_all_lanes(builder, word):
+    """4 bytes, repeated."""
+    return builder.bitcast(splat(builder, word, i32x16.llvm), i8x64.llvm)
+
+
 def constant(llvm, value):
     """The same value in all lanes. Floats are rounded to float32 first: LLVM takes exact doubles."""
     if llvm.element == F32:

@@ -16,7 +16,7 @@ from edgemistral.files.layout import ALIGNMENT, BLOCK, GROUP, GROUPS, round_up
 from edgemistral.kernels.activations import LONG, SHORT, Activations
 from edgemistral.kernels.attention import SPAN, AttentionScratch, Queries, Rows
 from edgemistral.kernels.forward import Own, Shape, State, Weights, forward
-from edgemistral.kernels.kv_layout import POSITIONS, QUERY_SUMS, ROWS, kv_layout
+from edgemistral.kernels.kv_layout import DIMS, POSITIONS, QUERY_SUMS, ROWS, kv_layout
 from edgemistral.kernels.matmul import PAIR, STREAMS, MatrixScratch
 from edgemistral.runtime.compiling import compile_forward
 from edgemistral.runtime.read_ahead import ReadAhead
@@ -209,11 +209,12 @@ def _workspace(shape: Shape, threads: int, array: Allocate = _aligned) -> tuple[
                 result=array(max(tokens, STREAMS * SHORT) * PAIR, np.float32),
             ),
             AttentionScratch(
-                values=array(rows_of_span * hd, np.float32),
+                values=array(rows_of_span * round_up(hd, DIMS), np.float32),
                 peaks=array(rows_of_span, np.float32),
                 sums=array(rows_of_span * 16, np.float32),
                 probabilities=probabilities,
                 codes=probabilities.view(np.uint8),
+                units=array(2 * ROWS, np.float32),
                 first_seen=array(ROWS, np.int64),
                 last_seen=array(ROWS, np.int64),
             ),
