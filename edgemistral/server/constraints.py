@@ -38,18 +38,28 @@ def constraint_of(fields: Mapping[str, Any]) -> Constraint | None:
 
 
 def closed(schema: Any) -> Any:
-    """A copy of a JSON schema. An object with `properties` allows no others, unless the schema says so."""
+    """A copy of a JSON schema. An object with `properties` allows no others, unless the schema says so.
+
+    BadRequest: it is nested too deeply.
+    """
+    try:
+        return _closed(schema)
+    except RecursionError:
+        raise BadRequest("the JSON schema is nested too deeply") from None
+
+
+def _closed(schema: Any) -> Any:
     if isinstance(schema, list):
-        return [closed(item) for item in schema]
+        return [_closed(item) for item in schema]
     if not isinstance(schema, Mapping):
         return schema
     made = dict(schema)
     for name in ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas"):
         if isinstance(made.get(name), Mapping):
-            made[name] = {key: closed(value) for key, value in made[name].items()}
+            made[name] = {key: _closed(value) for key, value in made[name].items()}
     for name in ("items", "prefixItems", "anyOf", "oneOf", "additionalProperties", "contains", "then", "else"):
         if isinstance(made.get(name), (Mapping, list)):
-            made[name] = closed(made[name])
+            made[name] = _closed(made[name])
     composed = any(name in made for name in ("allOf", "$ref", "anyOf", "oneOf", "if", "patternProperties"))
     if "properties" in made and "additionalProperties" not in made and "unevaluatedProperties" not in made and not composed:
         made["additionalProperties"] = False
@@ -62,7 +72,7 @@ def _json(schema: Any, field: str) -> Constraint | None:
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadRequest(f"{field} is not a JSON schema", field) from None
     if not isinstance(schema, Mapping):
         raise BadRequest(f"{field} must be a JSON schema, an object", field)

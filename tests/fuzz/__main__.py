@@ -106,7 +106,7 @@ def _show(harness: Harness, tally: Tally, plant: bool) -> None:
 def _keep(harness: Harness, fault: dict[str, Any]) -> Path:
     """The input as a file, which runs again in every test from then on."""
     given = harness.nth(fault["seed"], fault["number"])
-    text = json.dumps({"harness": harness.name, "found": fault["outcome"], "input": given}, indent=1)
+    text = json.dumps({"harness": harness.name, "found": fault["outcome"], "input": given})      # one line: deep ones are long
     path = FOUND / f"{harness.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
     FOUND.mkdir(exist_ok=True)
     path.write_text(text + "\n", encoding="ascii")
