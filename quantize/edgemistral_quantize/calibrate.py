@@ -43,10 +43,9 @@ class Source(Protocol):
 
 @dataclass
 class Inputs:
-    """What one layer's matrices have in each column, by the name of the matrix: float64 (cols,)."""
+    """Mean squares of the inputs of one layer's matrices, by the name of the matrix: float64 (cols,)."""
 
-    mean_squares: dict[str, F64] = field(default_factory=dict)    # of the inputs
-    weights: dict[str, F64] = field(default_factory=dict)         # sums of squares of the matrix
+    mean_squares: dict[str, F64] = field(default_factory=dict)
 
 
 Collect = Callable[[str, Sequence[F32]], None]
@@ -82,10 +81,9 @@ class CalibrationPass:
         norms = {name: list(self._strips(at + name)) for name in ("attention_norm", "ffn_norm")}
         rows = {"wqkv": c.q_dim + 2 * c.kv_dim, "wo": c.dim, "w13": 2 * c.hidden_dim, "w2": c.dim}
         sums: dict[str, F64] = {}
-        weights: dict[str, F64] = {}
 
         def meet(matrix: str, inputs: list[F32]) -> list[F32]:
-            outputs, weights[matrix] = self._times(inputs, at + matrix, rows[matrix])
+            outputs = self._times(inputs, at + matrix, rows[matrix])
             if matrix in ("wo", "w2"):   # their outputs are added to the states, and a norm comes next
                 add(states, outputs)
                 if self._relative:
@@ -108,16 +106,13 @@ class CalibrationPass:
             h = meet("w13", self._each(lambda x: rms_norm(x, norms["ffn_norm"], c.norm_eps), states))
             h = self._each(_swiglu, h)
             meet("w2", h)
-        return Inputs({name: total / self.tokens for name, total in sums.items()}, weights)
+        return Inputs({name: total / self.tokens for name, total in sums.items()})
 
     def pass_norm(self) -> Inputs:
-        """The same of the output head, after the last layer."""
+        """The mean squares of the output head's inputs, after the last layer."""
         norm = list(self._strips("norm"))
         heads = self._pool.map(lambda x: _sum_of_squares(rms_norm(x, norm, self._config.norm_eps)), self.states)
-        weights = np.zeros(self._config.dim)
-        for tile in tiled(self._source.strips("output", self._strip_bytes)):     # a part of the last step: no progress
-            weights += _sum_of_squares(tile)
-        return Inputs({"output": sum(heads, np.zeros(self._config.dim)) / self.tokens}, {"output": weights})
+        return Inputs({"output": sum(heads, np.zeros(self._config.dim)) / self.tokens})
 
     @property
     def tokens(self) -> int:
@@ -131,17 +126,15 @@ class CalibrationPass:
     def _each(self, function: Callable[..., F32], *arrays: Iterable[F32]) -> list[F32]:
         return list(self._pool.map(function, *arrays))
 
-    def _times(self, inputs: list[F32], name: str, rows: int) -> tuple[list[F32], F64]:
-        """x W^T of each input x (tokens, cols) by the matrix W (rows, cols) -> (tokens, rows); W's squares, (cols,) sums."""
+    def _times(self, inputs: list[F32], name: str, rows: int) -> list[F32]:
+        """x W^T of each input x (tokens, cols) by the matrix W (rows, cols) -> (tokens, rows)."""
         outputs = [np.empty((len(x), rows), np.float32) for x in inputs]
-        first, squares = 0, np.zeros(inputs[0].shape[1])
+        first = 0
         for tile in tiled(self._strips(name)):
             columns = slice(first, first + len(tile))
-            products = self._pool.map(partial(_multiply, tile, columns), inputs, outputs)
-            squares += _sum_of_squares(tile)
-            list(products)
+            list(self._pool.map(partial(_multiply, tile, columns), inputs, outputs))
             first += len(tile)
-        return outputs, squares
+        return outputs
 
     def _embed(self, windows: Sequence[NDArray[np.int32]]) -> list[F32]:
         states = [np.empty((len(ids), self._config.dim), np.float32) for ids in windows]

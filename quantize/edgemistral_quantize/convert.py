@@ -184,10 +184,9 @@ def convert(
                 moments = _moments(config, recipe, calibration, writer, at)
                 add = None if moments is None else partial(_add_moments, moments, states.map)
                 inputs = states.pass_layer(int(at.removeprefix("layers.")), add)
-                changes = layer_changes(config, inputs.mean_squares, inputs.weights, recipe.bits, samples)
+                changes = layer_changes(config, inputs.mean_squares, recipe.bits, samples)
             elif part == "norm" and states is not None:
-                inputs = states.pass_norm()
-                changes = output_changes(inputs.mean_squares["output"], inputs.weights["output"], recipe.output_bits, samples)
+                changes = output_changes(states.pass_norm().mean_squares["output"], recipe.output_bits, samples)
             if spec.name in by_name:
                 change, met = changes.matrices.get(part, Change()), None if moments is None else moments.pop(part, None)
                 conversion.write_matrix(by_name[spec.name], change, met)
