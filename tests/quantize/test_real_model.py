@@ -163,7 +163,7 @@ def test_it_knows_the_capital_of_france(model: edgemistral.Model) -> None:
 
 
 def test_most_greedy_answers_begin_as_those_of_llama_cpp(model: edgemistral.Model, their_answers: list[list[int]]) -> None:
-    """Most, not all: both programs round activations, each in its own way. Without any rounding 43 of these 60 agree."""
+    """Most, not all: both programs round activations, each in its own way."""
     prompts = [model.tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
     ours = [list(model.generate(prompt, max_new_tokens=TOKENS, temperature=0.0)) for prompt in prompts]
     equal = sum(a == b for a, b in zip(ours, their_answers, strict=True))
