@@ -24,7 +24,7 @@ class Plan:
     threads: int
     weights_bytes: int   # the mapped blob: shared between processes; the system may drop pages and read them again
     kv_bytes: int        # one sequence that fills the context
-    work_bytes: int      # activations and logits: ordinary memory
+    work_bytes: int      # activations, logits, 8-bit copies of the latest keys and values: ordinary memory
     program_bytes: int   # everything else in the process, estimated
     kv_budget: int       # limit for all kept sequences (conversations that continue without reading them again)
 

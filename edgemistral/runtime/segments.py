@@ -299,7 +299,7 @@ class Sequence:
         """Remove the positions from `length` on. ValueError: it could not continue from there (see `continuable`)."""
         if not 0 <= length <= self.length or length > self.continuable(length):
             raise ValueError(f"cannot cut {self.length} positions to {length}")
-        self._own_blocks = {number: copy for number, copy in self._own_blocks.items() if number <= length // POSITIONS}
+        self._own_blocks = {number: copy for number, copy in self._own_blocks.items() if POSITIONS * number < length}
         kept = segments_of(length)
         for segment in self._segments[kept:]:
             self.pool.release(segment)
@@ -366,9 +366,10 @@ class Sequence:
         return self._segments
 
     def _copy_own_block(self, other: Sequence) -> None:
+        """After copying positions of another sequence: its copy of the last block takes the place of all own ones."""
         number = self.length // POSITIONS
-        if self.length % POSITIONS and number in other._own_blocks:
-            self._own_blocks = {number: other._own_blocks[number].copy()}
+        held = self.length % POSITIONS and number in other._own_blocks
+        self._own_blocks = {number: other._own_blocks[number].copy()} if held else {}
 
     def _allocate(self, number: int) -> Segment:
         """A segment to hold its positions from 256 * number on."""

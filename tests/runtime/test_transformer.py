@@ -167,6 +167,21 @@ def test_a_4_bit_sequence_goes_on_from_the_beginning_of_a_block(load, at_once):
     np.testing.assert_array_equal(model.forward(ids[128:], 22), expected[128:])
 
 
+def test_a_copied_block_is_not_taken_for_a_shorter_one(load, at_once):
+    """A sequence that takes over positions of another must forget its own copy, which lacks them."""
+    ids, expected = at_once("odd sizes", 4)
+    model = load(kv_bits=4, threads=2)
+    model.forward(ids, 0)
+    home = Sequence(model.pool)
+    model.step([Row(home, ids[:70], 0)])               # a copy of block 1 with 6 positions
+    home.adopt(model.sequence, 128)
+    home.cut(home.continuable(100))
+    assert home.length == 64
+    np.testing.assert_array_equal(model.step([Row(home, ids[64:], 86)]), expected[64:])
+    home.cut(0)
+    assert home.continuable(30) == 0
+
+
 def test_models_do_not_disturb_each_other(load, at_once):
     ids, expected = at_once("odd sizes", 8)
     one, other, parts = load(threads=2), load("mistral heads", threads=2), []
