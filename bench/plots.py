@@ -9,7 +9,7 @@ from typing import Any
 from bench.harness import RESULTS
 
 PEERS = {"peers_q4": "4 bits", "peers_q8": "8 bits", "peers_q4_avx2": "4 bits,\nAVX2 only"}
-PROCESSORS = {"znver4": "Zen 4", "znver5": "Zen 5"}   # as LLVM and as people call them
+PROCESSORS = {"znver3": "Zen 3", "znver4": "Zen 4", "znver5": "Zen 5"}   # as LLVM and as people call them
 
 
 def peers(path: Path = RESULTS / "peers.png") -> None:

@@ -44,7 +44,7 @@ Written by `python -m bench.run_all --report`. [RESULTS.md](../RESULTS.md) has t
 # Sections that RESULTS.md repeats once they are measured.
 ESSENTIAL = (
     "parallel", "lookup", "restart", "small_memory", "real_model", "calibration_cost", "quality", "kv_accuracy_demo",
-    "kv_accuracy_SmolLM2-135M", "fuzz", "crash", "soak",
+    "kv_accuracy_SmolLM2-135M", "server_fuzz", "fuzz", "crash", "soak",
 )
 Results = dict[str, Any]
 

@@ -50,7 +50,21 @@ def _soak(r: Results) -> Iterable[str]:
          *(f"{100 * run['grown'][name]:+.1f} %" for name in names)) for run in r["runs"]])
 
 
+def _server_fuzz(r: Results) -> Iterable[str]:
+    health = r["health"]
+    yield f"{r['requests']:,} requests of {r['clients']} clients, each with one to three faults, in {r['seconds']:.0f} s."
+    yield ""
+    yield from summary.table(("", ""), [
+        ("answers that must never be given: 5xx, tracebacks, no answer", str(len(r["wrong"]))),
+        ("`/health` meanwhile: median, 99 %, longest of all", f"{1e3 * health['median_seconds']:.1f}, "
+         f"{1e3 * health['p99_seconds']:.1f}, {1e3 * health['max_seconds']:.1f} ms of {health['asked']:,}"),
+        ("statuses", ", ".join(f"{status}: {count:,}" for status, count in r["statuses"].items())),
+        ("threads", f"{r['held_before']['threads']} to {r['held_after']['threads']}"),
+    ])
+
+
 SECTIONS = [
+    ("Malformed requests", "server_fuzz", "python bench/server_fuzz.py", _server_fuzz),
     ("Hostile inputs", "fuzz", "python bench/fuzz.py", _fuzz),
     ("Kills, power cuts and full disks", "crash", "python bench/crash.py", _crash),
     ("Hours of mixed load", "soak", "python bench/soak.py 0.1", _soak),

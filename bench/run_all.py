@@ -47,6 +47,7 @@ COMMANDS = (     # as named in the sections of bench/report.py
     "python bench/kv_accuracy.py WORK --model SmolLM2-135M",
     "python bench/quality_random.py",
     "python bench/quantization_error.py",
+    "python bench/server_fuzz.py",
     "python bench/fuzz.py",
     "python bench/crash.py",
     "python bench/soak.py 0.1",

@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import http.client
 import json
+import multiprocessing
 import random
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from http.client import HTTPConnection
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -184,24 +185,35 @@ def run(
     return statuses, found
 
 
-class Health(threading.Thread):
-    """Asks /health again and again, on one connection."""
+class Health:
+    """A process that asks /health again and again, on one connection: the clients' threads must not delay it."""
 
-    def __init__(self, server: Server) -> None:
-        super().__init__(daemon=True)
-        self._server, self._done, self.seconds = server, threading.Event(), []   # type: Server, threading.Event, list[float]
-
-    def run(self) -> None:
-        with closing(self._server.connect()) as connection:
-            while not self._done.wait(0.02):
-                start = time.perf_counter()
-                ask(connection, "GET", "/health").read()
-                self.seconds.append(time.perf_counter() - start)
+    def __init__(self, port: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._stop, theirs = context.Pipe()
+        self._process = context.Process(target=_ask_health, args=(port, theirs), daemon=True)
+        self._process.start()
+        theirs.close()       # so that the end of that process is an error here
+        self._stop.recv()
 
     def stop(self) -> list[float]:
-        self._done.set()
-        self.join()
-        return self.seconds
+        """Seconds that each answer took."""
+        self._stop.send(None)
+        seconds: list[float] = self._stop.recv()
+        self._process.join()
+        return seconds
+
+
+def _ask_health(port: int, pipe: Connection) -> None:
+    seconds: list[float] = []
+    with closing(HTTPConnection("127.0.0.1", port, timeout=300)) as connection:
+        connection.connect()
+        pipe.send(None)
+        while not pipe.poll(0.02):
+            start = time.perf_counter()
+            ask(connection, "GET", "/health").read()
+            seconds.append(time.perf_counter() - start)
+    pipe.send(seconds)
 
 
 def held(server: Server) -> dict[str, int]:
@@ -217,8 +229,7 @@ def measure(path: Path, number: int, seed: int = SEED) -> dict[str, Any]:
         first = round(number * WARM_UP)
         statuses, found = run(server.connect, iter(sent[:first]))
         warm, before = server.resident_bytes(), held(server)
-        health = Health(server)
-        health.start()
+        health = Health(server.port)
         start = time.perf_counter()
         more, worse = run(server.connect, iter(sent[first:]))
         seconds, took = time.perf_counter() - start, health.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
 import os
@@ -35,6 +36,7 @@ STOP = 4.7              # for all of it
 ORPHAN_STOP = 1.2       # seconds after the parent's death: no client is left to wait for
 HEAD_SECONDS = 10.0     # for the head of a request to arrive
 MAX_CONNECTIONS = 512
+TURN = 0.0005           # for which a thread may keep the interpreter while the event loop waits for it; Python's is 0.005
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if sys.platform == "win32":
     SIGNALS.append(signal.SIGBREAK)
@@ -68,6 +70,8 @@ def serve(
         model = loader()
         loaded.append(model)
         next(model.generate([model.config.bos_id], 1, temperature=0), None)   # compiles, or loads compiled kernels
+        gc.collect()
+        gc.freeze()      # a full collection would visit every object of the libraries, and stop all threads for 60 ms
         return model
 
     def on_load() -> None:
@@ -91,7 +95,7 @@ def serve(
         server = _Server(config, service)
         if parent is not None:
             parent.on_gone = server.orphan
-        with server.handling_signals():
+        with server.handling_signals(), _short_turns():
             listening(url)
             server.run(sockets=[listener])
             if server.lost is not None:
@@ -102,6 +106,16 @@ def serve(
                 model.close()
     if failed:
         raise failed[0]
+
+
+@contextlib.contextmanager
+def _short_turns() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(TURN)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _exit() -> NoReturn:
