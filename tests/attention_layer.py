@@ -8,11 +8,12 @@ import numpy as np
 
 from edgemistral.files.bf16 import widen
 from edgemistral.files.layout import round_up
-from edgemistral.kernels.attention import attend, block_at, own_block_at
+from edgemistral.kernels.attention import ATTEND, block_at, own_block_at
 from edgemistral.kernels.jit import entry
-from edgemistral.kernels.kv_formats import append_key_value, quantize_query
-from edgemistral.kernels.kv_layout import POSITIONS, SEGMENT, kv_layout
+from edgemistral.kernels.kv_formats import APPEND, QUANTIZE_QUERY
+from edgemistral.kernels.kv_layout import KV_FORMATS, POSITIONS, SEGMENT, kv_layout
 from edgemistral.kernels.rope import rotate
+from edgemistral.kernels.unroll import unrolled
 from edgemistral.runtime.segments import Row, own_block_bytes, segment_bytes
 from edgemistral.runtime.transformer import _lay_out, _shape, _workspace
 from tests import blobs, naive
@@ -32,27 +33,34 @@ class Chunk(NamedTuple):
     window: int
 
 
-@entry
-def attend_chunk(chunk, x, cos, sin, rows, kv, queries, scratch, out):
-    """x (tokens * heads * head_dim,): queries, keys and values of every token, rotated in place; out: attention's output."""
-    c, hd, layer = chunk, chunk.head_dim, LAYER
-    group = c.n_heads // c.n_kv_heads
-    for token in range(c.tokens):
-        at, angle = token * (c.n_heads + 2 * c.n_kv_heads) * hd, token * hd // 2
-        for h in range(c.n_heads):
-            rotate(x, at + h * hd, hd, cos, sin, angle)
-            row = h // group * rows.rows_of_head + rows.query_rows[token] + h % group
-            quantize_query(x, at + h * hd, hd, kv.bits, queries, row)
+def _make_attend_chunk(BITS):
+    @entry
+    @unrolled(BITS=BITS)
+    def attend_chunk(chunk, x, cos, sin, rows, kv, queries, scratch, out):
+        """x (tokens * heads * head_dim,): queries, keys and values of all tokens, rotated in place; out: attention's output."""
+        c, hd, layer = chunk, chunk.head_dim, LAYER
+        group = c.n_heads // c.n_kv_heads
+        for token in range(c.tokens):
+            at, angle = token * (c.n_heads + 2 * c.n_kv_heads) * hd, token * hd // 2
+            for h in range(c.n_heads):
+                rotate(x, at + h * hd, hd, cos, sin, angle)
+                row = h // group * rows.rows_of_head + rows.query_rows[token] + h % group
+                QUANTIZE_QUERY[BITS](x, at + h * hd, hd, queries, row)
+            for head in range(c.n_kv_heads):
+                key = at + (c.n_heads + head) * hd
+                rotate(x, key, hd, cos, sin, angle)
+                block = block_at(kv, rows, token, layer, head, (c.position + token) // POSITIONS)
+                own = own_block_at(kv, rows, token, layer, head)
+                APPEND[BITS](block, own, (c.position + token) % POSITIONS, x, key, key + c.n_kv_heads * hd, hd)
         for head in range(c.n_kv_heads):
-            key = at + (c.n_heads + head) * hd
-            rotate(x, key, hd, cos, sin, angle)
-            block = block_at(kv, rows, token, layer, head, (c.position + token) // POSITIONS)
-            own = own_block_at(kv, rows, token, layer, head)
-            append_key_value(block, own, kv.bits, c.position + token, x, key, key + c.n_kv_heads * hd, hd)
-    for head in range(c.n_kv_heads):
-        for span in range(0, rows.spans.size, 2):
-            attend(kv, rows, layer, head, rows.spans[span], rows.spans[span + 1], group, hd, c.window, queries, out,
-                   c.n_heads * hd, scratch)
+            for span in range(0, rows.spans.size, 2):
+                ATTEND[BITS](kv, rows, layer, head, rows.spans[span], rows.spans[span + 1], group, hd, c.window, queries, out,
+                             c.n_heads * hd, scratch)
+
+    return attend_chunk
+
+
+ATTEND_CHUNK = {bits: _make_attend_chunk(bits) for bits in KV_FORMATS}
 
 
 class Held:
@@ -92,7 +100,7 @@ class Attention:
         chunk = Chunk(self.length, tokens, c.n_heads, c.n_kv_heads, c.head_dim, c.sliding_window or c.context)
         out = np.full((tokens, c.n_heads, c.head_dim), np.nan, F32)
         cos, sin = np.cos(angles).astype(F32).reshape(-1), np.sin(angles).astype(F32).reshape(-1)
-        attend_chunk(
+        ATTEND_CHUNK[self.kv.bits](
             chunk, qkv.reshape(-1), cos, sin, rows, self.kv, state.queries, own.attention, out.reshape(-1)
         )
         self.length += tokens

@@ -20,11 +20,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemistral.kernels.jit import inlined, inner
-from edgemistral.kernels.kv_formats import attend_to_block, finish_output
-from edgemistral.kernels.kv_layout import POSITIONS, ROWS, SEGMENT_BLOCKS
+from edgemistral.kernels.jit import inlined
+from edgemistral.kernels.kv_formats import FINISH, TILE
+from edgemistral.kernels.kv_layout import KV_FORMATS, OWN_BITS, POSITIONS, ROWS, SEGMENT_BLOCKS
 from edgemistral.kernels.simd import load_f32, mul, splat_f32, store_f32, total, zero_f32
 from edgemistral.kernels.softmax import LOWEST, values_stride
+from edgemistral.kernels.unroll import static, unrolled
 
 SPAN = 32                 # tokens that one thread takes through the cache together: each block is read once for all of them
 
@@ -84,41 +85,53 @@ def own_block_at(kv, rows, token, layer, head):
     return rows.own_blocks[token] + (layer * kv.n_kv_heads + head) * kv.own_bytes
 
 
-@inner
-def attend(kv, rows, layer, head, first, last, group, head_dim, window, queries, out, stride, scratch):
-    """Query heads of KV head `head` for the tokens first ... last - 1 of one span, over all positions that they may see.
+def _make_attend(BITS):
+    OWN = OWN_BITS.get(BITS, 0)
 
-    The cache already holds these tokens. window: positions a query sees, itself included.
-    out[token * stride + query head * head_dim + i] receives the result, float32.
-    """
-    n, position = (last - first) * group, rows.positions[first]
-    for r in range((n + ROWS - 1) // ROWS * ROWS):
-        scratch.peaks[r] = LOWEST
-        store_f32(scratch.sums, 16 * r, zero_f32())
-    values_row = values_stride(head_dim)
-    for i in range(0, (n + ROWS - 1) // ROWS * ROWS * values_row, 16):
-        store_f32(scratch.values, i, zero_f32())
-    first_seen, last_seen = scratch.first_seen, scratch.last_seen
-    own = position // POSITIONS         # of all tokens of the span, and the last block that they see
-    for block in range(max(0, position - window + 1) // POSITIONS, own + 1):
-        at, bits = block_at(kv, rows, first, layer, head, block), kv.bits
-        ahead = block_at(kv, rows, first, layer, head, min(block + 1, own))
-        if kv.own_bits > 0 and block == own:
-            at, bits = own_block_at(kv, rows, first, layer, head), kv.own_bits
-        for row in range(0, n, ROWS):
-            masked, seeing = 0, 0    # counts instead of flags: numba would compile the tile again for a literal False
-            for r in range(ROWS):
-                seen = position + min(row + r, n - 1) // group - POSITIONS * block
-                first_seen[r], last_seen[r] = max(seen - window + 1, -1), min(seen, POSITIONS)
-                masked += seen < POSITIONS - 1 or seen - window + 1 > 0
-                seeing += seen >= 0 and seen - window + 1 < POSITIONS
-            if seeing == 0:
-                continue
-            tile_at = (head * rows.rows_of_head + rows.query_rows[first] + row) // ROWS
-            attend_to_block(at, ahead, bits, queries, tile_at, row, head_dim, first_seen, last_seen, masked > 0, scratch)
-    for r in range(n):
-        to = (first + r // group) * stride + (head * group + r % group) * head_dim
-        factor = splat_f32(np.float32(1) / total(load_f32(scratch.sums, 16 * r)))
-        for i in range(0, head_dim, 16):
-            store_f32(out, to + i, mul(load_f32(scratch.values, r * values_row + i), factor))
-        finish_output(out, to, kv.bits, head_dim)
+    @inlined
+    @unrolled(BITS=BITS, OWN=OWN)
+    def attend(kv, rows, layer, head, first, last, group, head_dim, window, queries, out, stride, scratch):
+        """Query heads of KV head `head` for the tokens first ... last - 1 of one span, over all positions that they may see.
+
+        The cache already holds these tokens. window: positions a query sees, itself included.
+        out[token * stride + query head * head_dim + i] receives the result, float32.
+        """
+        n, position = (last - first) * group, rows.positions[first]
+        for r in range((n + ROWS - 1) // ROWS * ROWS):
+            scratch.peaks[r] = LOWEST
+            store_f32(scratch.sums, 16 * r, zero_f32())
+        values_row = values_stride(head_dim)
+        for i in range(0, (n + ROWS - 1) // ROWS * ROWS * values_row, 16):
+            store_f32(scratch.values, i, zero_f32())
+        first_seen, last_seen = scratch.first_seen, scratch.last_seen
+        own = position // POSITIONS         # of all tokens of the span, and the last block that they see
+        for block in range(max(0, position - window + 1) // POSITIONS, own + 1):
+            at = block_at(kv, rows, first, layer, head, block)
+            ahead = block_at(kv, rows, first, layer, head, min(block + 1, own))
+            for row in range(0, n, ROWS):
+                masked, seeing = 0, 0    # counts instead of flags: numba would compile the tile again for a literal False
+                for r in range(ROWS):
+                    seen = position + min(row + r, n - 1) // group - POSITIONS * block
+                    first_seen[r], last_seen[r] = max(seen - window + 1, -1), min(seen, POSITIONS)
+                    masked += seen < POSITIONS - 1 or seen - window + 1 > 0
+                    seeing += seen >= 0 and seen - window + 1 < POSITIONS
+                if seeing == 0:
+                    continue
+                tile_at = (head * rows.rows_of_head + rows.query_rows[first] + row) // ROWS
+                if static(OWN > 0):      # noqa: SIM102, the outer condition must stand alone
+                    if block == own:
+                        at = own_block_at(kv, rows, first, layer, head)
+                        TILE[OWN](at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked > 0, scratch)
+                        continue
+                TILE[BITS](at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked > 0, scratch)
+        for r in range(n):
+            to = (first + r // group) * stride + (head * group + r % group) * head_dim
+            factor = splat_f32(np.float32(1) / total(load_f32(scratch.sums, 16 * r)))
+            for i in range(0, head_dim, 16):
+                store_f32(out, to + i, mul(load_f32(scratch.values, r * values_row + i), factor))
+            FINISH[BITS](out, to, head_dim)
+
+    return attend
+
+
+ATTEND = {bits: _make_attend(bits) for bits in KV_FORMATS}

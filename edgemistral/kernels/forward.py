@@ -25,16 +25,18 @@ from edgemistral.kernels.activations import (
     quantize_block,
     swiglu,
 )
-from edgemistral.kernels.attention import AttentionScratch, Queries, Rows, attend, block_at, own_block_at
-from edgemistral.kernels.jit import entry, inner
-from edgemistral.kernels.kv_formats import append_key_value, quantize_query
-from edgemistral.kernels.kv_layout import POSITIONS, KVLayout
+from edgemistral.kernels.attention import ATTEND, AttentionScratch, Queries, Rows, block_at, own_block_at
+from edgemistral.kernels.jit import entry, part
+from edgemistral.kernels.kv_formats import APPEND, QUANTIZE_QUERY
+from edgemistral.kernels.kv_layout import KV_FORMATS, POSITIONS, KVLayout
 from edgemistral.kernels.matmul import PAIR, STREAM, MatrixAt, MatrixScratch, matrix_at, multiply_pairs, streams_of
 from edgemistral.kernels.rope import rotate
 from edgemistral.kernels.simd import add, load_bf16_as_f32, load_f32, store_f32
 from edgemistral.kernels.sync import Member, barrier, take
+from edgemistral.kernels.unroll import unrolled
 
 PAIRS_OF_HIDDEN = 2 * BLOCK // PAIR      # pairs of w13's panels that make one block of w2's columns
+SETS, ADDS = np.int64(0), np.int64(1)    # what `matmul` does with its product; for False and True it would be compiled twice
 
 
 class Shape(NamedTuple):
@@ -101,7 +103,7 @@ class Pass(NamedTuple):
 
 # ---- the phases: each hands out its work with `take` and ends with a `barrier` -----------------------------------------
 
-@inner
+@part
 def embed(p):
     """x[token] = tok_embeddings[id]."""
     shape, ids = p.shape, p.rows.ids
@@ -116,7 +118,7 @@ def embed(p):
     barrier(p.member)
 
 
-@inner
+@part
 def rms_norm(p, norm, zero_point):
     """xq = quantize(RMSNorm(x)), for a matrix with this zero point."""
     shape, state, row, tokens = p.shape, p.state, p.own.row, p.rows.ids.size
@@ -134,9 +136,9 @@ def rms_norm(p, norm, zero_point):
     barrier(p.member)
 
 
-@inner
+@part
 def matmul(p, w, x, tokens, out, stride, adds):
-    """out[token * stride + row] = (W x[token])[row], added to what is there if `adds`."""
+    """out[token * stride + row] = (W x[token])[row], added to what is there if `adds` is ADDS."""
     streams, result = streams_of(tokens), p.own.matrix.result
     apart = (w.pairs + streams - 1) // streams
     while True:
@@ -152,51 +154,65 @@ def matmul(p, w, x, tokens, out, stride, adds):
                         for half in range(0, PAIR, PANEL):
                             to = token * stride + PAIR * pair + half
                             product = load_f32(result, STREAM * stream + PAIR * token + half)
-                            store_f32(out, to, add(load_f32(out, to), product) if adds else product)
+                            store_f32(out, to, add(load_f32(out, to), product) if adds == ADDS else product)
     barrier(p.member)
 
 
-@inner
-def rope_and_append(p, layer):
-    """Rotate queries and keys, quantize the queries, append keys and values to the cache; a unit is a KV head and a token."""
-    shape, rows, state, bits = p.shape, p.rows, p.state, p.kv.bits
-    half, hd, tokens = shape.head_dim // 2, shape.head_dim, rows.ids.size
-    while True:
-        first, last = take(p.member, shape.n_kv_heads * tokens, 4)
-        if first >= last:
-            break
-        for unit in range(first, last):
-            head, token = unit // tokens, unit % tokens
-            at, position = token * shape.qkv_dim, rows.positions[token]
-            for h in range(shape.group):
-                query = at + (head * shape.group + h) * hd
-                rotate(state.qkv, query, hd, state.cos, state.sin, token * half)
-                quantize_query(state.qkv, query, hd, bits, state.queries, head * rows.rows_of_head + rows.query_rows[token] + h)
-            key = at + (shape.n_heads + head) * hd
-            rotate(state.qkv, key, hd, state.cos, state.sin, token * half)
-            block = block_at(p.kv, rows, token, layer, head, position // POSITIONS)
-            own_block = own_block_at(p.kv, rows, token, layer, head)
-            append_key_value(block, own_block, bits, position, state.qkv, key, key + shape.n_kv_heads * hd, hd)
-    barrier(p.member)
+def _make_rope_and_append(BITS):
+    @part
+    @unrolled(BITS=BITS)
+    def rope_and_append(p, layer):
+        """Rotate queries and keys, quantize the queries, append keys and values to the cache; a unit: a KV head and a token."""
+        shape, rows, state = p.shape, p.rows, p.state
+        half, hd, tokens = shape.head_dim // 2, shape.head_dim, rows.ids.size
+        while True:
+            first, last = take(p.member, shape.n_kv_heads * tokens, 4)
+            if first >= last:
+                break
+            for unit in range(first, last):
+                head, token = unit // tokens, unit % tokens
+                at, position = token * shape.qkv_dim, rows.positions[token]
+                for h in range(shape.group):
+                    query = at + (head * shape.group + h) * hd
+                    rotate(state.qkv, query, hd, state.cos, state.sin, token * half)
+                    row = head * rows.rows_of_head + rows.query_rows[token] + h
+                    QUANTIZE_QUERY[BITS](state.qkv, query, hd, state.queries, row)
+                key = at + (shape.n_heads + head) * hd
+                rotate(state.qkv, key, hd, state.cos, state.sin, token * half)
+                block = block_at(p.kv, rows, token, layer, head, position // POSITIONS)
+                own_block = own_block_at(p.kv, rows, token, layer, head)
+                value = key + shape.n_kv_heads * hd
+                APPEND[BITS](block, own_block, position % POSITIONS, state.qkv, key, value, hd)
+        barrier(p.member)
+
+    return rope_and_append
 
 
-@inner
-def attention(p, layer):
-    """attn_out = attention over the cache; a unit is a KV head and a span of tokens."""
-    shape, rows, state = p.shape, p.rows, p.state
-    spans = rows.spans.size // 2
-    while True:
-        first, last = take(p.member, shape.n_kv_heads * spans, 1)
-        if first >= last:
-            break
-        for unit in range(first, last):
-            span, head = 2 * (unit // shape.n_kv_heads), unit % shape.n_kv_heads
-            attend(p.kv, rows, layer, head, rows.spans[span], rows.spans[span + 1], shape.group, shape.head_dim, shape.window,
-                   state.queries, state.attn_out, shape.q_cols, p.own.attention)
-    barrier(p.member)
+def _make_attention(BITS):
+    @part
+    @unrolled(BITS=BITS)
+    def attention(p, layer):
+        """attn_out = attention over the cache; a unit is a KV head and a span of tokens."""
+        shape, rows, state = p.shape, p.rows, p.state
+        spans = rows.spans.size // 2
+        while True:
+            first, last = take(p.member, shape.n_kv_heads * spans, 1)
+            if first >= last:
+                break
+            for unit in range(first, last):
+                span, head = 2 * (unit // shape.n_kv_heads), unit % shape.n_kv_heads
+                ATTEND[BITS](p.kv, rows, layer, head, rows.spans[span], rows.spans[span + 1], shape.group, shape.head_dim,
+                             shape.window, state.queries, state.attn_out, shape.q_cols, p.own.attention)
+        barrier(p.member)
+
+    return attention
 
 
-@inner
+ROPE_AND_APPEND = {bits: _make_rope_and_append(bits) for bits in KV_FORMATS}
+ATTENTION = {bits: _make_attention(bits) for bits in KV_FORMATS}
+
+
+@part
 def quantize_attn_out(p, zero_point):
     """xq = quantize(attn_out), for a matrix with this zero point."""
     shape, state, tokens = p.shape, p.state, p.rows.ids.size
@@ -210,7 +226,7 @@ def quantize_attn_out(p, zero_point):
     barrier(p.member)
 
 
-@inner
+@part
 def gate_and_up(p, w13, zero_point):
     """hq = quantize(silu(w1 xq) * w3 xq), for a matrix with this zero point; a unit is one block of hidden columns."""
     state, hidden, tokens, result = p.state, p.own.hidden, p.rows.ids.size, p.own.matrix.result
@@ -237,7 +253,7 @@ def gate_and_up(p, w13, zero_point):
     barrier(p.member)
 
 
-@inner
+@part
 def rms_norm_in_two_digits(p, norm, zero_point):
     """xq = quantize(RMSNorm(x)) of the tokens with logits, each followed by its rounding error, quantized too.
 
@@ -261,49 +277,59 @@ def rms_norm_in_two_digits(p, norm, zero_point):
     barrier(p.member)
 
 
-@entry
-def forward(member, shape, weights, kv, rows, state, own):
-    """One step; state.logits receives both digits' logits of the tokens `rows.with_logits`."""
-    p = Pass(member, shape, weights, kv, rows, state, own)
-    tokens, n_logits = rows.ids.size, rows.with_logits.size
-    embed(p)
-    for layer in range(shape.n_layers):
-        wqkv, wo = matrix_at(weights.matrices, 4 * layer), matrix_at(weights.matrices, 4 * layer + 1)
-        w13, w2 = matrix_at(weights.matrices, 4 * layer + 2), matrix_at(weights.matrices, 4 * layer + 3)
-        attention_norm, ffn_norm = weights.norms[2 * layer], weights.norms[2 * layer + 1]
+def _make_forward(BITS):
+    """The forward pass over a KV cache of this format."""
+    @entry
+    @unrolled(BITS=BITS)
+    def forward(member, shape, weights, kv, rows, state, own):
+        """One step; state.logits receives both digits' logits of the tokens `rows.with_logits`."""
+        p = Pass(member, shape, weights, kv, rows, state, own)
+        tokens, n_logits = rows.ids.size, rows.with_logits.size
+        embed(p)
+        for layer in range(shape.n_layers):
+            wqkv, wo = matrix_at(weights.matrices, 4 * layer), matrix_at(weights.matrices, 4 * layer + 1)
+            w13, w2 = matrix_at(weights.matrices, 4 * layer + 2), matrix_at(weights.matrices, 4 * layer + 3)
+            attention_norm, ffn_norm = weights.norms[2 * layer], weights.norms[2 * layer + 1]
 
-        rms_norm(p, attention_norm, wqkv.zero_point)
-        matmul(p, wqkv, state.xq, tokens, state.qkv, shape.qkv_dim, False)
-        rope_and_append(p, layer)
-        attention(p, layer)
-        quantize_attn_out(p, wo.zero_point)
-        matmul(p, wo, state.xq, tokens, state.x, shape.dim_cols, True)
+            rms_norm(p, attention_norm, wqkv.zero_point)
+            matmul(p, wqkv, state.xq, tokens, state.qkv, shape.qkv_dim, SETS)
+            ROPE_AND_APPEND[BITS](p, layer)
+            ATTENTION[BITS](p, layer)
+            quantize_attn_out(p, wo.zero_point)
+            matmul(p, wo, state.xq, tokens, state.x, shape.dim_cols, ADDS)
 
-        rms_norm(p, ffn_norm, w13.zero_point)
-        gate_and_up(p, w13, w2.zero_point)
-        matmul(p, w2, state.hq, tokens, state.x, shape.dim_cols, True)
-    if n_logits > 0:
-        output = matrix_at(weights.matrices, 4 * shape.n_layers)
-        rms_norm_in_two_digits(p, weights.norms[2 * shape.n_layers], output.zero_point)
-        matmul(p, output, state.xq, 2 * n_logits, state.logits, PAIR * output.pairs, False)
+            rms_norm(p, ffn_norm, w13.zero_point)
+            gate_and_up(p, w13, w2.zero_point)
+            matmul(p, w2, state.hq, tokens, state.x, shape.dim_cols, ADDS)
+        if n_logits > 0:
+            output = matrix_at(weights.matrices, 4 * shape.n_layers)
+            rms_norm_in_two_digits(p, weights.norms[2 * shape.n_layers], output.zero_point)
+            matmul(p, output, state.xq, 2 * n_logits, state.logits, PAIR * output.pairs, SETS)
+
+    return forward
+
+
+FORWARD = {bits: _make_forward(bits) for bits in KV_FORMATS}
 
 
 def parts_of(member, shape, weights, kv, rows, state, own):
-    """The parts of `forward` for these arguments, the most work first: (module, name, arguments) of inner functions.
+    """The parts of `forward` for these arguments, the most work first: (module, name, arguments).
 
-    None of them calls another, so several processes can compile them at once. Functions not listed are compiled with the entry.
+    Several processes can compile them at once. The last two call others.
     """
     p, result = Pass(member, shape, weights, kv, rows, state, own), own.matrix.result
     w = MatrixAt(0, 0, 0, 0, 0, 0, 0)
     panels = weights.blob, 0, 0, 0, 0, 0, 0, 0, state.xq, result
     tiles = weights.blob, w, 0, 0, 0, state.xq, 1, own.matrix
     return [
-        (__name__, "attention", (p, 0)),
-        (__name__, "rope_and_append", (p, 0)),
+        (__name__, f"ATTENTION_{kv.bits}", (p, 0)),
+        (__name__, f"ROPE_AND_APPEND_{kv.bits}", (p, 0)),
         (multiply_pairs.__module__, "_multiply_tiles", tiles),
         *((multiply_pairs.__module__, f"_panels_{bits}bit_{n}", panels) for n in (8, 4, 2, 1) for bits in (8, 4)),
         (__name__, "rms_norm_in_two_digits", (p, 0, 0)),
         (__name__, "rms_norm", (p, 0, 0)),
         (__name__, "quantize_attn_out", (p, 0)),
         (__name__, "embed", (p,)),
+        (__name__, "matmul", (p, w, state.xq, 1, state.qkv, 1, SETS)),
+        (__name__, "gate_and_up", (p, w, 0)),
     ]

@@ -1,8 +1,9 @@
 """All numba policy in one place: how kernels are compiled, and where compiled code is kept.
 
-`@entry` makes a function that Python calls; its machine code is cached on disk. `@inner` makes one that only other jitted
-functions call; it becomes part of their code. Both release the GIL and leave floating point strict (no fast-math), because
-the same input must give the same bits whatever the compiler reorders. `parts` says how an entry is compiled.
+`@entry` makes a function that Python calls; its machine code is cached on disk, with that of the `@part`s that it calls.
+`@inner` makes one that only other jitted functions call; it becomes part of their code. All release the GIL and leave floating
+point strict (no fast-math), because the same input must give the same bits whatever the compiler reorders. `parts` says how
+they are compiled.
 
 Under EDGEMISTRAL_SIMD=interpret nothing is compiled: kernels are the functions of their source files, for a debugger.
 
@@ -33,8 +34,10 @@ from edgemistral.kernels import parts, stored
 from edgemistral.kernels.lowering import choose, interpreted, prefetch_ahead
 from edgemistral.kernels.unroll import source_file
 
-# No wrapper for C: with it LLVM would make a second copy of every function.
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+# No wrapper for C: with it LLVM would make a second copy of every function. No reference counts: a kernel allocates nothing,
+# and counting made a third of the code that LLVM reads.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "_nrt": False}
+_ALLOCATING = {**_OPTIONS, "_nrt": True}
 
 on_compile: Callable[[str], None] | None = None
 """Called with a function's name before it is compiled because no cached code fits; for progress messages."""
@@ -42,11 +45,11 @@ on_compiled: Callable[[], None] | None = None
 """Called when it is compiled."""
 
 
-def entry(function: Callable[..., Any]) -> Any:
+def entry(function: Callable[..., Any], allocates: bool = False) -> Any:
     """Jit a function that Python calls; cached on disk."""
     if interpreted(function):
         return _checking(function)
-    dispatcher: Any = numba.njit(**_OPTIONS)(function)
+    dispatcher: Any = numba.njit(**(_ALLOCATING if allocates else _OPTIONS))(function)
     dispatcher._cache = _DiskCache(function)
     if hasattr(dispatcher, "_compiler"):      # with NUMBA_DISABLE_JIT it is the plain function
         dispatcher._compiler.compile = parts.as_entry(dispatcher._compiler.compile, function.__qualname__)
@@ -57,7 +60,17 @@ def inner(function: Callable[..., Any]) -> Any:
     """Jit a function that only jitted functions call."""
     if interpreted(function):
         return _plain(function)
-    return _part(function)
+    return _inner(function)
+
+
+def allocating_entry(function: Callable[..., Any]) -> Any:
+    """`entry` that makes arrays."""
+    return entry(function, allocates=True)
+
+
+def allocating_inner(function: Callable[..., Any]) -> Any:
+    """`inner` that makes arrays, or returns views of them."""
+    return _plain(function) if interpreted(function) else _inner(function, **_ALLOCATING)
 
 
 def inlined(function: Callable[..., Any]) -> Any:
@@ -65,13 +78,21 @@ def inlined(function: Callable[..., Any]) -> Any:
     if interpreted(function):
         return _plain(function)
     parts.inlined(function)
-    return _part(function, forceinline=True)
+    return _inner(function, forceinline=True)
 
 
-def _part(function: Callable[..., Any], **options: bool) -> Any:
-    dispatcher: Any = numba.njit(**_OPTIONS, no_cpython_wrapper=True, **options)(function)  # type: ignore[call-overload]
+def part(function: Callable[..., Any]) -> Any:
+    """`inner` that is machine code of its own, which other processes can make: a phase, or a large kernel."""
+    if interpreted(function):
+        return _plain(function)
+    parts.part(function)
+    dispatcher = _inner(function)
     dispatcher._cache = parts.PartCache(function.__qualname__)
     return dispatcher
+
+
+def _inner(function: Callable[..., Any], **options: Any) -> Any:
+    return numba.njit(**{**_OPTIONS, "no_cpython_wrapper": True, **options})(function)
 
 
 def is_cached(dispatcher: Any, signature: object) -> bool:
@@ -133,7 +154,7 @@ def _environment() -> str:
 
 
 class _DiskCache(caching._Cache):
-    """One file for every overload of one function: a checksum, then the pickled compile result."""
+    """One file for every overload of one function: a checksum, then the pickled machine code of its parts and its own."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         if function.__closure__:
@@ -161,8 +182,12 @@ class _DiskCache(caching._Cache):
             # Not target_context.refresh(): it also imports the compiler (0.3 s); compiling calls it anyway. Cached code needs
             # only the runtime; without it, passing the first array would crash.
             rtsys.initialize(target_context)
+            called, state = pickle.loads(data)
             with parts.everything_is_emitted():
-                return CompileResult._rebuild(target_context, *pickle.loads(data))
+                libraries = [target_context.codegen().unserialize_library(one) for one in called]
+                result = CompileResult._rebuild(target_context, *state)
+            result.library.called_parts = libraries
+            return result
         if on_compile is not None:
             on_compile(self._name)
         return None
@@ -171,7 +196,8 @@ class _DiskCache(caching._Cache):
         if on_compiled is not None:
             on_compiled()
         if self._enabled:
-            body = pickle.dumps(data._reduce(), protocol=pickle.HIGHEST_PROTOCOL)
+            called = [library.serialize_using_object_code() for library in parts.called_parts(data.library)]
+            body = pickle.dumps((called, data._reduce()), protocol=pickle.HIGHEST_PROTOCOL)
             stored.write(self._file_name(sig, data.codegen), body)
 
     def enable(self) -> None:

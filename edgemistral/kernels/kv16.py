@@ -49,8 +49,8 @@ def scale_query_16bit(x, at, head_dim, queries, row_at):
 
 
 @inlined
-def tile_16bit(at, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch):
-    """See `kv_formats.attend_to_block`."""
+def tile_16bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch):
+    """See `kv_formats.TILE`."""
     values, floats = 128 * head_dim, ROWS * head_dim * tile_at
     s = zero_f32_tile(ROWS, 4)
     for c in range(head_dim):

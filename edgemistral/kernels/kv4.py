@@ -122,7 +122,7 @@ def append_4bit(at, within, x, key_at, value_at, head_dim):
 
 @inlined
 def tile_4bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch):
-    """See `kv_formats.attend_to_block`."""
+    """See `kv_formats.TILE`."""
     half, sums, codes = head_dim // 2, QUERY_SUMS * ROWS * tile_at, ROWS * head_dim * tile_at
     values = KEYS + 64 * half
     # Scores: first the high nibbles' half of the dims, then that of the low ones.

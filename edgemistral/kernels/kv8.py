@@ -104,7 +104,7 @@ def quantize_query_to_codes(x, at, head_dim, queries, row_at):
 
 @inlined
 def tile_8bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch):
-    """See `kv_formats.attend_to_block`."""
+    """See `kv_formats.TILE`."""
     keys, values = 8 * 64, (8 + head_dim) * 64
     # Scores: 16 positions side by side, four panels, ROWS rows.
     i = tile(broadcast_i32, queries.sums, QUERY_SUMS * ROWS * tile_at, ROWS, 4, QUERY_SUMS, 0)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from edgemistral.files.layout import BLOCK_BYTES, CODE_ZERO, GROUPS, LEVEL_ZERO, PANEL, SCALE_BYTES
 from edgemistral.kernels.activations import LONG, SHORT
-from edgemistral.kernels.jit import inlined, inner
+from edgemistral.kernels.jit import inlined, inner, part
 from edgemistral.kernels.lowering import prefetch_ahead
 from edgemistral.kernels.simd import (
     LOWERING,
@@ -100,7 +100,7 @@ def _make_panels(BITS, T):
     FAR = AHEAD if T <= FEW else AHEAD_OF_MANY
     LINES = BITS // 4 if FAR else 0      # lines to prefetch with every 64 bytes of 4-bit codes or 128 of 8-bit codes
 
-    @inner
+    @part
     @unrolled(BITS=BITS, T=T, S=S, BYTES=BYTES, CHAINS=CHAINS, FAR=FAR, LINES=LINES)
     def panels(blob, at, apart, panel_bytes, blocks, levels_at, row_scales, scales_apart, x, result):
         """result[stream][token] = the 32 rows of the pair at byte `at` + stream * `apart` times every token.
@@ -260,7 +260,7 @@ def multiply_pairs(blob, matrix, pair, apart, x, tokens, scratch):
         _panels_8bit_8(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, result)
 
 
-@inlined
+@part
 def _multiply_tiles(blob, matrix, at, panel_bytes, row_scales, x, tokens, scratch):
     result, tiles = scratch.result, (tokens + LONG - 1) // LONG
     for row in range(0, tiles * LONG * PAIR, PANEL):

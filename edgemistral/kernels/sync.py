@@ -8,8 +8,11 @@ zero during the current one: all threads have left the phase that used it last, 
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import NamedTuple
 
+import llvmlite.binding
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +22,18 @@ from edgemistral.kernels.simd import atomic_add, atomic_load, pause, yield_threa
 SPINS = 4000    # turns before a waiting thread yields: about 50 us, longer than any wait if every thread has a core
 TICKETS = 3
 SYNC_SIZE = 8 * (1 + TICKETS)
+
+
+def _bind_yield() -> None:
+    """Give `simd.yield_thread` its meaning on this system. By name, so that cached code finds it in every process."""
+    if sys.platform == "win32":
+        function = ctypes.WinDLL("kernel32").SwitchToThread
+    else:
+        function = ctypes.CDLL(None).sched_yield
+    llvmlite.binding.add_symbol("edgemistral_yield_thread", ctypes.cast(function, ctypes.c_void_p).value)
+
+
+_bind_yield()
 
 
 class Member(NamedTuple):

@@ -9,8 +9,9 @@
             store_f32(x, 16 * r, mul(v[r], factor))
 
 A vector register cannot be an element of an array, so `v[r]` becomes the variable `v_0`, `v_1`, ...; `for r in unroll(n)`
-repeats its body with r = 0 ... n - 1; `if static(condition)` keeps one branch. Everything inside `unroll`, `static` and
-the indices of registers is computed here, from the constants given to the decorator and the loops around.
+repeats its body with r = 0 ... n - 1; `if static(condition)` keeps one branch; `KERNELS[n](x)`, with a table of kernels of the
+module, calls one of them. Everything inside `unroll`, `static` and these indices is computed here, from the constants given
+to the decorator and the loops around.
 `function.__unrolled_source__` is what numba compiles.
 
 Under EDGEMISTRAL_SIMD=interpret nothing is rewritten: registers are a dictionary, and a debugger stops in the source file.
@@ -25,7 +26,7 @@ import linecache
 import marshal
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import cache
 from pathlib import Path
 from types import CodeType
@@ -46,9 +47,11 @@ def unrolled(**constants: int) -> Callable[[Callable[..., Any]], Callable[..., A
             return _with_constants(function, constants)
         name = function.__name__ + "".join(f"_{name}{value}" for name, value in constants.items())
         filename = f"<unrolled {function.__module__}.{name}>"
-        source, code = _unroll(function, name, filename, constants)
+        source, code, entries = _unroll(function, name, filename, constants)
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         scope: dict[str, Any] = {}
+        for table, index in entries:
+            function.__globals__[_entry_name(table, index)] = function.__globals__[table][index]
         exec(code, function.__globals__, scope)
         result: Callable[..., Any] = scope[name]
         result.__module__, result.__doc__ = function.__module__, function.__doc__
@@ -60,22 +63,30 @@ def unrolled(**constants: int) -> Callable[[Callable[..., Any]], Callable[..., A
 
 def _unroll(
     function: Callable[..., Any], name: str, filename: str, constants: dict[str, int]
-) -> tuple[str, CodeType]:
-    """The rewritten source and its code: made once, then read from the cache (0.3 s of each start for all kernels)."""
+) -> tuple[str, CodeType, list[tuple[str, int]]]:
+    """The rewritten source, its code, and the entries of tables in it: made once, then read from the cache (0.3 s of each start
+    for all kernels)."""
     code = function.__code__
     written = _content(source_file(function)), function.__qualname__, code.co_firstlineno, sorted(constants.items())
     stored_as = f"unrolled-{stored.digest_of(_content(Path(__file__)), sys.version, *written)}"
     names.append(stored_as)
     if body := stored.read(stored_as):
-        source, code = marshal.loads(body)
-        return source, code
+        source, code, entries = marshal.loads(body)
+        return source, code, entries
     definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     assert isinstance(definition, ast.FunctionDef)
     definition.name, definition.decorator_list = name, []
-    source = ast.unparse(ast.fix_missing_locations(_Unroller(constants).visit(definition)))
+    tables = {name for name, value in function.__globals__.items() if isinstance(value, dict)}
+    unroller = _Unroller(constants, tables)
+    source = ast.unparse(ast.fix_missing_locations(unroller.visit(definition)))
     code = compile(source, filename, "exec")
-    stored.write(stored_as, marshal.dumps((source, code)))
-    return source, code
+    stored.write(stored_as, marshal.dumps((source, code, unroller.entries)))
+    return source, code, unroller.entries
+
+
+def _entry_name(table: str, index: int) -> str:
+    """The global name of a table's kernel."""
+    return f"{table}_{index}"
 
 
 def source_file(function: Callable[..., Any]) -> Path:
@@ -102,9 +113,10 @@ def _with_constants(function: Callable[..., Any], constants: dict[str, int]) -> 
 class _Unroller:
     """Makes a changed copy of a tree: the body of a loop is visited for every value."""
 
-    def __init__(self, constants: dict[str, int]) -> None:
-        self.values = dict(constants)
+    def __init__(self, constants: dict[str, int], tables: Container[str] = ()) -> None:
+        self.values, self.tables = dict(constants), tables
         self.registers: set[str] = set()
+        self.entries: list[tuple[str, int]] = []     # (table, index) of the kernels that are called from tables
 
     def compute(self, node: ast.expr) -> Any:
         """The value of an expression of constants."""
@@ -152,6 +164,10 @@ class _Unroller:
             index = self.compute(node.slice)
             parts = index if isinstance(index, tuple) else (index,)
             return ast.Name("_".join(map(str, (node.value.id, *parts))), node.ctx)
+        if isinstance(node.value, ast.Name) and node.value.id in self.tables:
+            entry = node.value.id, self.compute(node.slice)
+            self.entries.append(entry)
+            return ast.Name(_entry_name(*entry), node.ctx)
         return self.copy(node)
 
     def visit_Name(self, node: ast.Name) -> ast.AST:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edgemistral.kernels import jit, parts
-from edgemistral.kernels.forward import forward, parts_of
+from edgemistral.kernels.forward import FORWARD, parts_of
 from edgemistral.kernels.lowering import INTERPRET
 from edgemistral.kernels.sync import SYNC_SIZE, Member
 
@@ -47,10 +47,10 @@ def compile_forward(common: Sequence[Any], own: Any) -> None:
     """Load from the cache, or compile, the code of `forward` for these arguments, without running it."""
     if INTERPRET:
         return
-    signature = _types(_arguments(common, own))
+    forward, signature = _forward(common), _types(_arguments(common, own))
     if signature in forward.overloads:
         return
-    if _helpers is not None and not jit.is_cached(forward, signature):
+    if _helpers is not None and _helpers.forward is forward and not jit.is_cached(forward, signature):
         if jit.on_compile is not None:
             jit.on_compile(forward.__name__)
         _helpers.finish()
@@ -69,12 +69,12 @@ def helpers(common: Sequence[Any], own: Any) -> Iterator[None]:
     signature = () if INTERPRET else _types(_arguments(common, own))
     wanted = min(MOST_HELPERS, (os.cpu_count() or 1) - 1)
     if INTERPRET or wanted < 1 or _helpers is not None or not sys.executable or getattr(sys, "frozen", False) \
-            or jit.is_cached(forward, signature):
+            or jit.is_cached(_forward(common), signature):
         yield
         return
     named = parts_of(*_arguments(common, own))  # type: ignore[no-untyped-call]
     jobs = [Job(module, name, _types(arguments)) for module, name, arguments in named]
-    with Helpers(jobs, signature, wanted) as _helpers:
+    with Helpers(_kv_bits(common), jobs, signature, wanted) as _helpers:
         try:
             yield
         finally:
@@ -84,11 +84,11 @@ def helpers(common: Sequence[Any], own: Any) -> Iterator[None]:
 class Helpers:
     """Processes that compile parts, and the folder where they leave them."""
 
-    def __init__(self, jobs: Sequence[Job], signature: tuple[Any, ...], n: int) -> None:
-        self.jobs, self.signature = jobs, signature
+    def __init__(self, kv_bits: int, jobs: Sequence[Job], signature: tuple[Any, ...], n: int) -> None:
+        self.forward, self.jobs, self.signature = FORWARD[kv_bits], jobs, signature
         self._folder = tempfile.TemporaryDirectory(prefix="edgemistral-", ignore_cleanup_errors=True)
         folder = Path(self._folder.name)
-        (folder / "jobs").write_bytes(pickle.dumps((jobs, signature)))
+        (folder / "jobs").write_bytes(pickle.dumps((kv_bits, jobs, signature)))
         code = f"import json, sys; sys.path[:], folder = json.loads(sys.argv[1]); from {__name__} import *; help_out(folder)"
         given = [str(Path(entry).absolute()) for entry in sys.path], str(folder)
         command = [sys.executable, "-c", code, json.dumps(given)]
@@ -105,8 +105,8 @@ class Helpers:
             for job in reversed(self.jobs):      # the small ones, while helpers make the large ones
                 parts.make_part(self.workshop, job.function, job.signature)
             if not self.workshop.claim(ENTRY):
-                self.workshop.wait_for(ENTRY, lambda: jit.is_cached(forward, self.signature))
-            forward.compile(self.signature)
+                self.workshop.wait_for(ENTRY, lambda: jit.is_cached(self.forward, self.signature))
+            self.forward.compile(self.signature)
 
     def close(self) -> None:
         for process in self._processes:
@@ -129,16 +129,24 @@ def help_out(folder: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     shop = parts.Workshop(Path(folder), lambda: True)
     with parts.working_in(shop):
-        jobs, signature = pickle.loads((shop.folder / "jobs").read_bytes())
+        kv_bits, jobs, signature = pickle.loads((shop.folder / "jobs").read_bytes())
         for job in jobs:
             parts.make_part(shop, job.function, job.signature)
         if shop.claim(ENTRY):
-            forward.compile(signature)
+            FORWARD[kv_bits].compile(signature)
 
 
 def _end_with_parent() -> None:
     sys.stdin.buffer.read()      # the pipe closes when the parent ends, in every case
     os._exit(0)
+
+
+def _kv_bits(common: Sequence[Any]) -> int:
+    return int(common[2].bits)
+
+
+def _forward(common: Sequence[Any]) -> Any:
+    return FORWARD[_kv_bits(common)]
 
 
 def _arguments(common: Sequence[Any], own: Any) -> tuple[Any, ...]:

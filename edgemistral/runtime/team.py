@@ -7,31 +7,16 @@ functions compile and cache without `parallel=True`.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 
 from edgemistral.kernels.lowering import INTERPRET
 from edgemistral.kernels.sync import SYNC_SIZE, Member
-
-
-def _bind_yield() -> None:
-    """Give `simd.yield_thread` its meaning on this system. By name, so that cached code finds it in every process."""
-    if sys.platform == "win32":
-        function = ctypes.WinDLL("kernel32").SwitchToThread
-    else:
-        function = ctypes.CDLL(None).sched_yield
-    llvmlite.binding.add_symbol("edgemistral_yield_thread", ctypes.cast(function, ctypes.c_void_p).value)
-
-
-_bind_yield()
 
 
 class Team:

@@ -15,7 +15,7 @@ from edgemistral.files.blob import Blob
 from edgemistral.files.layout import ALIGNMENT, BLOCK, GROUP, GROUPS, round_up
 from edgemistral.kernels.activations import LONG, SHORT, Activations
 from edgemistral.kernels.attention import SPAN, AttentionScratch, Queries, Rows
-from edgemistral.kernels.forward import Own, Shape, State, Weights, forward
+from edgemistral.kernels.forward import FORWARD, Own, Shape, State, Weights
 from edgemistral.kernels.kv_layout import DIMS, POSITIONS, QUERY_SUMS, ROWS, kv_layout
 from edgemistral.kernels.matmul import PAIR, STREAMS, MatrixScratch
 from edgemistral.runtime.compiling import compile_forward
@@ -79,7 +79,7 @@ class Transformer:
             self._ready = True
         self._read_ahead.begin(len(plan.segments) * self.pool.segment_bytes)
         try:
-            self._team.run(forward, common, self._own)
+            self._team.run(FORWARD[self.kv_bits], common, self._own)
         finally:
             self._read_ahead.end()
         lost.check()
@@ -158,13 +158,13 @@ def _shape(config: ModelConfig) -> Shape:
     )
 
 
-def example_call() -> tuple[tuple[Any, ...], Own]:
+def example_call(kv_bits: int = 8) -> tuple[tuple[Any, ...], Own]:
     """Arguments with the types of every model's step, to compile `forward` without a model."""
     none, shape = np.zeros(0, np.int64), Shape(1, 1, 1, 1, 1, 1, 1, 1, 1.0, 1, 1, 1, 1)
     state, own = _workspace(shape, 1, lambda _, dtype: np.zeros(0, dtype))
     weights = Weights(np.frombuffer(b"\0", np.uint8), 0, none.reshape(0, 0), none)
     rows = Rows(none, none, none, none, none, none, none, none, 0)
-    return (shape, weights, kv_layout(8, 32, 1, 1), rows, state), own[0]
+    return (shape, weights, kv_layout(kv_bits, 32, 1, 1), rows, state), own[0]
 
 
 def workspace_bytes(config: ModelConfig, threads: int) -> int:

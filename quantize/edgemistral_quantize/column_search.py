@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.files.layout import GROUP
-from edgemistral.kernels.jit import entry, inner
+from edgemistral.kernels.jit import allocating_entry as entry
+from edgemistral.kernels.jit import allocating_inner as inner
 from edgemistral.kernels.unroll import registers, unroll, unrolled
 from edgemistral_quantize.scale_search import (
     HALF,

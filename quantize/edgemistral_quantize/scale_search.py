@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.files.layout import BLOCK, CODE_ZERO, GROUP, GROUPS, PANEL, SCALE_BYTES
-from edgemistral.kernels.jit import entry, inner
+from edgemistral.kernels.jit import allocating_entry as entry
+from edgemistral.kernels.jit import allocating_inner as inner
 from edgemistral.kernels.unroll import registers, unroll, unrolled
 
 STRETCH = np.linspace(0.8, 1.15, 8, dtype=np.float32)   # places of the largest weight, as shares of the levels' ends

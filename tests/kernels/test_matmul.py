@@ -8,7 +8,7 @@ import pytest
 from edgemistral.files import layout
 from edgemistral.files.layout import BLOCK, GROUP, PANEL, round_up
 from edgemistral.kernels.activations import quantize_block, tile_size
-from edgemistral.kernels.jit import entry
+from edgemistral.kernels.jit import allocating_entry as entry
 from edgemistral.kernels.matmul import PAIR, STREAM, STREAMS, ZERO_POINTS, MatrixAt, MatrixScratch, multiply_pairs, streams_of
 from tests import naive
 from tests.packed import empty_activations
