@@ -11,6 +11,7 @@ from pathlib import Path
 from edgemistral.demo import checkpoint_dir, demo_model
 from edgemistral.files.blob import Blob
 from edgemistral.kernels import stored, unroll
+from edgemistral.kernels.kv_layout import KV_FORMATS
 from edgemistral.measure.benchmark import Roofline
 from edgemistral.model import load
 from edgemistral.paths import cache_dir
@@ -45,10 +46,11 @@ def warm_up(into: Path | None = None) -> Path:
 
     blob = demo_model()
     with tempfile.TemporaryDirectory(prefix="edgemistral-") as folder:
-        eight = quantize(checkpoint_dir(), Path(folder) / "8.safetensors", bits=8, progress=False)
-        for path in (blob, eight):
-            with load(path, threads=1) as model:      # every KV format is part of the same code
-                model.engine.prefill([model.config.bos_id])
+        for bits in (8, 4):
+            quantize(checkpoint_dir(), Path(folder) / f"{bits}.safetensors", bits=bits, progress=False)
+    for kv_bits in KV_FORMATS:
+        with load(blob, threads=1, kv_bits=kv_bits) as model:
+            model.engine.prefill([model.config.bos_id])
     with Blob.open(blob) as opened:
         Roofline(1, opened.data).close()
     return cache_dir()

@@ -112,12 +112,13 @@ def model_path(name: str | None, runs: bool = False) -> Path:
     return path
 
 
-def compile_ahead() -> None:
-    """Compile what is not in the cache on all cores, until the current command ends."""
+def compile_ahead(*kv_bits: int) -> None:
+    """Compile what is not in the cache on all cores, until the current command ends, for the given or the chosen KV formats."""
     from edgemistral.runtime.compiling import helpers
     from edgemistral.runtime.transformer import example_call
 
-    click.get_current_context().with_resource(helpers(*example_call()))
+    context = click.get_current_context()
+    context.with_resource(helpers(*map(example_call, kv_bits or [int(context.params.get("kv_bits", 8))])))
 
 
 def about_demo(name: str | None) -> None:

@@ -8,6 +8,7 @@ import click
 
 from edgemistral.cli.errors import Command
 from edgemistral.cli.options import compile_ahead
+from edgemistral.kernels.kv_layout import KV_FORMATS
 from edgemistral.terminal import compile_notice
 
 
@@ -25,7 +26,7 @@ def warmup(into: Path | None) -> None:
     """
     from edgemistral.warm_up import warm_up
 
-    compile_ahead()
+    compile_ahead(*KV_FORMATS)
     with compile_notice():
         folder = warm_up(into)
     click.echo(f"{folder}: ready")

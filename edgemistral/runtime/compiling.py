@@ -1,5 +1,7 @@
 """Compiles `forward` on all cores: this process and helpers take its parts from one list, then one of them compiles the rest.
 
+There is one `forward` for each format of the KV cache; only attention and what precedes it differ between them.
+
 The command line starts helpers as soon as they are needed, while it makes the demo model or opens the blob. Other programs
 that import edgemistral start no process: they may not want one, and `sys.executable` may be the program itself.
 """
@@ -27,8 +29,7 @@ from edgemistral.kernels.forward import FORWARD, parts_of
 from edgemistral.kernels.lowering import INTERPRET
 from edgemistral.kernels.sync import SYNC_SIZE, Member
 
-MOST_HELPERS = 3      # there are few parts, and a third of the work is the last step, which one process does alone
-ENTRY = "entry"       # the name under which a process claims that step
+MOST_HELPERS = 3      # there are few parts, and each process imports the compiler
 
 
 class Job(NamedTuple):
@@ -43,38 +44,54 @@ class Job(NamedTuple):
         return getattr(importlib.import_module(self.module), self.name)
 
 
+class Goal(NamedTuple):
+    """`forward` for one format of the KV cache, and its parts."""
+
+    kv_bits: int
+    signature: tuple[Any, ...]
+    jobs: Sequence[Job] = ()
+
+    @property
+    def forward(self) -> Any:
+        return FORWARD[self.kv_bits]
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether its code is in the cache."""
+        return jit.is_cached(self.forward, self.signature)
+
+
 def compile_forward(common: Sequence[Any], own: Any) -> None:
     """Load from the cache, or compile, the code of `forward` for these arguments, without running it."""
     if INTERPRET:
         return
-    forward, signature = _forward(common), _types(_arguments(common, own))
-    if signature in forward.overloads:
+    goal = _goal(common, own)
+    if goal.signature in goal.forward.overloads:
         return
-    if _helpers is not None and _helpers.forward is forward and not jit.is_cached(forward, signature):
+    shared = [one for one in _helpers.goals if one[:2] == goal[:2]] if _helpers is not None else []
+    if _helpers is not None and shared and not goal.is_reached:
         if jit.on_compile is not None:
-            jit.on_compile(forward.__name__)
-        _helpers.finish()
+            jit.on_compile(goal.forward.__name__)
+        _helpers.finish(*shared)
         if jit.on_compiled is not None:
             jit.on_compiled()
-    forward.compile(signature)
+    goal.forward.compile(goal.signature)
 
 
 _helpers: Helpers | None = None
 
 
 @contextmanager
-def helpers(common: Sequence[Any], own: Any) -> Iterator[None]:
-    """While inside, other processes compile what `compile_forward` needs and the cache does not have."""
+def helpers(*calls: tuple[Sequence[Any], Any]) -> Iterator[None]:
+    """While inside, other processes compile what `compile_forward` needs for these (common, own) and is not in the cache."""
     global _helpers
-    signature = () if INTERPRET else _types(_arguments(common, own))
     wanted = min(MOST_HELPERS, (os.cpu_count() or 1) - 1)
-    if INTERPRET or wanted < 1 or _helpers is not None or not sys.executable or getattr(sys, "frozen", False) \
-            or jit.is_cached(_forward(common), signature):
+    able = not INTERPRET and wanted > 0 and _helpers is None and sys.executable and not getattr(sys, "frozen", False)
+    goals = [goal._replace(jobs=_jobs(*call)) for call in calls if not (goal := _goal(*call)).is_reached] if able else []
+    if not goals:
         yield
         return
-    named = parts_of(*_arguments(common, own))  # type: ignore[no-untyped-call]
-    jobs = [Job(module, name, _types(arguments)) for module, name, arguments in named]
-    with Helpers(_kv_bits(common), jobs, signature, wanted) as _helpers:
+    with Helpers(goals, wanted) as _helpers:
         try:
             yield
         finally:
@@ -84,11 +101,11 @@ def helpers(common: Sequence[Any], own: Any) -> Iterator[None]:
 class Helpers:
     """Processes that compile parts, and the folder where they leave them."""
 
-    def __init__(self, kv_bits: int, jobs: Sequence[Job], signature: tuple[Any, ...], n: int) -> None:
-        self.forward, self.jobs, self.signature = FORWARD[kv_bits], jobs, signature
+    def __init__(self, goals: Sequence[Goal], n: int) -> None:
+        self.goals = goals
         self._folder = tempfile.TemporaryDirectory(prefix="edgemistral-", ignore_cleanup_errors=True)
         folder = Path(self._folder.name)
-        (folder / "jobs").write_bytes(pickle.dumps((kv_bits, jobs, signature)))
+        (folder / "goals").write_bytes(pickle.dumps(goals))
         code = f"import json, sys; sys.path[:], folder = json.loads(sys.argv[1]); from {__name__} import *; help_out(folder)"
         given = [str(Path(entry).absolute()) for entry in sys.path], str(folder)
         command = [sys.executable, "-c", code, json.dumps(given)]
@@ -99,14 +116,14 @@ class Helpers:
                     command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         self.workshop = parts.Workshop(folder, self._working)
 
-    def finish(self) -> None:
-        """Help until `forward` is compiled, or this process must do the last step."""
+    def finish(self, goal: Goal) -> None:
+        """Help until the goal is reached, or this process must do the last step."""
         with parts.working_in(self.workshop):
-            for job in reversed(self.jobs):      # the small ones, while helpers make the large ones
+            for job in reversed(goal.jobs):      # the small ones, while helpers make the large ones
                 parts.make_part(self.workshop, job.function, job.signature)
-            if not self.workshop.claim(ENTRY):
-                self.workshop.wait_for(ENTRY, lambda: jit.is_cached(self.forward, self.signature))
-            self.forward.compile(self.signature)
+            if not self.workshop.claim(_entry(goal)):
+                self.workshop.wait_for(_entry(goal), lambda: goal.is_reached)
+            goal.forward.compile(goal.signature)
 
     def close(self) -> None:
         for process in self._processes:
@@ -129,11 +146,16 @@ def help_out(folder: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     shop = parts.Workshop(Path(folder), lambda: True)
     with parts.working_in(shop):
-        kv_bits, jobs, signature = pickle.loads((shop.folder / "jobs").read_bytes())
-        for job in jobs:
-            parts.make_part(shop, job.function, job.signature)
-        if shop.claim(ENTRY):
-            FORWARD[kv_bits].compile(signature)
+        for goal in pickle.loads((shop.folder / "goals").read_bytes()):
+            for job in goal.jobs:
+                parts.make_part(shop, job.function, job.signature)
+            if shop.claim(_entry(goal)):
+                goal.forward.compile(goal.signature)
+
+
+def _entry(goal: Goal) -> str:
+    """The name under which a process claims the last step of a goal."""
+    return f"entry-{goal.kv_bits}"
 
 
 def _end_with_parent() -> None:
@@ -141,12 +163,13 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def _kv_bits(common: Sequence[Any]) -> int:
-    return int(common[2].bits)
+def _goal(common: Sequence[Any], own: Any) -> Goal:
+    return Goal(common[2].bits, _types(_arguments(common, own)))
 
 
-def _forward(common: Sequence[Any]) -> Any:
-    return FORWARD[_kv_bits(common)]
+def _jobs(common: Sequence[Any], own: Any) -> list[Job]:
+    named = parts_of(*_arguments(common, own))  # type: ignore[no-untyped-call]
+    return [Job(module, name, _types(arguments)) for module, name, arguments in named]
 
 
 def _arguments(common: Sequence[Any], own: Any) -> tuple[Any, ...]:

@@ -31,7 +31,7 @@ from edgemistral.runtime.transformer import example_call
 
 begun = []
 jit.on_compile = begun.append
-with compiling.helpers(*example_call()):
+with compiling.helpers(example_call()):
     helpers = compiling._helpers
     if sys.argv[2] == "killed":
         helpers._processes[0].kill()
@@ -41,9 +41,9 @@ with compiling.helpers(*example_call()):
         digest = hash(model.logits([1, 5, 9]).tobytes())
     if helpers:
         made = {path.name for path in helpers.workshop.folder.glob("part-*") if not path.suffix}
-        keys = {parts.key_of(job.function.py_func.__qualname__, job.signature) for job in helpers.jobs}
+        keys = {parts.key_of(job.function.py_func.__qualname__, job.signature) for job in helpers.goals[0].jobs}
         assert made <= keys and (made == keys or sys.argv[2] == "killed"), keys - made
-        for job in helpers.jobs:
+        for job in helpers.goals[0].jobs:
             assert set(job.function.overloads) <= {job.signature}, job.name      # no types but those that were foreseen
 assert set(begun) == {"forward_BITS8"}, begun
 if helpers:
@@ -103,7 +103,7 @@ def test_helpers_make_the_same_bits(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="looks for processes as POSIX has them")
 def test_helpers_end_with_their_parent(tmp_path):
     code = ("import os; from edgemistral.runtime import compiling; from edgemistral.runtime.transformer import example_call\n"
-            "with compiling.helpers(*example_call()):\n"
+            "with compiling.helpers(example_call()):\n"
             "    print(*(process.pid for process in compiling._helpers._processes), flush=True); os.kill(os.getpid(), 9)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
                           env=os.environ | {"EDGEMISTRAL_CACHE": str(tmp_path)})
