@@ -183,8 +183,8 @@ class _DiskCache(caching._Cache):
             # only the runtime; without it, passing the first array would crash.
             rtsys.initialize(target_context)
             called, state = pickle.loads(data)
+            libraries = parts.load(called)      # first: the entry's code refers to theirs
             with parts.everything_is_emitted():
-                libraries = [target_context.codegen().unserialize_library(one) for one in called]
                 result = CompileResult._rebuild(target_context, *state)
             result.library.called_parts = libraries
             return result

@@ -18,7 +18,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -144,6 +144,12 @@ def _only_entry_is_emitted(entry: str) -> Iterator[None]:
             codegen._library_class, _Library.entry = before
             if collecting:
                 gc.enable()
+
+
+def load(states: Sequence[Any]) -> list[Any]:
+    """Load the machine code of parts, as `serialize_using_object_code` gave it: the libraries."""
+    with _only_entry_is_emitted(""):
+        return [cpu_target.target_context.codegen().unserialize_library(state) for state in states]
 
 
 @contextmanager

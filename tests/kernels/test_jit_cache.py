@@ -108,6 +108,36 @@ def test_an_entry_may_call_an_entry_that_is_in_the_cache(cache, script):
     assert run(script) == ["compiled caller", "13.0 3.0"]
 
 
+def test_parts_are_kept_with_every_entry_that_calls_them(cache, script):
+    """Of two entries that share a part, and of one that calls a cached entry with parts."""
+    shared = SOURCE.replace("@jit.inner", "@jit.part").replace("def main():", """
+@jit.part
+def both(x):
+    return twice(x) + twice(x)
+
+@jit.entry
+def other(x):
+    return both(x[0])
+
+@jit.entry
+def caller(x):
+    return kernel(x) + 10
+
+def main():""")
+    calls = {name: shared.replace("print(kernel(", f"print({name}(") for name in ("kernel", "other", "caller")}
+    for name, printed in ("kernel", "3.0"), ("other", "4.0"), ("caller", "13.0"):
+        script.write_text(calls[name], "utf-8")
+        files = set(cache.glob("*"))
+        assert run(script) == [f"compiled {name}", *(["compiled kernel"] if name == "caller" else []), printed]
+        for path in files:
+            path.unlink()      # nothing else is needed
+        assert run(script) == [printed]
+    all_three = "x = np.arange(3.0) + 1; print(kernel(x), other(x), caller("
+    script.write_text(calls["caller"].replace("print(caller(", all_three), "utf-8")
+    run(script)
+    assert run(script) == ["3.0 4.0 13.0"]
+
+
 def test_the_same_source_is_found_again_whatever_its_date(cache, script):
     run(script)
     os.utime(script, (1, 1))

@@ -120,6 +120,22 @@ def test_functions_of_other_constants_have_other_names():
     assert make(2)() == 2
 
 
+KERNELS = {2: lambda x: x + 2, 3: lambda x: 10 * x}
+
+
+def test_a_table_of_kernels_is_read_ahead_of_time():
+    @unrolled(N=2)
+    def f(x):
+        return KERNELS[N + 1](KERNELS[N](x)) + {2: 1}[2]
+
+    assert lines(f) == ["    return KERNELS_3(KERNELS_2(x)) + {2: 1}[2]"]
+    assert f(1) == 31
+    with pytest.raises(KeyError):
+        @unrolled(N=4)
+        def g(x):
+            return KERNELS[N](x)
+
+
 def test_the_source_is_there_for_tracebacks():
     @unrolled(N=2)
     def f(x):
