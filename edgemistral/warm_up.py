@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgemistral.demo import checkpoint_dir, demo_model
+from edgemistral.demo import demo_model
 from edgemistral.files.blob import Blob
 from edgemistral.kernels import stored, unroll
 from edgemistral.kernels.kv_layout import KV_FORMATS
@@ -18,11 +17,17 @@ from edgemistral.paths import cache_dir
 
 
 @contextlib.contextmanager
-def _cache_in(folder: Path) -> Iterator[None]:
-    """Use another cache folder while inside."""
+def cache_in(folder: Path | None) -> Iterator[None]:
+    """Use another cache folder while inside; None: the same."""
+    if folder is None:
+        yield
+        return
+    rewritten = {name: stored.read(name) for name in unroll.names}
     before = os.environ.get("EDGEMISTRAL_CACHE")
     os.environ["EDGEMISTRAL_CACHE"] = str(folder)
     try:
+        for name, source in rewritten.items():
+            stored.write(name, source)
         yield
     finally:
         del os.environ["EDGEMISTRAL_CACHE"]
@@ -37,17 +42,12 @@ def warm_up(into: Path | None = None) -> Path:
     Takes half a minute the first time, a second if everything exists. Raises BadInput if the folder cannot be written.
     """
     if into is not None:
-        rewritten = {name: stored.read(name) for name in unroll.names}
-        with _cache_in(into):
-            for name, source in rewritten.items():
-                stored.write(name, source)
+        with cache_in(into):
             return warm_up()
-    from edgemistral_quantize import quantize
+    from edgemistral_quantize.compiling import compile_kernels
 
     blob = demo_model()
-    with tempfile.TemporaryDirectory(prefix="edgemistral-") as folder:
-        for bits in (8, 4):
-            quantize(checkpoint_dir(), Path(folder) / f"{bits}.safetensors", bits=bits, progress=False)
+    compile_kernels()
     for kv_bits in KV_FORMATS:
         with load(blob, threads=1, kv_bits=kv_bits) as model:
             model.engine.prefill([model.config.bos_id])

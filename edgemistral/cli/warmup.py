@@ -24,9 +24,9 @@ def warmup(into: Path | None) -> None:
     Example:
       edgemistral warmup
     """
-    from edgemistral.warm_up import warm_up
+    from edgemistral.warm_up import cache_in, warm_up
 
-    compile_ahead(*KV_FORMATS)
-    with compile_notice():
-        folder = warm_up(into)
+    with cache_in(into), compile_notice():
+        compile_ahead(*KV_FORMATS)
+        folder = warm_up()
     click.echo(f"{folder}: ready")

@@ -64,7 +64,10 @@ def quantize_panels_4(
             _load(w, peaks, weights, panel, block, tile, weight)
             _search_scales(tile, weight, levels, scales[block])
         for r in range(PANEL):
-            top = np.abs(scales[:, r::PANEL]).max()
+            top = ZERO
+            for block in range(blocks):
+                for g in range(GROUPS):
+                    top = max(top, abs(scales[block, PANEL * g + r]))
             _set_unit(r, top / np.float32(MAX_SCALE), LIMIT_4, peaks, panel, unit, row_scales)
         for block in range(blocks):
             _load(w, peaks, weights, panel, block, tile, weight)
