@@ -44,23 +44,25 @@ def main() -> int:
     failed = False
     for name in names:
         harness = HARNESSES[name]()
-        with _prepared(harness) as why:
+        with prepared(harness) as why:
             if why:
                 print(f"{name:12} skipped: {why}")
                 continue
             seconds = PLANT_SECONDS if arguments.plant else 60 * arguments.minutes / len(names)
             tally = _campaign(harness, seed, seconds, arguments.inputs, arguments.plant)
             failed |= bool(tally.faults) != arguments.plant
-            _show(harness, tally, arguments.plant)
+            show(harness, tally, arguments.plant)
             for fault in [] if arguments.plant else tally.faults[:MOST_KEPT]:
-                print(f"    {fault['outcome']}: {_keep(harness, fault)}\n        {fault['details'].strip()[-1200:]}")
+                given = harness.nth(fault["seed"], fault["number"])
+                kept = keep(harness, fault["outcome"], given)
+                print(f"    {fault['outcome']}: {kept}\n        {fault['details'].strip()[-1200:]}")
         if arguments.record:
-            _record(harness, tally, arguments.plant)
+            record(harness, tally, arguments.plant)
     return int(failed)
 
 
 @contextlib.contextmanager
-def _prepared(harness: Harness) -> Any:
+def prepared(harness: Harness) -> Any:
     """Why it cannot run here, or ""."""
     try:
         harness.prepare()
@@ -94,7 +96,7 @@ def _campaign(harness: Harness, seed: int, seconds: float, inputs: int | None, p
     return tally
 
 
-def _show(harness: Harness, tally: Tally, plant: bool) -> None:
+def show(harness: Harness, tally: Tally, plant: bool) -> None:
     rate = tally.inputs / max(tally.seconds, 1e-9)
     outcomes = ", ".join(f"{name} {count}" for name, count in tally.outcomes.most_common())
     if plant:
@@ -103,10 +105,9 @@ def _show(harness: Harness, tally: Tally, plant: bool) -> None:
     print(f"{harness.name:12} {tally.inputs:8} inputs  {rate:6.0f}/s  {outcomes}", flush=True)
 
 
-def _keep(harness: Harness, fault: dict[str, Any]) -> Path:
+def keep(harness: Harness, outcome: str, given: Any) -> Path:
     """The input as a file, which runs again in every test from then on."""
-    given = harness.nth(fault["seed"], fault["number"])
-    text = json.dumps({"harness": harness.name, "found": fault["outcome"], "input": given})      # one line: deep ones are long
+    text = json.dumps({"harness": harness.name, "found": outcome, "input": given})      # one line: deep ones are long
     path = FOUND / f"{harness.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
     FOUND.mkdir(exist_ok=True)
     path.write_text(text + "\n", encoding="ascii")
@@ -119,7 +120,7 @@ def _found() -> int:
     failed = False
     for name in sorted({one["harness"] for _, one in kept}):
         harness = HARNESSES[name]()
-        with _prepared(harness) as why:
+        with prepared(harness) as why:
             for path, one in kept:
                 if one["harness"] == name and not why:
                     outcome, details = harness.run_kept(one["input"])
@@ -137,7 +138,7 @@ def _repeat(path: Path) -> int:
     return 0
 
 
-def _record(harness: Harness, tally: Tally, plant: bool) -> None:
+def record(harness: Harness, tally: Tally, plant: bool) -> None:
     """Add to the counts of this tree on this machine."""
     record = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {"runs": []}
     key = {"commit": bench.commit(), "machine": bench.machine()["cpu"]}
