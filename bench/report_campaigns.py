@@ -13,8 +13,9 @@ Results = dict[str, Any]
 
 def _fuzz(r: Results) -> Iterable[str]:
     yield "An input is answered, or refused with an error of ours. A fault is a crash, a hang, a traceback, or too much time or"
-    yield "memory; those of a tree were mended in a later one. Each harness also runs with one check taken away."
-    for run in r["runs"]:
+    yield "memory; those of a tree were mended in a later one. Each harness also runs with one check taken away. The latest"
+    yield "tree comes first."
+    for run in reversed(r["runs"]):
         found, planted = run["harnesses"], run["planted"]
         total, faults = (sum(one[name] for one in found.values()) for name in ("inputs", "faults"))
         yield f"\nTree {run['commit']}, {run['machine']}: {total:,} inputs, {faults} faults.\n"
@@ -32,7 +33,7 @@ def _seconds(planted: Results | None) -> str:
 
 
 def _crash(r: Results) -> Iterable[str]:
-    for run in r["runs"]:
+    for run in reversed(r["runs"]):
         kinds, sums = run["kinds"], Counter[str]()
         for one in kinds.values():
             sums.update(one)
