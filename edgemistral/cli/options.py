@@ -113,7 +113,7 @@ def model_path(name: str | None, runs: bool = False) -> Path:
 
 
 def compile_ahead(*kv_bits: int) -> None:
-    """Compile what is not in the cache on all cores, until the current command ends, for the given or the chosen KV formats."""
+    """Compile on all cores what is not in the cache, for these KV formats or the chosen one, until the current command ends."""
     from edgemistral.runtime.compiling import helpers
     from edgemistral.runtime.transformer import example_call
 

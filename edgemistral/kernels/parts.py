@@ -2,8 +2,8 @@
 
 numba optimizes every function that it compiles and makes machine code of it, and does both again in every caller. Here an
 entry and its parts, the phases and the large kernels, become machine code, each alone; the entry calls its parts. All other
-functions become a part of their callers before LLVM sees them. Only inlined functions are optimized before that. (Attention
-in 4 bits is 30 % slower without.) The results do not change.
+functions are linked into their callers, and optimized there. Only inlined functions are optimized before that. (Attention in
+4 bits is 30 % slower without.) The results do not change.
 
 numba holds the interpreter's lock while it compiles, so more cores need more processes. They share a folder: a process claims
 the part that it makes, and keeps its machine code there for the others. See `runtime.compiling`.
@@ -168,7 +168,7 @@ def _in_one_chunk(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function in a frame so large that all frames of a compilation fit behind it in one chunk of Python's stack.
 
     From Python 3.11 on, a call and a return at the border of two chunks of 16 KB map and unmap one. A loop at that depth of
-    the compiler did it 250,000 times: 3 s of 24.
+    the compiler did it 250,000 times.
     """
     return function(*arguments)
 
