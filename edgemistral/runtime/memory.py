@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
+LARGE, M_MMAP_THRESHOLD = 1 << 16, -3      # bytes; an option of mallopt(3)
 
 
 def physical_memory() -> int:
@@ -24,6 +25,17 @@ def physical_memory() -> int:
         ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
         return int(status.total)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def return_large_blocks() -> None:
+    """From now on, the C library's allocator gives blocks of LARGE bytes back to the system as soon as they are freed.
+
+    By default it keeps them for later. Small blocks that live longer settle there, and a process under load grows for hours.
+    Only glibc has this option.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def memory_for_files(root: Path = Path("/")) -> int | None:

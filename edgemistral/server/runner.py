@@ -24,6 +24,7 @@ from edgemistral.child import ParentWatch, only_user_of
 from edgemistral.errors import BadRequest, EdgeMistralError, FileLost
 from edgemistral.files import lost
 from edgemistral.model import Model
+from edgemistral.runtime.memory import return_large_blocks
 from edgemistral.server.app import create_app
 from edgemistral.server.service import Service
 
@@ -63,6 +64,7 @@ def serve(
     """
     if not _is_loopback(host) and not settings.get("api_key") and not insecure:
         raise BadRequest(f"--host {host} lets other computers in: it needs --api-key (or --insecure)", "host")
+    return_large_blocks()
     loaded: list[Model] = []
     failed: list[BaseException] = []
 
@@ -72,6 +74,7 @@ def serve(
         next(model.generate([model.config.bos_id], 1, temperature=0), None)   # compiles, or loads compiled kernels
         gc.collect()
         gc.freeze()      # a full collection would visit every object of the libraries, and stop all threads for 60 ms
+        gc.collect()     # Python waits for a quarter of the objects of the last full collection before the next one
         return model
 
     def on_load() -> None:
