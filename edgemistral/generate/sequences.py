@@ -142,8 +142,12 @@ class KeptSequences:
         self._owners[sequence] = self._owners.pop(sequence)
 
     def leave(self, sequence: Sequence) -> None:
-        """End the writing to a sequence; it is kept."""
+        """End the writing to a sequence; it is kept. Others that it contains are not: the same prompt often comes again."""
         self._owners[sequence] = None
+        if not sequence.pinned:
+            for one in [one for one in self._owners if one is not sequence and self._is_free(one)]:
+                if one.length <= sequence.length and np.array_equal(one.ids, sequence.ids[: one.length]):
+                    self._evict(one)
         idle = [one for one in self._owners if self._owner(one) is None]
         for one in idle[:-WITH_OWN_BLOCKS]:
             one.drop_own_blocks()

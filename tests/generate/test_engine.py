@@ -256,6 +256,18 @@ def test_the_least_recently_used_goes_first_and_the_budget_holds():
         assert sum(map(len, fake.calls)) == computed
 
 
+def test_the_same_prompt_again_and_again_takes_room_once():
+    fake = FakeTransformer(context=600, chunk=64)
+    engine, prompt = Engine(fake), [1, *range(10, 290)]
+    for new_tokens in (1, 7, 7, 1, 3, 7):
+        list(engine.generate(prompt, GREEDY, new_tokens))
+        engine.prefill(prompt)
+    assert fake.pool.used <= 2 + 2                        # the longest, and a fork that ends earlier
+    fake.steps.clear()
+    list(engine.generate(prompt, GREEDY, 7))
+    assert fake.calls[0] == prompt[-1:]
+
+
 def test_one_full_context_always_has_room():
     fake = FakeTransformer(context=600, chunk=64, segments=1)
     engine = Engine(fake)
