@@ -158,6 +158,7 @@ def main(hours: float) -> None:
         "hours": round(soak.samples[-1]["seconds"] / 3600, 3), "requests": dict(soak.counts), "mixed": len(soak.mixed),
         "grown": {name: round(grown(soak.samples, name), 4) for name in ("anonymous_bytes", "threads", "files", "disk_bytes")},
         "tracebacks": errors.count("Traceback"), "first": soak.samples[len(soak.samples) // 4], "last": soak.samples[-1],
+        "megabytes": [round(one["anonymous_bytes"] / 1e6, 2) for one in soak.samples[:: max(1, len(soak.samples) // 120)]],
         "commit": harness.commit(), "machine": harness.machine()["cpu"],
     }
     print(json.dumps(result, indent=1), *soak.mixed[:5], sep="\n")
