@@ -2,6 +2,8 @@
 
     python bench/long_context.py WORK              # 4-bit weights
     python bench/long_context.py WORK --bits 8
+    python bench/long_context.py WORK --n-layers 4     # speed only, 32,000 tokens, 8- and 4-bit KV, beside llama.cpp
+    python bench/long_context.py WORK --n-layers 32    # the same with the blob of seven_b.py, without llama.cpp
 
 Needs 3 GB of disk in WORK, 6 GB of memory and about six minutes. The logits are compared with float32 arithmetic on the
 same dequantized weights. To show that a fault would be seen, the same distance is measured with attention to only the last
@@ -27,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from bench import harness
-from bench.synthetic import V2, write_synthetic
+from bench import by_depth, harness
+from bench.synthetic import V2, synthetic_blob, write_synthetic
 from edgemistral.config import ModelConfig
 from edgemistral.errors import ContextOverflow
 from edgemistral.files.blob import Blob
@@ -181,7 +183,13 @@ def print_table(results: dict[str, Any]) -> None:
 @click.command(help=__doc__.split("\n")[0])
 @harness.work_argument
 @click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Bits of a weight.")
-def main(work: Path, bits: str) -> None:
+@click.option("--n-layers", type=int, help="Measure the speed with so many layers instead.")
+def main(work: Path, bits: str, n_layers: int | None) -> None:
+    if n_layers is not None:
+        whole = n_layers == V2.n_layers
+        blob = work / "7b-q4.safetensors" if whole else synthetic_blob(work, n_layers)
+        by_depth.measure(work, blob, beside_llama_cpp=not whole)
+        return
     checkpoint = work / "2-layers"
     blob = work / f"2-layers-q{bits}.safetensors"
     harness.prepare(work, DISK_BYTES)

@@ -8,7 +8,6 @@ process, which computes only on request. A step of n sequences computes one toke
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -19,9 +18,9 @@ import click
 import numpy as np
 
 from bench import clients_at_once
-from bench.harness import prepare, save, work_argument
+from bench.harness import save, work_argument
 from bench.peers import TYPES, Peer, facts_of, write_gguf
-from bench.synthetic import V2, write_synthetic
+from bench.synthetic import V2, synthetic_blob
 from edgemistral.files.blob import Blob
 from edgemistral.runtime.threads import performance_cores
 
@@ -175,15 +174,7 @@ def n_layers_of(blob: Path) -> int:
               help="A blob of all layers for the reader: in four layers the head takes an eighth of its time.")
 @click.option("--reader-rounds", default=3, show_default=True)
 def main(work: Path, n_layers: int, rounds: int, reader_blob: Path | None, reader_rounds: int) -> None:
-    from edgemistral_quantize import quantize
-
-    blob, threads = work / f"{n_layers}-layers-q4.safetensors", performance_cores()
-    if not blob.exists():
-        prepare(work, 10**9 * n_layers)
-        source = work / f"{n_layers}-layers"
-        if not (source / "tokenizer.model").exists():
-            write_synthetic(source, dataclasses.replace(V2, n_layers=n_layers), progress=True)
-        quantize(source, blob, bits=4)
+    blob, threads = synthetic_blob(work, n_layers), performance_cores()
     gguf = work / f"{blob.stem}-{TYPES[4]}.gguf"
     if not gguf.exists():
         with Blob.open(blob) as opened:

@@ -12,6 +12,31 @@ from bench.summary import table
 Results = dict[str, Any]
 
 
+def _by_depth(r: Results) -> list[str]:
+    prompt = r["prompt"]
+    lines = [
+        f"{r['n_layers']} layers of 7B shapes, 4-bit weights, {r['threads']} threads. Shares are of the bandwidth that was "
+        "measured beside each sample.",
+        "",
+        *table(("tokens before", "8-bit KV, tokens/s", "share", "4-bit KV", "share", "4 to 8 bits"), [
+            (f"{row['depth']:,}", f"{row['kv8']:.2f}", f"{row['share8']:.0%}", f"{row['kv4']:.2f}", f"{row['share4']:.0%}",
+             f"{row['ratio']:.2f}") for row in r["rows"]
+        ]),
+        "",
+        f"Behind {r['tokens']:,} tokens, the share is {r['of_the_empty_share']['kv8']:.2f} of that behind none with 8-bit KV, "
+        f"{r['of_the_empty_share']['kv4']:.2f} with 4 bits.",
+    ]
+    if "theirs" in prompt:
+        kind, batch = prompt["setting"].split()
+        lines += [f"A prompt of {r['tokens']:,} tokens takes {prompt['ours']:.0f} s, llama.cpp {prompt['theirs']:.0f} s "
+                  f"(flash attention, {kind} keys and values, batches of {batch}): {prompt['ratio']:.2f} of the time. "
+                  f"Behind it, llama.cpp decodes {prompt['llama_cpp_decode']:.2f} tokens/s."]
+    else:
+        lines += [f"A prompt of {r['tokens']:,} tokens takes {prompt['ours']:.0f} s."]
+    name = f"long_context-{r['n_layers']}-layers.png"
+    return [*lines, "", f"![tokens a second over the tokens before]({r['folder']}/{name})"]
+
+
 def _lookup(r: Results) -> list[str]:
     return [
         f"SmolLM2-135M-Instruct answers; each step is computed by a 7B of 32 layers too, {r['threads']} threads. The tokens "
@@ -62,6 +87,10 @@ def _written(r: Results) -> list[str]:
 
 
 SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
+    ("32,000 tokens through four layers of a 7B, beside llama.cpp", "long_context-4-layers",
+     "python bench/long_context.py WORK --n-layers 4", _by_depth),
+    ("32,000 tokens through a whole 7B", "long_context-32-layers", "python bench/long_context.py WORK --n-layers 32",
+     _by_depth),
     ("Prompt lookup", "lookup", "python bench/lookup.py WORK", _lookup),
     ("Restart with a long session", "restart", "python bench/restart.py WORK --n-layers 4", _restart),
     ("32,000 tokens and little memory", "small_memory", "python bench/small_memory.py WORK", _small_memory),

@@ -10,7 +10,6 @@ that follows it. Beside it the same question without a session, and the time of 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 import edgemistral
 from bench import harness
 from bench.filled_session import write_filled
-from bench.synthetic import V2, write_synthetic
+from bench.synthetic import synthetic_blob
 from edgemistral.files.blob import Blob
 from edgemistral.model import tokenizer_of
 
@@ -80,15 +79,7 @@ def measure(blob: Path, session: Path, repeats: int) -> dict[str, Any]:
 @click.option("--n-layers", default=4, show_default=True)
 @click.option("--repeats", default=REPEATS, show_default=True)
 def main(work: Path, n_layers: int, repeats: int) -> None:
-    blob, session = work / f"{n_layers}-layers-q4.safetensors", work / f"{n_layers}-layers.session"
-    if not blob.exists():
-        from edgemistral_quantize import quantize
-
-        harness.prepare(work, 10**9 * n_layers)
-        source = work / f"{n_layers}-layers"
-        if not (source / "tokenizer.model").exists():
-            write_synthetic(source, dataclasses.replace(V2, n_layers=n_layers), progress=True)
-        quantize(source, blob, bits=4, calibrate="none")
+    blob, session = synthetic_blob(work, n_layers), work / f"{n_layers}-layers.session"
     results = measure(blob, session, repeats)
     session.unlink()
     click.echo(f"{results['tokens']:,} tokens in a session of {harness.in_gb(results['session_bytes'])}: first new token after "

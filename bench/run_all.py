@@ -32,6 +32,8 @@ COMMANDS = (     # as named in the sections of bench/report.py
     "python bench/speed.py WORK",
     "python bench/long_context.py WORK --bits 4",
     "python bench/long_context.py WORK --bits 8",
+    "python bench/long_context.py WORK --n-layers 4",
+    "python bench/long_context.py WORK --n-layers 32",
     "python bench/lookup.py WORK",
     "python bench/restart.py WORK --n-layers 4",
     "python bench/small_memory.py WORK",

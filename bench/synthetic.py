@@ -21,6 +21,7 @@ from edgemistral_quantize.checkpoint import HUGGING_FACE, expected_tensors
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from bench import harness
 from edgemistral.config import ModelConfig
 from edgemistral.demo import checkpoint_dir
 from edgemistral.files.bf16 import to_bf16
@@ -32,6 +33,19 @@ V2 = ModelConfig(
 )
 POOL = 16_777_213   # random numbers; a prime, so that no two rows of a matrix are the same part of the pool
 PIECE = 1 << 22     # values written at a time
+
+
+def synthetic_blob(work: Path, n_layers: int) -> Path:
+    """A 4-bit blob of so many layers of a 7B, in WORK; made if it is not there."""
+    from edgemistral_quantize import quantize
+
+    blob, source = work / f"{n_layers}-layers-q4.safetensors", work / f"{n_layers}-layers"
+    if not blob.exists():
+        harness.prepare(work, 10**9 * n_layers)
+        if not (source / "tokenizer.model").exists():      # which is written last
+            write_synthetic(source, dataclasses.replace(V2, n_layers=n_layers), progress=True)
+        quantize(source, blob, bits=4, calibrate="none")
+    return blob
 
 
 def write_synthetic(
