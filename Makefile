@@ -21,6 +21,9 @@ lint: $(VENV)/.installed-test
 coverage: $(VENV)/.installed-test  ## which lines and branches the fast tests reach; also as htmlcov/index.html
 	$(BIN)/python -m pytest -q --cov --cov-report=term --cov-report=html
 
+models/demo.safetensors: $(VENV)/.installed $(wildcard quantize/edgemistral_quantize/*.py)  ## the demo model's blob, again
+	$(BIN)/edgemistral quantize models/demo $@ --calibrate none --force
+
 fuzz: $(VENV)/.installed-test  ## hostile inputs at every border: make fuzz MINUTES=10
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10) --record
 

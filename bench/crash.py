@@ -6,7 +6,6 @@ Adds to bench/results/crash.json. The promise of each kind:
     two         of two runs on one file, one is refused; the result is complete
     session     after kill -9, everything reported as saved is there, and nothing that was never written
     store       a segment of the KV store is complete or not found; earlier segments stay
-    demo        the demo model in the cache is complete or made again
     power       unsynced writes of a model file are dropped, sector by sector; the same promise as quantize
     power, session    the same for a session file; the same promise as session
     full        the disk is full after a random number of bytes: one error of ours, and existing files stay
@@ -288,25 +287,6 @@ def stores(folder: Path, chance: random.Random) -> int:
     return 1
 
 
-def demo(folder: Path, chance: random.Random) -> int:
-    """The cache of the demo model."""
-    from edgemistral.demo import demo_model
-
-    cache = folder / "cache"
-    shutil.rmtree(cache, ignore_errors=True)
-
-    def work() -> None:
-        os.environ["EDGEMISTRAL_CACHE"] = str(cache)
-        path = demo_model()
-        is_whole(path)
-
-    status, _ = forked(work, chance.uniform(0, 1.5))
-    expect(status in (0, -signal.SIGKILL), f"the demo model fails: {status}")
-    status, said = forked(work)
-    expect(status == 0, f"the demo model is not made anew: {said!r}")
-    return 1
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=2.0)
@@ -322,7 +302,7 @@ def main() -> int:
         quantizing = Quantizing(top)
         kinds: dict[str, Check] = {
             "quantize": quantizing.kills, "two": quantizing.two, "full": quantizing.full, "power": quantizing.power,
-            "session": sessions, "store": stores, "power, session": power_of_sessions, "demo": demo,
+            "session": sessions, "store": stores, "power, session": power_of_sessions,
         }
         chosen = arguments.kind or list(kinds)
         for kind in chosen:

@@ -96,7 +96,7 @@ def _startup(r: Results) -> list[str]:
         ("Python's own start", f"{r['interpreter_seconds']:.3f}"),
         ("`edgemistral run demo`: first token, kernels in the cache", f"{r['first_token_seconds']:.2f}"),
         ("first run ever of a blob: kernels are compiled", f"{r['first_run_seconds']:.1f}"),
-        ("first run ever of the demo: quantizer and kernels are compiled, the model is made",
+        ("first run ever of the demo model, the same",
          f"{r['first_demo_seconds']:.1f}"),
         *([("`edgemistral warmup` with an empty cache: everything is compiled", f"{r['warm_up_seconds']:.1f}")]
           if "warm_up_seconds" in r else []),

@@ -56,7 +56,7 @@ def print_table(results: dict[str, Any]) -> None:
         ("interpreter_seconds", "Python itself, from start to output"),
         ("first_token_seconds", "edgemistral run demo, to the first token"),
         ("first_run_seconds", "the first run ever of a blob: kernels are compiled"),
-        ("first_demo_seconds", "the first run ever of the demo: quantizer and kernels are compiled, the model is made"),
+        ("first_demo_seconds", "the first run ever of the demo model, the same"),
         ("warm_up_seconds", "edgemistral warmup with an empty cache: everything is compiled"),
     ):
         print(f"{what:88}{results[name]:8.3f} s")

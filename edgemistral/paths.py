@@ -11,7 +11,7 @@ BUNDLED = "bundled"     # in a frozen application: the folder in this package th
 
 
 def cache_dir() -> Path:
-    """The cache folder (compiled kernels, the demo model). `EDGEMISTRAL_CACHE` overrides it."""
+    """The cache folder (compiled kernels, KV caches). `EDGEMISTRAL_CACHE` overrides it."""
     return Path(os.environ.get("EDGEMISTRAL_CACHE") or platformdirs.user_cache_dir("edgemistral", appauthor=False))
 
 

@@ -1,4 +1,4 @@
-"""Makes everything that a first use would make, ahead of time: for example in an installer, or before going offline."""
+"""Compiles everything that a first use would compile, ahead of time: for example in an installer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cache_in(folder: Path | None) -> Iterator[None]:
 
 
 def warm_up(into: Path | None = None) -> Path:
-    """Compile all kernels for this processor and make the demo model; returns the folder where they are kept.
+    """Compile all kernels for this processor; returns the folder where they are kept.
 
     into: the folder to use instead of the user's cache, for a frozen application that will contain it.
     Takes half a minute the first time, a second if everything exists. Raises BadInput if the folder cannot be written.

@@ -12,7 +12,6 @@ import click
 
 from edgemistral.errors import BadInput
 from edgemistral.files import regular
-from edgemistral.terminal import compile_notice
 
 if TYPE_CHECKING:
     from edgemistral.files.blob import Blob
@@ -94,7 +93,7 @@ kv_budget_option = click.option(
 
 
 def model_path(name: str | None, runs: bool = False) -> Path:
-    """The path of MODEL. None or the word demo means the demo model, which is made on first use.
+    """The path of MODEL. None or the word demo means the demo model.
 
     runs: the model will compute, so compile its kernels meanwhile.
     """
@@ -107,8 +106,7 @@ def model_path(name: str | None, runs: bool = False) -> Path:
     if is_demo:
         from edgemistral.demo import demo_model
 
-        with compile_notice():
-            return demo_model()
+        return demo_model()
     return path
 
 

@@ -16,9 +16,9 @@ from edgemistral.terminal import compile_notice
 @click.option("--into", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
               help="Write to this folder, for a frozen application (docs/embedding.md).")
 def warmup(into: Path | None) -> None:
-    """Compile for this processor and make the demo model now, so that later commands start faster.
+    """Compile everything for this processor now, so that later commands start faster.
 
-    Both are kept in the user's cache folder, or in the folder set by EDGEMISTRAL_CACHE.
+    It is kept in the user's cache folder, or in the folder set by EDGEMISTRAL_CACHE.
 
     \b
     Example:

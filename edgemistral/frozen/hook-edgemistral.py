@@ -1,9 +1,9 @@
 """PyInstaller's hook for edgemistral: adds what a frozen application needs and PyInstaller does not find.
 
 * Kernels are compiled on the user's machine from their sources, so the bundle contains these next to the compiled modules.
-* The demo model's checkpoint, the server's pages and the calibration texts are data.
+* The demo model, the server's pages and the calibration texts are data.
 * Many modules are imported at first use.
-* `edgemistral warmup --into DIR`, then EDGEMISTRAL_BUNDLE=DIR pyinstaller ...: compiled kernels and the demo model, too.
+* `edgemistral warmup --into DIR`, then EDGEMISTRAL_BUNDLE=DIR pyinstaller ...: compiled kernels, too.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PyInstaller.utils.hooks import collect_data_files, collect_dynamic_libs, collect_submodules
 
-from edgemistral.demo import checkpoint_dir
+from edgemistral.demo import demo_model
 from edgemistral.paths import BUNDLED
 
 hiddenimports = [
@@ -23,7 +23,7 @@ module_collection_mode = {"edgemistral": "pyz+py", "edgemistral_quantize": "pyz+
 datas = [
     *collect_data_files("edgemistral"),
     *collect_data_files("edgemistral_quantize"),
-    *((str(path), "edgemistral/demo/checkpoint") for path in checkpoint_dir().iterdir() if path.suffix != ".png"),
+    (str(demo_model()), "edgemistral/demo"),
 ]
 binaries = collect_dynamic_libs("llvmlite")
 

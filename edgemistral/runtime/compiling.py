@@ -2,8 +2,8 @@
 
 There is one `forward` for each format of the KV cache; only attention and what precedes it differ between them.
 
-The command line starts helpers as soon as they are needed, while it makes the demo model or opens the blob. Other programs
-that import edgemistral start no process: they may not want one, and `sys.executable` may be the program itself.
+The command line starts helpers as soon as they are needed, while it opens the blob. Other programs that import edgemistral
+start no process: they may not want one, and `sys.executable` may be the program itself.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import edgemistral
 from edgemistral.cli import main
 from edgemistral.cli.options import size
 from edgemistral.demo import ABOUT
+from edgemistral.paths import cache_dir
 from tests.checkpoints import SMALL, babbler, random_weights, write_hf
 
 DATA = Path(__file__).parents[1] / "data"
@@ -322,8 +323,8 @@ def test_sizes(text, n):
     assert size(text) == n
 
 
-def test_warmup(demo):
-    assert run("warmup").stdout == f"{Path(demo).parent}: ready\n"
+def test_warmup():
+    assert run("warmup").stdout == f"{cache_dir()}: ready\n"
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from click.testing import CliRunner
 
 from edgemistral import frozen, paths
 from edgemistral.cli import main
-from edgemistral.demo import checkpoint_dir, demo_model
 from edgemistral.kernels import jit
 
 ROOT = Path(__file__).parents[2]
@@ -45,28 +44,26 @@ def test_the_hooks_are_found_where_the_entry_point_says():
 
 
 def test_what_lies_in_the_bundle_is_used_in_place_of_the_cache(tmp_path, monkeypatch):
-    bundled, demo = tmp_path / paths.BUNDLED, demo_model()
+    bundled = tmp_path / paths.BUNDLED
     monkeypatch.setenv("EDGEMISTRAL_CACHE", str(bundled))
 
     def plus_one(x):
         return x + 1
 
     assert jit.entry(plus_one)(1) == 2
-    shutil.copy(demo, bundled)
     monkeypatch.setenv("EDGEMISTRAL_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(paths, "__file__", str(tmp_path / "paths.py"))
     compiled = []
     monkeypatch.setattr(jit, "on_compile", compiled.append)
     assert jit.entry(plus_one)(1) == 2 and compiled == []
     assert jit.entry(plus_one)(1.0) == 2 and compiled == ["plus_one"]      # what is not there goes to the cache
-    assert demo_model().parent == bundled
 
 
 def test_warmup_into_a_folder(tmp_path, monkeypatch):
     from edgemistral import warm_up
 
     asked = []
-    monkeypatch.setattr(warm_up, "demo_model", lambda: asked.append(paths.cache_dir()) or 1 / 0)
+    monkeypatch.setattr(warm_up, "load", lambda *_, **__: asked.append(paths.cache_dir()) or 1 / 0)
     monkeypatch.setenv("EDGEMISTRAL_CACHE", str(tmp_path / "mine"))
     result = CliRunner().invoke(main, ["warmup", "--into", str(tmp_path / "bundle")])
     assert result.exit_code == 1 and asked == [tmp_path / "bundle"]
@@ -108,7 +105,7 @@ def test_a_frozen_program_compiles_once(tmp_path):
     assert first["text"] == second["text"] != ""
     bundle = program.parent / "_internal" / "edgemistral"
     assert (bundle / "server" / "page" / "index.html").exists()
-    assert {path.name for path in checkpoint_dir().glob("*.[jms]*")} >= {"config.json", "model.safetensors", "tokenizer.model"}
+    assert (bundle / "demo" / "demo.safetensors").exists()
 
 
 @pytest.mark.slow
