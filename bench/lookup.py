@@ -82,7 +82,7 @@ class Costly:
 
     def __init__(self, answers: Transformer, costs: Transformer) -> None:
         self.config, self.context, self.chunk, self.pool = answers.config, answers.context, answers.chunk, answers.pool
-        self._answers, self._costs, self.step_sizes = answers, costs, answers.step_sizes
+        self._answers, self._costs, self.step_sizes, self.max_rows = answers, costs, answers.step_sizes, answers.max_rows
         self._twins: weakref.WeakKeyDictionary[segments.Sequence, segments.Sequence] = weakref.WeakKeyDictionary()
 
     def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
