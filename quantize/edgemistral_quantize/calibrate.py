@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from edgemistral.config import ModelConfig
 from edgemistral.files.bf16 import widen
 from edgemistral.measure.reference import attend, rms_norm, rotated, swiglu
+from edgemistral_quantize.ahead import one_ahead
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -130,7 +131,7 @@ class CalibrationPass:
         """x W^T of each input x (tokens, cols) by the matrix W (rows, cols) -> (tokens, rows)."""
         outputs = [np.empty((len(x), rows), np.float32) for x in inputs]
         first = 0
-        for tile in tiled(self._strips(name)):
+        for tile in one_ahead(tiled(self._strips(name))):
             columns = slice(first, first + len(tile))
             list(self._pool.map(partial(_multiply, tile, columns), inputs, outputs))
             first += len(tile)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,8 @@ from edgemistral.files.bf16 import to_bf16, widen
 from edgemistral.files.blob_writer import BlobWriter
 from edgemistral.files.layout import BLOCK_BYTES, PANEL, Matrix, Recipe, TensorSpec, matrices, matrix_tensors
 from edgemistral_quantize import gptq, sensitivity
-from edgemistral_quantize.calibrate import MATRICES, CalibrationPass, tiled, work_bytes
+from edgemistral_quantize.ahead import map_ahead, one_ahead
+from edgemistral_quantize.calibrate import MATRICES, TILE, CalibrationPass, tiled, work_bytes
 from edgemistral_quantize.calibration_text import Calibration, read_calibration
 from edgemistral_quantize.checkpoint import Checkpoint, Strip
 from edgemistral_quantize.equalise import Change, Changes, layer_changes, output_changes
@@ -36,8 +37,6 @@ ENOUGH = 1024           # different tokens that suffice to calibrate any model; 
 WINDOWS_AT_ONCE = 8     # most windows of calibration that pass a layer together; the layer is read again for the next ones
 
 Progress = Callable[[int, int], object]
-
-T = TypeVar("T")
 
 _NO_CHANGES = Changes({}, {})
 
@@ -306,21 +305,20 @@ class _Conversion:
     ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float32]]]:
         """Packed panels and row scales of the matrix, some rows at a time."""
         n_rows = 0
-        strips = _one_ahead(widen(strip) for strip in self._read(matrix.name, digest))
+        strips = one_ahead(widen(strip) for strip in self._read(matrix.name, digest))
         if moments is None or levels is None or change.columns is None:
             for strip in strips:
                 yield quantize_rows(change.apply(strip, n_rows), matrix.bits, levels, change.importance)
                 n_rows += len(strip)
             return
-        factors, tiles = gptq.Factors.of(moments, change.columns, self.samples), tiled(strips)
-        threads = gptq.tiles_at_once(matrix.cols, os.cpu_count() or 1, self.spare)
+        cores = os.cpu_count() or 1
+        with ThreadPoolExecutor(gptq.factors_at_once(moments, cores, self.spare)) as pool:
+            factors, tiles = gptq.Factors.of(moments, change.columns, self.samples, pool.map), tiled(strips)
+        threads = gptq.tiles_at_once(matrix.cols, cores, self.spare)
+        firsts = itertools.count(0, TILE)
+        changed = (change.apply(tile, first) for tile, first in zip(tiles, firsts, strict=False))
         with ThreadPoolExecutor(threads) as pool:
-            while some := list(itertools.islice(tiles, threads)):
-                changed = []
-                for tile in some:
-                    changed.append(change.apply(tile, n_rows))
-                    n_rows += len(tile)
-                yield from pool.map(partial(gptq.quantize_rows, levels=levels, factors=factors), changed)
+            yield from map_ahead(pool, partial(gptq.quantize_rows, levels=levels, factors=factors), changed, threads + 1)
 
     def write_plain(self, spec: TensorSpec, factors: NDArray[np.float32] | None = None) -> None:
         """A tensor that is not quantized: the embeddings in bfloat16, or a norm in float32, times `factors` (dim,)."""
@@ -352,13 +350,3 @@ class _Conversion:
         if digest.hexdigest() != self.writer.source_sha256(name):
             raise BadInput(f"{self.writer.partial}: tensor {name} was made of other weights; pass force to start again")
         return True
-
-
-def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, the next one made in another thread while the caller works on this one."""
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
-            yield item   # type: ignore[misc]   # not the sentinel

@@ -57,14 +57,13 @@ class Moments:
 
     def add(self, x: F32, map_: Map) -> None:
         """Add one window (tokens, cols). Call it in the order of the windows."""
-        for part, total in zip(self.parts, self.sums, strict=True):
-            inputs = np.ascontiguousarray(x[:, part])
+        def add(piece: tuple[slice, F32, int]) -> None:
+            part, total, first = piece
+            inputs = x[:, part]
+            total[first : first + ROWS, first:] += inputs[:, first : first + ROWS].T @ inputs[:, first:]
 
-            def add(first: int, inputs: F32 = inputs, total: F32 = total) -> None:
-                total[first : first + ROWS, first:] += inputs[:, first : first + ROWS].T @ inputs[:, first:]
-
-            list(map_(add, range(0, len(total), ROWS)))
-
+        list(map_(add, ((part, total, first) for part, total in zip(self.parts, self.sums, strict=True)
+                        for first in range(0, len(total), ROWS))))
 
     def whole(self) -> list[F32]:
         """The sums, symmetric."""
@@ -86,16 +85,16 @@ class Factors:
     sweeps: int
 
     @classmethod
-    def of(cls, moments: Moments, columns: F32, samples: float) -> Factors:
+    def of(cls, moments: Moments, columns: F32, samples: float, map_: Map = map) -> Factors:
         """For inputs divided by `columns` (cols,), measured on `samples` different ones. Overwrites the moments."""
-        upper: list[F32] = []
-        diagonal: list[F32] = []
-        for part, h in zip(moments.parts, moments.whole(), strict=True):
+        def of_part(part: slice, h: F32) -> tuple[F32, F32]:
             h /= columns[part, None]
             h /= columns[part]
-            diagonal.append(np.diagonal(h).astype(np.float32))
+            diagonal = np.diagonal(h).astype(np.float32)
             _shrink(h, samples)
-            upper.append(_factor(h))
+            return _factor(h), diagonal
+
+        upper, diagonal = zip(*map_(of_part, moments.parts, moments.whole()), strict=True)
         return cls(moments.parts, upper, moments.sums, np.concatenate(diagonal), SWEEPS[moments.method])
 
 
@@ -144,12 +143,21 @@ def work_bytes(config: ModelConfig, method: str) -> int:
     sizes: list[list[int]] = [[part.stop - part.start for part in parts(cols, method)] for cols in widths]
     largest = max(max(matrix) for matrix in sizes)
     moments, factors = sum(n * n for matrix in sizes for n in matrix), max(sum(n * n for n in matrix) for matrix in sizes)
-    return 4 * (moments + factors) + 28 * largest * largest + _tile_bytes(max(widths))
+    return 4 * (moments + factors) + _factor_bytes(largest) + _tile_bytes(max(widths))
+
+
+def factors_at_once(moments: Moments, threads: int, spare: int) -> int:
+    """How many threads may make factors within `work_bytes` plus `spare` bytes."""
+    return max(1, min(threads, 1 + spare // _factor_bytes(max(map(len, moments.sums)))))
+
+
+def _factor_bytes(n: int) -> int:
+    return 28 * n * n
 
 
 def tiles_at_once(cols: int, threads: int, spare: int) -> int:
-    """How many threads may round rows of a matrix within `work_bytes` plus `spare` bytes."""
-    return max(1, min(threads, 1 + spare // _tile_bytes(cols)))
+    """How many threads may round rows of a matrix within `work_bytes` plus `spare` bytes, while the next rows wait."""
+    return max(1, min(threads, 1 + (spare - 4 * ROWS * cols) // _tile_bytes(cols)))
 
 
 def _tile_bytes(cols: int) -> int:
