@@ -167,7 +167,8 @@ def compare(
     }
 
 
-GREEDY, WARM, NOISE = SamplingParams(temperature=0), SamplingParams(temperature=0.3, seed=1), SamplingParams(temperature=100)
+GREEDY = SamplingParams(temperature=0)
+WARM, NOISE = (SamplingParams(temperature=temperature, seed=1) for temperature in (0.3, 100))
 RUNS: tuple[tuple[str, tuple[str, ...], tuple[SamplingParams, ...], int], ...] = (      # and at most so many tokens each
     ("edit a text", ("edit a text",), (GREEDY,), 96),
     ("quote from a document", ("quote from a document",), (GREEDY,), 80),

@@ -36,7 +36,7 @@ from edgemistral.kernels.simd import (
     maximum,
     minimum,
     mul,
-    prefetch_tile,
+    prefetch_tile_early,
     round_to_i32,
     splat_f32,
     spread_bytes,
@@ -125,17 +125,18 @@ def tile_4bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen,
     """See `kv_formats.TILE`."""
     half, sums, codes = head_dim // 2, QUERY_SUMS * ROWS * tile_at, ROWS * head_dim * tile_at
     values = KEYS + 64 * half
+    prefetch_tile_early(ahead, 0, 8, 1, 64, 0)       # the scales; the rest follows where it is used in this block
     # Scores: first the high nibbles' half of the dims, then that of the low ones.
     i = tile(broadcast_i32, queries.sums, sums + 2, ROWS, 4, QUERY_SUMS, 0)
     for c in range(half // 4):
         k = without_low_nibbles(tile(load_bytes, at, KEYS + 64 * c, 1, 4, 0, 8 * head_dim))
-        prefetch_tile(ahead, 128 * c, 1, 2, 0, 64)
+        prefetch_tile_early(ahead, KEYS + 128 * c, 1, 2, 0, 64)
         i = dot4(i, k, words(queries.codes, codes + ROWS * (half + 4 * c), ROWS, 1, 4, 0))
     s = mul(to_f32(i), mul(tile(load_bf16_as_f32, at, 128, 1, 4, 0, 32), splat_f32(np.float32(1 / 16))))
     i = tile(broadcast_i32, queries.sums, sums + 1, ROWS, 4, QUERY_SUMS, 0)
     for c in range(half // 4):
         k = low_nibbles(tile(load_bytes, at, KEYS + 64 * c, 1, 4, 0, 8 * head_dim))
-        prefetch_tile(ahead, 16 * head_dim + 128 * c, 1, 2, 0, 64)
+        prefetch_tile_early(ahead, KEYS + 16 * head_dim + 128 * c, 1, 2, 0, 64)
         i = dot4_7bit(i, k, words(queries.codes, codes + ROWS * 4 * c, ROWS, 1, 4, 0))
     s = fma(to_f32(i), tile(load_bf16_as_f32, at, 0, 1, 4, 0, 32), s)
     s = mul(s, tile(broadcast_f32, queries.scales, tile_at * ROWS, ROWS, 1, 1, 0))
@@ -147,7 +148,7 @@ def tile_4bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen,
         for c in range(16):
             piece = 2 * head_dim * c + 2 * d
             v = tile(load_bytes, at, values + piece, 1, 2, 0, 64)
-            prefetch_tile(ahead, 32 * head_dim + piece, 1, 2, 0, 64)
+            prefetch_tile_early(ahead, values + piece, 1, 2, 0, 64)
             p = words(scratch.codes, 4 * c, ROWS, 1, POSITIONS, 0)
             i, j = dot4(i, p, low_nibbles(v)), dot4(j, p, v)
         unit, to = tile(broadcast_f32, scratch.units, 0, ROWS, 1, 1, 0), row * stride + d

@@ -33,7 +33,7 @@ from edgemistral.kernels.simd import (
     load_f32,
     maximum,
     mul,
-    prefetch_tile,
+    prefetch_tile_early,
     round_to_i32,
     splat_f32,
     spread_bytes,
@@ -106,11 +106,12 @@ def quantize_query_to_codes(x, at, head_dim, queries, row_at):
 def tile_8bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch):
     """See `kv_formats.TILE`."""
     keys, values = 8 * 64, (8 + head_dim) * 64
+    prefetch_tile_early(ahead, 0, 8, 1, 64, 0)        # the scales; the rest follows where it is used in this block
     # Scores: 16 positions side by side, four panels, ROWS rows.
     i = tile(broadcast_i32, queries.sums, QUERY_SUMS * ROWS * tile_at, ROWS, 4, QUERY_SUMS, 0)
     for c in range(head_dim // 4):
         k = flip_top_bits(tile(load_bytes, at, keys + 64 * c, 1, 4, 0, 16 * head_dim))
-        prefetch_tile(ahead, 64 * c, 1, 4, 0, 16 * head_dim)
+        prefetch_tile_early(ahead, keys + 64 * c, 1, 4, 0, 16 * head_dim)
         q = words(queries.codes, (tile_at * (head_dim // 4) + c) * 4 * ROWS, ROWS, 1, 4, 0)
         i = dot4(i, k, q)
     scale = tile(broadcast_f32, queries.scales, tile_at * ROWS, ROWS, 1, 1, 0)
@@ -123,7 +124,7 @@ def tile_8bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen,
         i = zero_i32_tile(ROWS, 4)
         for c in range(16):
             v = tile(load_bytes, at, values + 4 * head_dim * c + 4 * d, 1, 4, 0, 64)
-            prefetch_tile(ahead, 64 * head_dim + 4 * head_dim * c + 4 * d, 1, 4, 0, 64)
+            prefetch_tile_early(ahead, values + 4 * head_dim * c + 4 * d, 1, 4, 0, 64)
             i = dot4(i, words(scratch.codes, 4 * c, ROWS, 1, 64, 0), v)
         to = row * stride + d
         sums = tile(load_f32, scratch.values, to, ROWS, 4, stride, 16)

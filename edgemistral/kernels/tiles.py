@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic, models, register_model
 
-from edgemistral.kernels.lowering import I8, I32, call
+from edgemistral.kernels.lowering import I8, I32, call, prefetch_level
 from edgemistral.kernels.vector_types import Vector, i8x64, to_all_lanes
 
 
@@ -265,11 +265,11 @@ def store_tile(typingctx, store, base, index, down, right, value):
     return types.void(store, base_type(base), types.intp, types.intp, types.intp, value), emit
 
 
-def _ask_for(context, builder, base_type, base, index):
-    """A prefetch of one line."""
-    read, keep_in_l1, data = (ir.Constant(I32, n) for n in (0, 3, 1))
+def _ask_for(context, builder, base_type, base, index, level=1):
+    """A prefetch of one line into a level of the cache."""
+    read, locality, data = (ir.Constant(I32, n) for n in (0, 4 - level, 1))
     pointer = address(context, builder, base_type, base, index, I8)
-    return call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, keep_in_l1, data)
+    return call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, locality, data)
 
 
 @intrinsic
@@ -283,11 +283,21 @@ def prefetch(typingctx, array, index):
 @intrinsic(prefer_literal=True)
 def prefetch_tile(typingctx, array, index, rows, cols, down, right):
     """`prefetch` at index + down * row + right * col, for every row and column."""
+    return _prefetch_tile(array, rows, cols, 1)
+
+
+@intrinsic(prefer_literal=True)
+def prefetch_tile_early(typingctx, array, index, rows, cols, down, right):
+    """The same for lines that are needed much later: into the cache of `lowering.PREFETCH_LEVEL`."""
+    return _prefetch_tile(array, rows, cols, prefetch_level())
+
+
+def _prefetch_tile(array, rows, cols, level):
     sizes = _constant(rows), _constant(cols)
 
     def emit(context, builder, sig, args):
         base, index, _, _, down, right = args
         for row, col in _places(*sizes):
-            _ask_for(context, builder, sig.args[0], base, _index(builder, index, down, right, row, col))
+            _ask_for(context, builder, sig.args[0], base, _index(builder, index, down, right, row, col), level)
         return context.get_dummy_value()
     return types.void(base_type(array), types.intp, rows, cols, types.intp, types.intp), emit
