@@ -7,9 +7,10 @@ llama.cpp runs with flash attention, in the quickest of SETTINGS, which a shorte
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -165,27 +166,34 @@ def prompts(blob: Path, gguf: Path, threads: int) -> dict[str, Any]:
             **{key: median(one[key] for one in samples) for key in ("ours", "theirs", "ratio")}}
 
 
-def measure(work: Path, blob: Path, beside_llama_cpp: bool) -> None:
-    """Measure, and save as long_context-N-layers."""
+def measure(work: Path, blob: Path, parts: Sequence[str], beside_llama_cpp: bool) -> None:
+    """Measure "decode", "prompt" or both, and save as long_context-N-layers; the other part is kept as it was."""
     threads = performance_cores()
     with Blob.open(blob) as opened:
         n_layers = opened.config.n_layers
         gguf = work / f"{blob.stem}-{TYPES[4]}.gguf"
-        if beside_llama_cpp and not gguf.exists():
+        if beside_llama_cpp and "prompt" in parts and not gguf.exists():
             harness.prepare(work, 2 * opened.data.nbytes)
             write_gguf(gguf, opened, 4)
-    results: dict[str, Any] = {"n_layers": n_layers, "threads": threads, "tokens": TOKENS, "rows": decode_rows(blob, threads)}
-    if beside_llama_cpp:
+    path = harness.OF_MACHINE / f"long_context-{n_layers}-layers.json"
+    results: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    results |= {"n_layers": n_layers, "threads": threads, "tokens": TOKENS}
+    if "decode" in parts:
+        rows = decode_rows(blob, threads)
+        results |= {"rows": rows, "decode_commit": harness.commit(), "of_the_empty_share": {
+            f"kv{bits}": rows[-1][f"share{bits}"] / rows[0][f"share{bits}"] for bits in (8, 4)}}
+    if "prompt" in parts and beside_llama_cpp:
         results |= {"prompt": prompts(blob, gguf, threads), "llama_cpp": facts_of(sys.executable)}
-    else:
+    elif "prompt" in parts:
         peer = Peer(sys.executable, "kv8", blob, threads, module=MODULE)
         results["prompt"] = {"ours": peer.ask("prompt")}
         peer.close()
         click.echo(f"a prompt of {TOKENS}: {results['prompt']['ours']:.0f} s")
-    first, last = results["rows"][0], results["rows"][-1]
-    results["of_the_empty_share"] = {f"kv{bits}": last[f"share{bits}"] / first[f"share{bits}"] for bits in (8, 4)}
-    harness.save(f"long_context-{n_layers}-layers", f"python bench/long_context.py WORK --n-layers {n_layers}", results)
-    plot(results, harness.OF_MACHINE / f"long_context-{n_layers}-layers.png")
+    if "prompt" in parts:
+        results["prompt"]["commit"] = harness.commit()
+    results = {key: value for key, value in results.items() if key not in ("command", "commit", "machine")}
+    harness.save(path.stem, f"python bench/long_context.py WORK --n-layers {n_layers}", results)
+    plot(results, path.with_suffix(".png"))
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -199,7 +207,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     depths = [row["depth"] for row in results["rows"]]
     for bits, color in ((8, "tab:blue"), (4, "tab:green")):
         axes.plot(depths, [row[f"kv{bits}"] for row in results["rows"]], "o-", color=color, label=f"{bits}-bit keys and values")
-    if "llama_cpp_decode" in results["prompt"]:
+    if "llama_cpp_decode" in results.get("prompt", {}):
         setting = results["prompt"]["setting"].split()[0]
         axes.plot([TOKENS], [results["prompt"]["llama_cpp_decode"]], "s", color="tab:gray", label=f"llama.cpp, {setting}")
     axes.set(title=f"decoding, {results['n_layers']} layers of a 7B, 4-bit weights", xlabel="tokens before", ylim=(0, None),

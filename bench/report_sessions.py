@@ -13,7 +13,7 @@ Results = dict[str, Any]
 
 
 def _by_depth(r: Results) -> list[str]:
-    prompt = r["prompt"]
+    prompt = r.get("prompt")
     lines = [
         f"{r['n_layers']} layers of 7B shapes, 4-bit weights, {r['threads']} threads. Shares are of the bandwidth that was "
         "measured beside each sample.",
@@ -26,13 +26,15 @@ def _by_depth(r: Results) -> list[str]:
         f"Behind {r['tokens']:,} tokens, the share is {r['of_the_empty_share']['kv8']:.2f} of that behind none with 8-bit KV, "
         f"{r['of_the_empty_share']['kv4']:.2f} with 4 bits.",
     ]
-    if "theirs" in prompt:
+    if prompt is not None and "theirs" in prompt:
         kind, batch = prompt["setting"].split()
         lines += [f"A prompt of {r['tokens']:,} tokens takes {prompt['ours']:.0f} s, llama.cpp {prompt['theirs']:.0f} s "
                   f"(flash attention, {kind} keys and values, batches of {batch}): {prompt['ratio']:.2f} of the time. "
                   f"Behind it, llama.cpp decodes {prompt['llama_cpp_decode']:.2f} tokens/s."]
-    else:
+    elif prompt is not None:
         lines += [f"A prompt of {r['tokens']:,} tokens takes {prompt['ours']:.0f} s."]
+    if prompt is not None and prompt["commit"] != r["commit"]:
+        lines += [f"The prompt was measured on commit {prompt['commit']}."]
     name = f"long_context-{r['n_layers']}-layers.png"
     return [*lines, "", f"![tokens a second over the tokens before]({r['folder']}/{name})"]
 
