@@ -257,7 +257,7 @@ class _CompileNotice:
 
 @cache
 def _tell_of_compiling() -> None:
-    print(f"{COMPILING}: about half a minute ...", file=sys.stderr, flush=True)
+    print(f"{COMPILING}: some ten seconds ...", file=sys.stderr, flush=True)
 
 
 def human_bytes(n: int) -> str:

@@ -39,7 +39,7 @@ def warm_up(into: Path | None = None) -> Path:
     """Compile all kernels for this processor; returns the folder where they are kept.
 
     into: the folder to use instead of the user's cache, for a frozen application that will contain it.
-    Takes half a minute the first time, a second if everything exists. Raises BadInput if the folder cannot be written.
+    Takes up to half a minute the first time, a second if everything exists. Raises BadInput if the folder cannot be written.
     """
     if into is not None:
         with cache_in(into):
