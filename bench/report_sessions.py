@@ -33,7 +33,7 @@ def _by_depth(r: Results) -> list[str]:
                   f"Behind it, llama.cpp decodes {prompt['llama_cpp_decode']:.2f} tokens/s."]
     elif prompt is not None:
         lines += [f"A prompt of {r['tokens']:,} tokens takes {prompt['ours']:.0f} s."]
-    if prompt is not None and prompt["commit"] != r["commit"]:
+    if prompt is not None and prompt["commit"] != r["decode_commit"]:
         lines += [f"The prompt was measured on commit {prompt['commit']}."]
     name = f"long_context-{r['n_layers']}-layers.png"
     return [*lines, "", f"![tokens a second over the tokens before]({r['folder']}/{name})"]
