@@ -63,7 +63,8 @@ def until(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
-        QTest.qWait(10)
+        QApplication.processEvents()
+        time.sleep(0.01)             # QTest.qWait keeps Python's lock in some versions: other threads would stand still
 
 
 def write(window, text):
