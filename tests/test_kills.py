@@ -109,7 +109,7 @@ def check_store(model, folder, known):
         model.logits(ids)
         fresh = model.engine._kept.newest.segments[record.number].data[: geometry.data_bytes]
         assert (data[: geometry.data_bytes] == fresh).all()
-    known |= found.keys()
+    known.update(found)          # `|=` would make a new set here
 
 
 def kill_and_check(folder, model, kills, seed):
