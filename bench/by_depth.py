@@ -50,7 +50,7 @@ def ours(model: str, threads: int, kv_bits: int) -> dict[str, Callable[[], float
 
     def decode(depth: int) -> float:
         fork = filled.fork(depth)
-        transformer.step([Row(fork, ids[:1], 1)])         # the fork's segments come into the cache of addresses
+        transformer.step([Row(fork, ids[:1], 1)])         # not counted: threads wake up, pages are met
         start = time.perf_counter()
         for n in range(DECODED):
             transformer.step([Row(fork, ids[n : n + 1], 1)])

@@ -101,10 +101,6 @@ def run(
     _check_usage(sampling, prompt, json_source, raw, greedy, system, max_new_tokens)
     if session is not None and (raw or json_source is not None):
         raise click.UsageError("--session keeps a conversation: it cannot be used with --raw or --json")
-    if session is not None:
-        from edgemistral.files.session import checking_ahead
-
-        click.get_current_context().with_resource(checking_ahead(Path(session)))
     path = model_path(model, runs=True)
     if greedy:
         sampling["temperature"] = 0.0

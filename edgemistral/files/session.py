@@ -26,11 +26,9 @@ import contextlib
 import json
 import mmap
 import os
-import sys
-import threading
 import zlib
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +76,6 @@ class SessionFile:
         self._chains = [records.root_of(header.binding)]     # before segment 0, 1, ..., for all that have records
         self._counter = 1
         self._saved = 0                                      # positions in slots and records
-        self._states: list[State] | None = None              # of a file that was checked ahead
 
     @classmethod
     def open(
@@ -90,27 +87,38 @@ class SessionFile:
         """
         path = Path(path)
         header = Header(dict(binding), model, geometry, slot_bytes_of(context))
-        made = _checked_ahead(path)
-        if made is None:
-            disk = Disk.open(path) if path.exists() else None
-            if disk is None or not disk.size:
-                if disk is not None:
-                    disk.close()
-                return cls(put_in_place(path, lambda new: _begin(new, header)), header)
-            with _closed_on_failure(disk):
-                made = cls(disk, read_header(disk))
-        with _closed_on_failure(made.disk):
-            check(path, made.header, header)
+        disk = Disk.open(path) if path.exists() else None
+        if disk is None or not disk.size:
+            if disk is not None:
+                disk.close()
+            disk = put_in_place(path, lambda new: _begin(new, header))
+            return cls(disk, header)
+        try:
+            found = read_header(disk)
+            check(path, found, header)
+            made = cls(disk, found)
             made._recover()
+        except OSError as error:
+            disk.close()
+            raise BadSession(f"{path}: cannot be read: {error.strerror}") from None
+        except BaseException:
+            disk.close()
+            raise
         return made
 
     @classmethod
     def inspect(cls, path: Path) -> SessionFile:
         """Open a session of any model and check all of it, without changes. Raises as `open` does."""
         disk = Disk.open(Path(path))
-        with _closed_on_failure(disk):
+        try:
             made = cls(disk, read_header(disk))
-            made._states = made._find()
+            made._find()
+        except OSError as error:
+            disk.close()
+            raise BadSession(f"{path}: cannot be read: {error.strerror}") from None
+        except BaseException:
+            disk.close()
+            raise
         return made
 
     @property
@@ -175,7 +183,7 @@ class SessionFile:
 
     def _recover(self) -> None:
         """Find the valid part, and make sure that the rest is never used again."""
-        states = self._find() if self._states is None else self._states
+        states = self._find()
         if self.cut_back or len(self.ids) != states[0].positions:
             tail = self.ids[SEGMENT * self.sealed :]
             buffer = np.empty(self.geometry.data_bytes, np.uint8)
@@ -308,51 +316,6 @@ class SessionFile:
 
     def _at(self, number: int) -> int:
         return self.header.start + number * self.geometry.stride
-
-
-_ahead: dict[Path, Future[SessionFile]] = {}
-TURN = 0.0005            # seconds for which the importing thread may keep the interpreter meanwhile; Python's is 0.005
-
-
-@contextlib.contextmanager
-def checking_ahead(path: Path) -> Iterator[None]:
-    """Inside, a session is opened and checked on another thread; the first `SessionFile.open` of its path takes it."""
-    future: Future[SessionFile] = Future()
-    _ahead[path] = future
-
-    def work() -> None:
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(TURN)
-        try:
-            future.set_result(SessionFile.inspect(path))
-        except BaseException as error:          # `open` will meet it again
-            future.set_exception(error)
-        finally:
-            sys.setswitchinterval(before)
-
-    threading.Thread(target=work, name="edgemistral-session", daemon=True).start()
-    try:
-        yield
-    finally:
-        if (unused := _checked_ahead(path)) is not None:
-            unused.close()
-
-
-def _checked_ahead(path: Path) -> SessionFile | None:
-    future = _ahead.pop(path, None)
-    return future.result() if future is not None and future.exception() is None else None
-
-
-@contextlib.contextmanager
-def _closed_on_failure(disk: Disk) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        disk.close()
-        raise BadSession(f"{disk.path}: cannot be read: {error.strerror}") from None
-    except BaseException:
-        disk.close()
-        raise
 
 
 def summary(path: Path) -> tuple[Header, int]:

@@ -283,8 +283,8 @@ With 8 tokens, in one stream, it computes too long to begin the next loads early
 PREFETCH_AHEAD_ELSEWHERE = 0, 2176
 PREFETCH_LEVEL = {"znver4": 2}
 """The cache that prefetches of keys and values go to, by the host's name; elsewhere the first one. A core of Zen 4 waits for
-few lines of its L1 at the same time, and for more of its L2: attention over keys and values that no cache holds takes half of
-the time. Weights' prefetches go to the first one: with the second, a step of 8 tokens takes 4 % longer."""
+few lines of its L1 at the same time, and for more of its L2: attention over keys and values that no cache holds took half of
+the time (by hand). Weights' prefetches go to the first one: with the second, a step of 8 tokens took 4 % longer."""
 
 
 def prefetch_level() -> int:

@@ -304,9 +304,9 @@ class _Conversion:
         self, matrix: Matrix, change: Change, levels: NDArray[np.uint8] | None, moments: gptq.Moments | None, digest: Any
     ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float32]]]:
         """Packed panels and row scales of the matrix, some rows at a time."""
-        n_rows = 0
         strips = one_ahead(widen(strip) for strip in self._read(matrix.name, digest))
         if moments is None or levels is None or change.columns is None:
+            n_rows = 0
             for strip in strips:
                 yield quantize_rows(change.apply(strip, n_rows), matrix.bits, levels, change.importance)
                 n_rows += len(strip)

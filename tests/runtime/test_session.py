@@ -7,7 +7,6 @@ import random
 import pytest
 
 from edgemistral.errors import BadSession
-from edgemistral.files.session import checking_ahead
 from edgemistral.runtime.segments import SegmentPool
 from edgemistral.runtime.session import FileSequence, SessionFailed
 from tests.crash import Recorder
@@ -263,61 +262,4 @@ def test_a_cut_conversation_does_not_come_back(tmp_path, pool):
     sequence.close()
     sequence, file = reopen(path, pool)
     assert sequence.length == 600 and not file.cut_back
-    sequence.close()
-
-
-# ---- checked while the model loads -----------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("length", [0, 100, 600])
-def test_a_session_checked_ahead_is_the_same(tmp_path, pool, length):
-    path = tmp_path / "a.session"
-    make(path, pool, range(3, 3 + length), "notes")
-    with checking_ahead(path):
-        sequence, file = reopen(path, pool)
-        assert sequence.ids.tolist() == list(range(3, 3 + length)) and file.notes == "notes" and file.cut_back == ""
-        sequence.close()
-        sequence, _ = reopen(path, pool)           # only the first one takes it
-        check(sequence)
-        sequence.close()
-
-
-def test_damage_that_was_found_ahead_is_cut_back(tmp_path, pool):
-    path = tmp_path / "a.session"
-    make(path, pool, range(3, 603))
-    file = open_file(path, pool)
-    at = file.header.start + file.geometry.stride + pool.layout.block_bytes + 5      # segment 1, block 1
-    file.close()
-    flip(path, at)
-    with checking_ahead(path):
-        sequence, file = reopen(path, pool)
-        assert sequence.length == 320 and "320 of 600" in file.cut_back
-        sequence.close()
-    sequence, file = reopen(path, pool)
-    assert sequence.length == 320
-    sequence.close()
-
-
-@pytest.mark.parametrize("content", [None, b"", b"no session at all" * 1000])
-def test_what_is_no_session_is_met_as_without_checking_ahead(tmp_path, pool, content):
-    path = tmp_path / "a.session"
-    if content is not None:
-        path.write_bytes(content)
-    with checking_ahead(path):
-        if content:
-            with pytest.raises(BadSession, match="not a session file"):
-                open_file(path, pool)
-        else:
-            open_file(path, pool).close()
-
-
-def test_a_foreign_session_that_was_checked_ahead_is_left_as_it_is(tmp_path, pool):
-    path = tmp_path / "a.session"
-    make(path, pool, range(3, 103))
-    before = path.read_bytes()
-    with checking_ahead(path), pytest.raises(BadSession, match="is of another model"):
-        open_file(path, pool, blob="c" * 64)
-    with checking_ahead(path):
-        pass                                       # nobody opened it
-    assert path.read_bytes() == before
-    sequence, _ = reopen(path, pool)               # and nothing of it stays locked
     sequence.close()
