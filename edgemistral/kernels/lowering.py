@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding
 from llvmlite import ir
@@ -273,35 +273,33 @@ def available() -> list[str]:
     return runs_on(target.create_target_machine(cpu=name, features=features))
 
 
-PREFETCH_AHEAD = {"znver5": (2720, 6528)}
-"""Bytes between a load of weights and its software prefetch, by the host's name: for up to 4 tokens, and for more.
+class Prefetch(NamedTuple):
+    """Bytes between a load of weights and its software prefetch in a step of 1, 2 to 4 and more tokens (0: none), and the cache
+    that these and the prefetches of keys and values go to."""
 
-Measured as a share of the bandwidth of plain reading. Zen 5 decodes 5 % faster with prefetches, 1600 to 4400 bytes ahead.
-Zen 4 decodes best without: a prefetched line takes the place of one that its hardware prefetcher would have fetched.
-With 8 tokens, in one stream, it computes too long to begin the next loads early, and prefetches make a step a third faster.
-"""
-PREFETCH_AHEAD_ELSEWHERE = 0, 2176
-PREFETCH_LEVEL = {"znver4": 2}
-"""The cache that prefetches of keys and values go to, by the host's name; elsewhere the first one. A core of Zen 4 waits for
-few lines of its L1 at the same time, and for more of its L2: attention over keys and values that no cache holds took half of
-the time (by hand). Weights' prefetches go to the first one: with the second, a step of 8 tokens took 4 % longer."""
+    one: int
+    few: int
+    many: int
+    level: int
 
 
-def prefetch_level() -> int:
-    return PREFETCH_LEVEL.get(llvmlite.binding.get_host_cpu_name(), 1)
+PREFETCH = {"znver4": Prefetch(0, 4096, 4096, 2), "znver5": Prefetch(2720, 2720, 6528, 1)}
+"""By the host's name; docs/decisions/2026-11-24-prefetch.md has the measurements."""
+PREFETCH_ELSEWHERE = Prefetch(0, 0, 2176, 1)
 
 
-def prefetch_ahead() -> tuple[int, int]:
-    """The distances for this host, whatever CPU numba compiles for; `EDGEMISTRAL_PREFETCH` (bytes) overrides both.
+def choose_prefetch() -> Prefetch:
+    """The one for this host, whatever CPU numba compiles for; `EDGEMISTRAL_PREFETCH` (bytes) overrides its distances.
 
     Raises BadInput if that is not such a number.
     """
-    given = os.environ.get("EDGEMISTRAL_PREFETCH", "")
+    chosen = PREFETCH.get(llvmlite.binding.get_host_cpu_name(), PREFETCH_ELSEWHERE)
+    given = os.environ.get("EDGEMISTRAL_PREFETCH")
     if not given:
-        return PREFETCH_AHEAD.get(llvmlite.binding.get_host_cpu_name(), PREFETCH_AHEAD_ELSEWHERE)
+        return chosen
     if not given.isdecimal() or int(given) > MOST_AHEAD:
         raise BadInput(f"EDGEMISTRAL_PREFETCH is {given!r}: it must be a number of bytes, 0 to {MOST_AHEAD}")
-    return int(given), int(given)
+    return Prefetch(int(given), int(given), int(given), chosen.level)
 
 
 def choose() -> Plain:

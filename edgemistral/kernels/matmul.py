@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from edgemistral.files.layout import BLOCK_BYTES, CODE_ZERO, GROUPS, LEVEL_ZERO, PANEL, SCALE_BYTES
 from edgemistral.kernels.activations import LONG, SHORT
 from edgemistral.kernels.jit import inlined, inner, part
-from edgemistral.kernels.lowering import prefetch_ahead
+from edgemistral.kernels.lowering import choose_prefetch
 from edgemistral.kernels.simd import (
     LOWERING,
     add_i32,
@@ -39,6 +39,7 @@ from edgemistral.kernels.simd import (
     low_nibbles,
     mul,
     prefetch_tile,
+    prefetch_tile_early,
     store_bytes,
     store_f32,
     store_tile,
@@ -53,7 +54,7 @@ from edgemistral.kernels.unroll import static, unroll, unrolled
 
 PAIR = 2 * PANEL         # rows of two panels, the unit of work
 FEW = 4                  # most tokens for which a step waits for memory, not for products
-AHEAD, AHEAD_OF_MANY = prefetch_ahead()     # bytes between a load and its prefetch, for up to FEW tokens and for more
+PREFETCH = choose_prefetch()
 STREAMS = 2              # streams read at once with up to FEW tokens: a CPU reads only a limited distance ahead in each
 STREAM = PAIR * SHORT    # numbers from one stream to the next in a result
 BLOCK4, BLOCK8 = BLOCK_BYTES[4], BLOCK_BYTES[8]
@@ -97,7 +98,7 @@ def _make_panels(BITS, T):
     BYTES = BLOCK_BYTES[BITS]
     S = STREAMS if T <= FEW else 1
     CHAINS = 1 if S * T >= 8 else 2      # about 8 sums at a time hide the latency of the dot product
-    FAR = AHEAD if T <= FEW else AHEAD_OF_MANY
+    FAR = PREFETCH.one if T == 1 else PREFETCH.few if T <= FEW else PREFETCH.many
     LINES = BITS // 4 if FAR else 0      # lines to prefetch with every 64 bytes of 4-bit codes or 128 of 8-bit codes
 
     @part
@@ -114,7 +115,7 @@ def _make_panels(BITS, T):
             for block in range(blocks):
                 base = at + half * panel_bytes + block * BYTES
                 if static(LINES > 0):
-                    prefetch_tile(blob, base + FAR, S, 1, apart, 0)
+                    prefetch_tile_early(blob, base + FAR, S, 1, apart, 0)
                 f = zero_f32_tile(T, S)
                 for g in range(block * GROUPS, block * GROUPS + GROUPS):
                     scales, codes = base + 16 * (g % GROUPS), base + SCALE_BYTES + 64 * BITS * (g % GROUPS)
@@ -123,7 +124,7 @@ def _make_panels(BITS, T):
                         j = zero_i32_tile(T, S)
                     for c in unroll(4):
                         if static(LINES > 0):      # spread evenly: a core can wait for about 24 lines at a time
-                            prefetch_tile(blob, codes + FAR + 64 * LINES * c, S, LINES, apart, 64)
+                            prefetch_tile_early(blob, codes + FAR + 64 * LINES * c, S, LINES, apart, 64)
                         if static(BITS == 4):
                             both = tile(load_bytes, blob, codes + 64 * c, 1, S, 0, apart)
                             v, w = look_up(levels, low_nibbles(both)), look_up(levels, high_nibbles(both))

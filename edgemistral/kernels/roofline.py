@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgemistral.kernels.activations import LONG
 from edgemistral.kernels.jit import entry
-from edgemistral.kernels.matmul import AHEAD, STREAMS
+from edgemistral.kernels.matmul import PREFETCH, STREAMS
 from edgemistral.kernels.simd import (
     add_i32,
     broadcast4,
@@ -40,7 +40,7 @@ def _make_read(LINES, PREFETCHED, STREAMS):
             for at in range(first * PIECE, last * PIECE, 64 * LINES):
                 for s in unroll(STREAMS):
                     for line in unroll(PREFETCHED):
-                        prefetch(data, at + s * apart + AHEAD + 64 * line)
+                        prefetch(data, at + s * apart + PREFETCH.one + 64 * line)
                     for line in unroll(LINES):
                         v = load_bytes(data, at + s * apart + 64 * line)
                         i[line] = dot4(i[line], v, v)
@@ -76,4 +76,4 @@ def _make_multiply(WEIGHTS, TOKENS):
     return multiply
 
 
-read, multiply = _make_read(4, 4 if AHEAD else 0, STREAMS), _make_multiply(WEIGHTS, TOKENS)
+read, multiply = _make_read(4, 4 if PREFETCH.one else 0, STREAMS), _make_multiply(WEIGHTS, TOKENS)

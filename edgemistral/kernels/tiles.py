@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic, models, register_model
 
-from edgemistral.kernels.lowering import I8, I32, call, prefetch_level
+from edgemistral.kernels.lowering import I8, I32, call, choose_prefetch
 from edgemistral.kernels.vector_types import Vector, i8x64, to_all_lanes
 
 
@@ -288,8 +288,8 @@ def prefetch_tile(typingctx, array, index, rows, cols, down, right):
 
 @intrinsic(prefer_literal=True)
 def prefetch_tile_early(typingctx, array, index, rows, cols, down, right):
-    """The same for lines that are needed much later: into the cache of `lowering.PREFETCH_LEVEL`."""
-    return _prefetch_tile(array, rows, cols, prefetch_level())
+    """The same for lines that are needed much later: into the cache that this host prefers (`lowering.PREFETCH`)."""
+    return _prefetch_tile(array, rows, cols, choose_prefetch().level)
 
 
 def _prefetch_tile(array, rows, cols, level):

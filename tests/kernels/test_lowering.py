@@ -54,16 +54,16 @@ def test_features_count_beside_the_cpu():
 
 
 def test_prefetching_is_the_hosts_matter(monkeypatch):
-    monkeypatch.delenv("EDGEMISTRAL_PREFETCH", raising=False)
-    for host, ahead in (("znver5", (2720, 6528)), ("znver4", (0, 2176)), ("alderlake", (0, 2176))):
-        monkeypatch.setattr(llvmlite.binding, "get_host_cpu_name", lambda host=host: host)
-        assert lowering.prefetch_ahead() == ahead
     monkeypatch.setenv("EDGEMISTRAL_PREFETCH", "2048")
-    assert lowering.prefetch_ahead() == (2048, 2048)
+    for host, level in (("znver5", 1), ("alderlake", 1), ("znver4", 2)):
+        monkeypatch.setattr(llvmlite.binding, "get_host_cpu_name", lambda host=host: host)
+        assert lowering.choose_prefetch() == (2048, 2048, 2048, level)
+    monkeypatch.delenv("EDGEMISTRAL_PREFETCH")
+    assert lowering.choose_prefetch() == lowering.PREFETCH["znver4"]
     for wrong in ("far", "-64", "1.5", "65537"):
         monkeypatch.setenv("EDGEMISTRAL_PREFETCH", wrong)
         with pytest.raises(BadInput, match="EDGEMISTRAL_PREFETCH"):
-            lowering.prefetch_ahead()
+            lowering.choose_prefetch()
 
 
 def test_the_best_is_chosen_unless_another_is_named(monkeypatch):

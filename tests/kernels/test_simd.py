@@ -344,7 +344,7 @@ def test_operations_under_interpret():
 @pytest.mark.parametrize("ahead", ["0", "2176"])
 def test_matrices_under_prefetching(ahead):
     """They are instructions in the kernels, or are not there at all."""
-    if (matmul.AHEAD == 0) == (ahead == "0"):
+    if (matmul.PREFETCH.one == 0) == (ahead == "0"):
         pytest.skip("is what this process does")
     run_again(("test_matmul.py",), os.environ | {"EDGEMISTRAL_PREFETCH": ahead})
 
