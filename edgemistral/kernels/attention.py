@@ -53,13 +53,12 @@ class AttentionScratch(NamedTuple):
     """One thread's workspace; rows = SPAN * group, rounded up to whole tiles of ROWS."""
 
     values: NDArray[np.float32]        # (rows * head_dim in whole DIMS,) unnormalized outputs
-    peaks: NDArray[np.float32]         # (rows,) running maximum of the scores
+    peaks: NDArray[np.float32]         # (rows / ROWS * 16,) running maximum of the scores, in lane row % ROWS of each tile
     sums: NDArray[np.float32]          # (rows * 16,) running denominators, in 16 parts
     probabilities: NDArray[np.float32]  # (ROWS * 64,) of one tile and block
     codes: NDArray[np.uint8]           # the same bytes: u8 codes of the probabilities in 4 and 8 bits
-    units: NDArray[np.float32]         # (2 * ROWS,) of those codes, and the sums of each row's codes
-    first_seen: NDArray[np.int64]      # (ROWS,) first and last position of the block that each row of the tile may see
-    last_seen: NDArray[np.int64]       # (ROWS,)
+    first_seen: NDArray[np.int32]      # (ROWS,) first and last position of the block that each row of the tile may see
+    last_seen: NDArray[np.int32]       # (ROWS,)
 
 
 class Queries(NamedTuple):
@@ -98,7 +97,7 @@ def _make_attend(BITS):
         """
         n, position = (last - first) * group, rows.positions[first]
         for r in range((n + ROWS - 1) // ROWS * ROWS):
-            scratch.peaks[r] = LOWEST
+            store_f32(scratch.peaks, r // ROWS * 16, splat_f32(LOWEST))
             store_f32(scratch.sums, 16 * r, zero_f32())
         values_row = values_stride(head_dim)
         for i in range(0, (n + ROWS - 1) // ROWS * ROWS * values_row, 16):
@@ -121,9 +120,9 @@ def _make_attend(BITS):
                 if static(OWN > 0):      # noqa: SIM102, the outer condition must stand alone
                     if block == own:
                         at = own_block_at(kv, rows, first, layer, head)
-                        TILE[OWN](at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked > 0, scratch)
+                        TILE[OWN](at, ahead, queries, tile_at, row, head_dim, masked > 0, scratch)
                         continue
-                TILE[BITS](at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked > 0, scratch)
+                TILE[BITS](at, ahead, queries, tile_at, row, head_dim, masked > 0, scratch)
         for r in range(n):
             to = (first + r // group) * stride + (head * group + r % group) * head_dim
             factor = splat_f32(np.float32(1) / total(load_f32(scratch.sums, 16 * r)))

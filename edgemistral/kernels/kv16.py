@@ -49,14 +49,15 @@ def scale_query_16bit(x, at, head_dim, queries, row_at):
 
 
 @inlined
-def tile_16bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch):
+def tile_16bit(at, ahead, queries, tile_at, row, head_dim, masked, scratch):
     """See `kv_formats.TILE`."""
     values, floats = 128 * head_dim, ROWS * head_dim * tile_at
     s = zero_f32_tile(ROWS, 4)
     for c in range(head_dim):
         k = tile(load_f16_as_f32, at, 32 * c, 1, 4, 0, 32 * head_dim)
         s = fma(k, tile(broadcast_f32, queries.floats, floats + c, ROWS, 1, head_dim, 0), s)
-    softmax(s, first_seen, last_seen, masked, row, head_dim, scratch)
+    p = softmax(s, masked, row, head_dim, scratch)
+    store_tile(store_f32, scratch.probabilities, 0, POSITIONS, 16, p)
     stride = values_stride(head_dim)
     for d in range(0, head_dim, DIMS):
         s = zero_f32_tile(ROWS, 4)

@@ -48,6 +48,7 @@ from edgemistral.kernels.simd import (
     sub,
     tile,
     to_f32,
+    to_rows,
     total,
     without_low_nibbles,
     words,
@@ -121,11 +122,12 @@ def append_4bit(at, within, x, key_at, value_at, head_dim):
 
 
 @inlined
-def tile_4bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch):
+def tile_4bit(at, ahead, queries, tile_at, row, head_dim, masked, scratch):
     """See `kv_formats.TILE`."""
     half, sums, codes = head_dim // 2, QUERY_SUMS * ROWS * tile_at, ROWS * head_dim * tile_at
     values = KEYS + 64 * half
-    prefetch_tile_early(ahead, 0, 8, 1, 64, 0)       # the scales; the rest follows where it is used in this block
+    # The next block is prefetched evenly over the time of this one: its scales here, K with K, and V in the softmax and with V.
+    prefetch_tile_early(ahead, 0, 8, 1, 64, 0)
     # Scores: first the high nibbles' half of the dims, then that of the low ones.
     i = tile(broadcast_i32, queries.sums, sums + 2, ROWS, 4, QUERY_SUMS, 0)
     for c in range(half // 4):
@@ -140,7 +142,7 @@ def tile_4bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen,
         i = dot4_7bit(i, k, words(queries.codes, codes + ROWS * 4 * c, ROWS, 1, 4, 0))
     s = fma(to_f32(i), tile(load_bf16_as_f32, at, 0, 1, 4, 0, 32), s)
     s = mul(s, tile(broadcast_f32, queries.scales, tile_at * ROWS, ROWS, 1, 1, 0))
-    softmax_in_codes(s, first_seen, last_seen, masked, at + 256, row, head_dim, scratch)
+    units, totals = softmax_in_codes(s, masked, at + 256, ahead + values, 4 * head_dim, row, head_dim, scratch)
     # Values: two pieces of 32 dims at a time; sums over the low nibbles, and over the whole bytes.
     stride = values_stride(head_dim)
     for d in range(0, head_dim, DIMS):
@@ -148,11 +150,10 @@ def tile_4bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen,
         for c in range(16):
             piece = 2 * head_dim * c + 2 * d
             v = tile(load_bytes, at, values + piece, 1, 2, 0, 64)
-            prefetch_tile_early(ahead, values + piece, 1, 2, 0, 64)
+            prefetch_tile_early(ahead, values + 16 * head_dim + 64 * c + 16 * d, 1, 1, 0, 0)
             p = words(scratch.codes, 4 * c, ROWS, 1, POSITIONS, 0)
             i, j = dot4(i, p, low_nibbles(v)), dot4(j, p, v)
-        unit, to = tile(broadcast_f32, scratch.units, 0, ROWS, 1, 1, 0), row * stride + d
-        sum_of_codes = tile(broadcast_f32, scratch.units, ROWS, ROWS, 1, 1, 0)
+        unit, sum_of_codes, to = to_rows(units, ROWS), to_rows(totals, ROWS), row * stride + d
         low = to_f32(i)
         high = add(sub(to_f32(j), low), mul(sum_of_codes, splat_f32(np.float32(8))))
         low = add(low, mul(sum_of_codes, splat_f32(np.float32(-7.5))))

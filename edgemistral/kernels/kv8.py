@@ -43,6 +43,7 @@ from edgemistral.kernels.simd import (
     store_tile,
     tile,
     to_f32,
+    to_rows,
     total_i32,
     words,
     zero_f32,
@@ -103,28 +104,30 @@ def quantize_query_to_codes(x, at, head_dim, queries, row_at):
 
 
 @inlined
-def tile_8bit(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch):
+def tile_8bit(at, ahead, queries, tile_at, row, head_dim, masked, scratch):
     """See `kv_formats.TILE`."""
     keys, values = 8 * 64, (8 + head_dim) * 64
-    prefetch_tile_early(ahead, 0, 8, 1, 64, 0)        # the scales; the rest follows where it is used in this block
+    # The next block is prefetched evenly over the time of this one: its scales here, 3 lines with each piece of K and of V, and
+    # a quarter of the lines in the softmax between.
+    prefetch_tile_early(ahead, 0, 8, 1, 64, 0)
     # Scores: 16 positions side by side, four panels, ROWS rows.
     i = tile(broadcast_i32, queries.sums, QUERY_SUMS * ROWS * tile_at, ROWS, 4, QUERY_SUMS, 0)
     for c in range(head_dim // 4):
         k = flip_top_bits(tile(load_bytes, at, keys + 64 * c, 1, 4, 0, 16 * head_dim))
-        prefetch_tile_early(ahead, keys + 64 * c, 1, 4, 0, 16 * head_dim)
+        prefetch_tile_early(ahead, keys + 192 * c, 1, 3, 0, 64)
         q = words(queries.codes, (tile_at * (head_dim // 4) + c) * 4 * ROWS, ROWS, 1, 4, 0)
         i = dot4(i, k, q)
     scale = tile(broadcast_f32, queries.scales, tile_at * ROWS, ROWS, 1, 1, 0)
     s = mul(to_f32(i), mul(tile(load_f32, at, 0, 1, 4, 0, 64), scale))
-    softmax_in_codes(s, first_seen, last_seen, masked, at + 256, row, head_dim, scratch)
-    unit = tile(broadcast_f32, scratch.units, 0, ROWS, 1, 1, 0)
+    units, _ = softmax_in_codes(s, masked, at + 256, ahead + keys + 48 * head_dim, 8 * head_dim, row, head_dim, scratch)
+    unit = to_rows(units, ROWS)
     # Values.
     stride = values_stride(head_dim)
     for d in range(0, head_dim, DIMS):
         i = zero_i32_tile(ROWS, 4)
         for c in range(16):
             v = tile(load_bytes, at, values + 4 * head_dim * c + 4 * d, 1, 4, 0, 64)
-            prefetch_tile_early(ahead, values + 4 * head_dim * c + 4 * d, 1, 4, 0, 64)
+            prefetch_tile_early(ahead, keys + 80 * head_dim + 192 * c + 48 * d, 1, 3, 0, 64)
             i = dot4(i, words(scratch.codes, 4 * c, ROWS, 1, 64, 0), v)
         to = row * stride + d
         sums = tile(load_f32, scratch.values, to, ROWS, 4, stride, 16)

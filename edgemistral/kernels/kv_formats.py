@@ -47,11 +47,11 @@ QUANTIZE_QUERY = {4: quantize_query_to_codes, 8: quantize_query_to_codes, 16: sc
 and tiles); x may change."""
 
 TILE = {4: tile_4bit, 8: tile_8bit, 16: tile_16bit}
-"""(at, ahead, queries, tile_at, row, head_dim, first_seen, last_seen, masked, scratch): rows `row` ... `row + ROWS - 1` of the
-scratch (tile `tile_at` of the queries) meet the block at address `at`.
+"""(at, ahead, queries, tile_at, row, head_dim, masked, scratch): rows `row` ... `row + ROWS - 1` of the scratch (tile `tile_at`
+of the queries) meet the block at address `at`.
 
-first_seen, last_seen: for each row the positions that it may see, counted from the block's first; `masked` says whether that
-matters in this block. `ahead`: the address of the block to prefetch."""
+`masked`: whether some row may not see all of the block; the scratch says which positions each may see. `ahead`: the address of
+the block to prefetch."""
 
 FINISH = {4: transform_back, 8: transform_back, 16: _leave}
 """(out, at, head_dim): the last operation on one query's output, after all blocks."""

@@ -16,16 +16,18 @@ from edgemistral.kernels.lowering import I8, I16, I32, call, choose, shuffle, ve
 from edgemistral.kernels.tiles import (
     constant_tile,
     fold,
+    fold_rows,
     load_of,
     operation,
     prefetch,
     prefetch_tile,
     prefetch_tile_early,
-    row_of,
     spread_of,
     store_of,
     store_tile,
+    sum_rows,
     tile,
+    to_rows,
     words,
 )
 from edgemistral.kernels.vector_types import (
@@ -45,14 +47,15 @@ from edgemistral.kernels.vector_types import (
 LOWERING = choose()
 
 __all__ = [
-    "LOWERING", "absolute", "add", "add_i32", "atomic_add", "atomic_load", "broadcast4", "broadcast_f32", "broadcast_i32",
-    "div", "dot4", "dot4_7bit", "exp", "flip_top_bits", "fma", "high_nibbles", "highest", "lane_numbers", "lane_numbers_tile",
-    "load_bf16_as_f32", "load_bytes", "load_f16_as_f32", "load_f32", "load_i8_as_f32", "look_up", "low_nibbles", "maximum",
-    "minimum", "mul", "pause", "prefetch", "prefetch_tile", "prefetch_tile_early", "round_to_i32", "row_of", "splat_f32",
-    "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes", "store_f32", "store_f32_as_f16",
-    "store_low_bytes", "store_scalar_bf16", "store_scalar_f32", "store_tile", "sub", "sum_of_vectors", "tile", "to_f32",
-    "total", "total_i32", "walsh_hadamard", "where_between", "where_negative", "without_low_nibbles", "words", "yield_thread",
-    "zero_f32", "zero_f32_tile", "zero_i32", "zero_i32_tile",
+    "LOWERING", "absolute", "add", "add_i32", "any_above", "atomic_add", "atomic_load", "broadcast4", "broadcast_f32",
+    "broadcast_i32", "div", "dot4", "dot4_7bit", "exp", "flip_top_bits", "fma", "high_nibbles", "highest", "highest_of_rows",
+    "lane_numbers", "lane_numbers_tile", "load_bf16_as_f32", "load_bytes", "load_f16_as_f32", "load_f32", "load_i8_as_f32",
+    "look_up", "low_nibbles", "maximum", "minimum", "mul", "pause", "prefetch", "prefetch_tile", "prefetch_tile_early",
+    "round_to_i32", "splat_f32", "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes", "store_f32",
+    "store_f32_as_f16", "store_low_bytes", "store_scalar_bf16", "store_scalar_f32", "store_tile", "sub", "sum_of_vectors",
+    "tile", "to_f32", "to_rows", "total", "total_i32", "total_of_rows", "total_of_rows_i32", "walsh_hadamard",
+    "where_between", "where_negative", "without_low_nibbles", "words", "yield_thread", "zero_f32", "zero_f32_tile",
+    "zero_i32", "zero_i32_tile",
 ]
 
 
@@ -197,12 +200,11 @@ def round_to_i32(builder, a):
     return builder.fptosi(call(builder, "llvm.rint.v16f32", f32x16.llvm, a), i32x16.llvm)
 
 
-@operation(f32x16, i32x16, types.int32, types.int32, f32x16, f32x16)
+@operation(f32x16, i32x16, i32x16, i32x16, f32x16, f32x16)
 def where_between(builder, lanes, low, high, a, b):
     """a in the lanes where low <= lanes <= high, else b."""
-    above = builder.icmp_signed(">=", lanes, splat(builder, low, i32x16.llvm))
-    below = builder.icmp_signed("<=", lanes, splat(builder, high, i32x16.llvm))
-    return builder.select(builder.and_(above, below), a, b)
+    inside = builder.and_(builder.icmp_signed(">=", lanes, low), builder.icmp_signed("<=", lanes, high))
+    return builder.select(inside, a, b)
 
 
 @operation(f32x16, f32x16, f32x16, f32x16)
@@ -276,6 +278,24 @@ def _fold(builder, values, combine):
     return builder.extract_element(value, ir.Constant(I32, 0))
 
 
+def _fold_rows(builder, rows, combine):
+    """`_fold` of each row in the same tree, several at once: a vector whose lane i is that of row i % rows.
+
+    Two vectors become one of halves from both, as long as there are two: half of the work that one row after another takes.
+    """
+    values, n, width = [_pairs(row, combine) for row in rows], 16, 16    # width: lanes from one row in a vector to the next
+    while n > 1:
+        n //= 2
+        if len(values) > 1:
+            halves = [[lane + at for lane in range(32) if lane % width < n] for at in (0, n)]
+            pairs, width = list(zip(values[::2], values[1::2], strict=True)), n
+        else:
+            halves = [[(lane + at) % 16 for lane in range(16)] for at in (0, n)]
+            pairs = [(values[0], None)]
+        values = [combine(*(shuffle(builder, a, b, half) for half in halves)) for a, b in pairs]
+    return shuffle(builder, values[0], None, [lane % len(rows) * width for lane in range(16)])
+
+
 @fold(types.float32, f32x16)
 def highest(builder, values):
     return _fold(builder, values, lambda x, y: _select(builder, ">", x, y))
@@ -291,10 +311,35 @@ def total_i32(builder, values):
     return _fold(builder, values, builder.add)
 
 
-@fold(f32x16, f32x16)
+@fold_rows(f32x16)
+def highest_of_rows(builder, rows):
+    """`highest` of every row of a tile: lane i is that of row i % rows."""
+    return _fold_rows(builder, rows, lambda x, y: _select(builder, ">", x, y))
+
+
+@fold_rows(f32x16)
+def total_of_rows(builder, rows):
+    return _fold_rows(builder, rows, builder.fadd)
+
+
+@fold_rows(i32x16)
+def total_of_rows_i32(builder, rows):
+    return _fold_rows(builder, rows, builder.add)
+
+
+@sum_rows
 def sum_of_vectors(builder, values):
-    """Of a tile, lane by lane, in a tree of pairs."""
+    """Of each row of a tile, lane by lane, in a tree of pairs: a tile of one column."""
     return _pairs(values, builder.fadd)
+
+
+@intrinsic
+def any_above(typingctx, a, b):
+    """Whether a > b in any lane."""
+    def emit(context, builder, sig, args):
+        bits = builder.bitcast(builder.fcmp_ordered(">", *args), I16)
+        return builder.icmp_unsigned("!=", bits, ir.Constant(I16, 0))
+    return types.boolean(f32x16, f32x16), emit
 
 
 # ---- the operations that instruction sets do differently --------------------------------------------------------------

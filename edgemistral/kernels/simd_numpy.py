@@ -29,14 +29,15 @@ F32, I32 = np.float32, np.int32
 LANES = np.arange(16, dtype=I32)
 
 __all__ = [
-    "LOWERING", "absolute", "add", "add_i32", "atomic_add", "atomic_load", "broadcast4", "broadcast_f32", "broadcast_i32",
-    "div", "dot4", "dot4_7bit", "exp", "flip_top_bits", "fma", "high_nibbles", "highest", "lane_numbers", "lane_numbers_tile",
-    "load_bf16_as_f32", "load_bytes", "load_f16_as_f32", "load_f32", "load_i8_as_f32", "look_up", "low_nibbles", "maximum",
-    "minimum", "mul", "pause", "prefetch", "prefetch_tile", "prefetch_tile_early", "round_to_i32", "row_of", "splat_f32",
-    "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes", "store_f32", "store_f32_as_f16",
-    "store_low_bytes", "store_scalar_bf16", "store_scalar_f32", "store_tile", "sub", "sum_of_vectors", "tile", "to_f32",
-    "total", "total_i32", "walsh_hadamard", "where_between", "where_negative", "without_low_nibbles", "words", "yield_thread",
-    "zero_f32", "zero_f32_tile", "zero_i32", "zero_i32_tile",
+    "LOWERING", "absolute", "add", "add_i32", "any_above", "atomic_add", "atomic_load", "broadcast4", "broadcast_f32",
+    "broadcast_i32", "div", "dot4", "dot4_7bit", "exp", "flip_top_bits", "fma", "high_nibbles", "highest", "highest_of_rows",
+    "lane_numbers", "lane_numbers_tile", "load_bf16_as_f32", "load_bytes", "load_f16_as_f32", "load_f32", "load_i8_as_f32",
+    "look_up", "low_nibbles", "maximum", "minimum", "mul", "pause", "prefetch", "prefetch_tile", "prefetch_tile_early",
+    "round_to_i32", "splat_f32", "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes", "store_f32",
+    "store_f32_as_f16", "store_low_bytes", "store_scalar_bf16", "store_scalar_f32", "store_tile", "sub", "sum_of_vectors",
+    "tile", "to_f32", "to_rows", "total", "total_i32", "total_of_rows", "total_of_rows_i32", "walsh_hadamard",
+    "where_between", "where_negative", "without_low_nibbles", "words", "yield_thread", "zero_f32", "zero_f32_tile",
+    "zero_i32", "zero_i32_tile",
 ]
 
 
@@ -164,10 +165,6 @@ def tile(load, base, index, rows, cols, down, right):
 
 def words(base, index, rows, cols, down, right):
     return tile(broadcast4, base, index, rows, cols, down, right)
-
-
-def row_of(tile, row):
-    return tile[row : row + 1]
 
 
 def store_tile(store, base, index, down, right, value):
@@ -333,8 +330,28 @@ def total_i32(a):
     return _fold(a, np.add)
 
 
-def sum_of_vectors(a):
-    return _pairs(a, np.add)
+def highest_of_rows(tile):
+    return _fold_rows(tile, maximum)
+
+
+def total_of_rows(tile):
+    return _fold_rows(tile, np.add)
+
+
+def total_of_rows_i32(tile):
+    return _fold_rows(tile, np.add)
+
+
+def sum_of_vectors(tile):
+    return np.array([[_pairs(row, np.add)] for row in tile])
+
+
+def any_above(a, b):
+    return bool((a > b).any())
+
+
+def to_rows(vector, rows):
+    return np.broadcast_to(vector[:rows, None, None], (rows, 1, 16))
 
 
 def _pairs(tile, combine):
@@ -351,6 +368,11 @@ def _fold(tile, combine):
     for n in (8, 4, 2, 1):
         value = combine(value[:n], value[n : 2 * n])
     return value[0]
+
+
+def _fold_rows(tile, combine):
+    """`_fold` of each row: lane i is that of row i % rows."""
+    return np.resize(np.array([_fold(row, combine) for row in tile]), 16)
 
 
 # ---- the operations that instruction sets do differently -----------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""One step of the online softmax (Milakov and Gimelshein 2018): the scores of ROWS rows with the 64 positions of a block."""
+"""One step of the online softmax (Milakov and Gimelshein 2018): the scores of ROWS rows with the 64 positions of a block.
+
+All rows go through each operation together. One after another they would wait for their maxima and sums, which go across lanes.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,17 @@ from edgemistral.kernels.jit import inlined
 from edgemistral.kernels.kv_layout import DIMS, POSITIONS, ROWS
 from edgemistral.kernels.simd import (
     add,
+    any_above,
+    broadcast_i32,
+    div,
     exp,
-    highest,
+    highest_of_rows,
     lane_numbers_tile,
     load_f32,
+    maximum,
     mul,
+    prefetch_tile_early,
     round_to_i32,
-    row_of,
     splat_f32,
     store_f32,
     store_low_bytes,
@@ -22,12 +29,13 @@ from edgemistral.kernels.simd import (
     sub,
     sum_of_vectors,
     tile,
-    total,
-    total_i32,
+    to_f32,
+    to_rows,
+    total_of_rows,
+    total_of_rows_i32,
     where_between,
     zero_f32,
 )
-from edgemistral.kernels.unroll import unroll, unrolled
 
 LOWEST = np.float32(-1e30)
 
@@ -39,67 +47,64 @@ def values_stride(head_dim):
 
 
 @inlined
-@unrolled(ROWS=ROWS)
-def softmax(s, first_seen, last_seen, masked, row, head_dim, scratch):
-    """Scores (ROWS x 4) -> weights of the values in `scratch.probabilities`.
+def softmax(s, masked, row, head_dim, scratch):
+    """Scores (ROWS x 4) -> e**(score - peak), the weights of the values. If a peak rises, the sums so far are scaled down.
 
-    Row `row + r` of the scratch may see the positions first_seen[r] ... last_seen[r] of the block; `masked` is true if these
-    are not all.
+    The rows are row ... row + ROWS - 1 of the scratch. Row r may see the positions first_seen[r] ... last_seen[r] of the
+    block; `masked` is true if these are not all.
     """
-    for r in unroll(ROWS):
-        p = _weigh(row_of(s, r), first_seen[r], last_seen[r], masked, row + r, head_dim, scratch)
-        store_tile(store_f32, scratch.probabilities, POSITIONS * r, 0, 16, p)
-
-
-@inlined
-@unrolled(ROWS=ROWS)
-def softmax_in_codes(s, first_seen, last_seen, masked, value_scales, row, head_dim, scratch):
-    """`softmax` times the values' scales (64 float32 at address `value_scales`), rounded to u8 in `scratch.codes`.
-
-    The codes of a row have a unit, chosen so that they keep their sum: units[r]. units[ROWS + r] is the sum of the codes.
-    """
-    for r in unroll(ROWS):
-        _weigh_in_codes(row_of(s, r), first_seen[r], last_seen[r], masked, value_scales, row + r, head_dim, scratch)
-
-
-@inlined
-def _weigh_in_codes(s, first, last, masked, value_scales, row, head_dim, scratch):
-    """`softmax_in_codes` of one row, which is row % ROWS of its tile."""
-    r = row % ROWS             # not an argument: numba compiles a function anew for each literal number
-    p = mul(_weigh(s, first, last, masked, row, head_dim, scratch), tile(load_f32, value_scales, 0, 1, 4, 0, 64))
-    if masked:                 # scales that were never written may not be numbers
-        p = _where_seen(first, last, p, zero_f32())
-    top = max(highest(p), np.float32(1e-30))
-    n = round_to_i32(mul(p, splat_f32(np.float32(255) / top)))
-    store_tile(store_low_bytes, scratch.codes, POSITIONS * r, 0, 16, n)
-    codes = total_i32(n)
-    scratch.units[r] = total(p) / np.float32(max(codes, np.int32(1)))
-    scratch.units[ROWS + r] = codes
-
-
-@inlined
-def _weigh(s, first, last, masked, row, head_dim, scratch):
-    """e**(score - peak) of one row's positions. If its peak rises, the sums so far are scaled down."""
     if masked:
-        s = _where_seen(first, last, s, splat_f32(LOWEST))
-    top, peak = highest(s), scratch.peaks[row]
-    denominator = load_f32(scratch.sums, 16 * row)
-    if top > peak:
-        shrink = exp(splat_f32(peak - top))
-        at = row * values_stride(head_dim)
-        for d in range(at, at + head_dim, 16):
-            store_f32(scratch.values, d, mul(load_f32(scratch.values, d), shrink))
-        denominator = mul(denominator, shrink)
+        s = _where_seen(s, splat_f32(LOWEST), scratch)
+    peaks_at = row // ROWS * 16
+    top, peak = highest_of_rows(s), load_f32(scratch.peaks, peaks_at)
+    if any_above(top, peak):
+        top = maximum(top, peak)
+        store_f32(scratch.peaks, peaks_at, top)
+        shrink, stride = to_rows(exp(sub(peak, top)), ROWS), values_stride(head_dim)
+        for d in range(row * stride, row * stride + head_dim, 16):
+            values = mul(tile(load_f32, scratch.values, d, ROWS, 1, stride, 0), shrink)
+            store_tile(store_f32, scratch.values, d, stride, 0, values)
+        sums = mul(tile(load_f32, scratch.sums, 16 * row, ROWS, 1, 16, 0), shrink)
+        store_tile(store_f32, scratch.sums, 16 * row, 16, 0, sums)
         peak = top
-        scratch.peaks[row] = top
-    p = exp(sub(s, splat_f32(peak)))
+    p = exp(sub(s, to_rows(peak, ROWS)))
     if masked:
-        p = _where_seen(first, last, p, zero_f32())
-    store_f32(scratch.sums, 16 * row, add(denominator, sum_of_vectors(p)))
+        p = _where_seen(p, zero_f32(), scratch)
+    sums = add(tile(load_f32, scratch.sums, 16 * row, ROWS, 1, 16, 0), sum_of_vectors(p))
+    store_tile(store_f32, scratch.sums, 16 * row, 16, 0, sums)
     return p
 
 
 @inlined
-def _where_seen(first, last, a, b):
-    """a at the positions first ... last of a block, b elsewhere."""
-    return where_between(lane_numbers_tile(1, 4), np.int32(first), np.int32(last), a, b)
+def softmax_in_codes(s, masked, value_scales, ahead, quarter, row, head_dim, scratch):
+    """`softmax` times the values' scales (64 float32 at address `value_scales`), rounded to u8 in `scratch.codes`.
+
+    -> the unit of each row's codes, chosen so that they keep their sum, and the sum of the codes, both in lane r of a vector.
+    Meanwhile 4 * `quarter` bytes at address `ahead` are prefetched: without these, memory would be idle.
+    """
+    _prefetch(ahead, quarter)
+    p = mul(softmax(s, masked, row, head_dim, scratch), tile(load_f32, value_scales, 0, 1, 4, 0, 64))
+    if masked:                 # scales that were never written may not be numbers
+        p = _where_seen(p, zero_f32(), scratch)
+    _prefetch(ahead + quarter, quarter)
+    top = maximum(highest_of_rows(p), splat_f32(np.float32(1e-30)))
+    _prefetch(ahead + 2 * quarter, quarter)
+    n = round_to_i32(mul(p, to_rows(div(splat_f32(np.float32(255)), top), ROWS)))
+    store_tile(store_low_bytes, scratch.codes, 0, POSITIONS, 16, n)
+    _prefetch(ahead + 3 * quarter, quarter)
+    codes = to_f32(total_of_rows_i32(n))
+    return div(total_of_rows(p), maximum(codes, splat_f32(np.float32(1)))), codes
+
+
+@inlined
+def _prefetch(ahead, size):
+    for at in range(0, size, 512):
+        prefetch_tile_early(ahead, at, 8, 1, 64, 0)
+
+
+@inlined
+def _where_seen(a, b, scratch):
+    """a at the positions of the block that each row may see, b elsewhere."""
+    first = tile(broadcast_i32, scratch.first_seen, 0, ROWS, 1, 1, 0)
+    last = tile(broadcast_i32, scratch.last_seen, 0, ROWS, 1, 1, 0)
+    return where_between(lane_numbers_tile(1, 4), first, last, a, b)

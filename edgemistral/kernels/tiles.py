@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic, models, register_model
 
-from edgemistral.kernels.lowering import I8, I32, call, choose_prefetch
+from edgemistral.kernels.lowering import I8, I32, call, choose_prefetch, shuffle
 from edgemistral.kernels.vector_types import Vector, i8x64, to_all_lanes
 
 
@@ -96,16 +96,6 @@ def _constant(size):
 
 # ---- lane by lane --------------------------------------------------------------------------------------------------
 
-@intrinsic(prefer_literal=True)
-def row_of(typingctx, tile, row):
-    """One row of a tile, as a tile of one row."""
-    def emit(context, builder, sig, args):
-        result = sig.return_type
-        return _collect(builder, result, lambda _, col: _at(builder, tile, args[0], row.literal_value, col))
-    _constant(row)
-    return tile_type(tile.vector, 1, tile.cols)(tile, row), emit
-
-
 def _named(emit_values, names, types_of, emit, **options):
     """An intrinsic of these parameters: numba reads their names, so they cannot be *args."""
     scope = {"types_of": types_of, "emit": emit}
@@ -152,6 +142,35 @@ def fold(result, argument):
             return emit_values(builder, _vectors(builder, kind, args[0]) if isinstance(kind, Tile) else [args[0]])
         return _named(emit_values, ["a"], lambda kind: result(kind if isinstance(kind, Tile) else argument), emit)
     return make
+
+
+def _rows(builder, kind, value):
+    return [[_at(builder, kind, value, row, col) for col in range(kind.cols)] for row in range(kind.rows)]
+
+
+def fold_rows(vector):
+    """Make an intrinsic from (builder, rows of vectors) -> vector that takes a tile; its rows must be a power of two."""
+    def make(emit_values):
+        def emit(context, builder, sig, args):
+            return emit_values(builder, _rows(builder, sig.args[0], args[0]))
+        return _named(emit_values, ["tile"], lambda kind: vector(kind), emit)
+    return make
+
+
+def sum_rows(emit_values):
+    """Make an intrinsic from (builder, vectors of a row) -> vector that makes of a tile one of a single column."""
+    def emit(context, builder, sig, args):
+        rows = _rows(builder, sig.args[0], args[0])
+        return _collect(builder, sig.return_type, lambda row, _: emit_values(builder, rows[row]))
+    return _named(emit_values, ["tile"], lambda kind: tile_type(kind.vector, kind.rows, 1)(kind), emit)
+
+
+@intrinsic(prefer_literal=True)
+def to_rows(typingctx, vector, rows):
+    """A tile of one column whose row r is lane r of the vector, in all lanes."""
+    def emit(context, builder, sig, args):
+        return _collect(builder, sig.return_type, lambda row, _: shuffle(builder, args[0], None, [row] * vector.llvm.count))
+    return tile_type(vector, _constant(rows), 1)(vector, rows), emit
 
 
 def constant_tile(vector):

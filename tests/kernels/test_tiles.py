@@ -11,6 +11,7 @@ from numba.core.errors import TypingError
 from edgemistral.kernels import simd_llvm, simd_numpy
 from edgemistral.kernels.addresses import address_of
 from edgemistral.kernels.jit import entry
+from edgemistral.kernels.unroll import unrolled
 
 F32 = np.float32
 pytestmark = pytest.mark.skipif(os.environ.get("EDGEMISTRAL_SIMD") == "interpret", reason="compares with compiled kernels")
@@ -68,10 +69,11 @@ def floats_compiled(x, four, out):
     results = simd_llvm.maximum(results, simd_llvm.sub(a, v))
     n = simd_llvm.round_to_i32(results)
     numbered = simd_llvm.add_i32(simd_llvm.lane_numbers_tile(3, 2), simd_llvm.zero_i32_tile(1, 2))
-    results = simd_llvm.where_between(numbered, np.int32(9), np.int32(70), results, simd_llvm.zero_f32_tile(3, 1))
+    low, high = simd_llvm.splat_i32(np.int32(9)), simd_llvm.splat_i32(np.int32(70))
+    results = simd_llvm.where_between(numbered, low, high, results, simd_llvm.zero_f32_tile(3, 1))
     simd_llvm.store_tile(simd_llvm.store_f32, out, 0, 32, 16, results)
     simd_llvm.store_tile(simd_llvm.store_f32, out, 96, 32, 16, simd_llvm.to_f32(n))
-    simd_llvm.store_f32(out, 192, simd_llvm.sum_of_vectors(b))
+    simd_llvm.store_tile(simd_llvm.store_f32, out, 192, 0, 0, simd_llvm.sum_of_vectors(b))
     out[208], out[209], out[210] = simd_llvm.total(b), simd_llvm.highest(b), simd_llvm.total(v)
     out[211] = simd_llvm.total_i32(simd_llvm.tile(simd_llvm.broadcast_i32, four, 0, 2, 2, 2, 1))
 
@@ -84,9 +86,10 @@ def floats_interpreted(x):
     results = simd_numpy.maximum(results, simd_numpy.sub(a, v))
     n = simd_numpy.round_to_i32(results)
     numbered = simd_numpy.add_i32(simd_numpy.lane_numbers_tile(3, 2), simd_numpy.zero_i32_tile(1, 2))
-    results = simd_numpy.where_between(numbered, np.int32(9), np.int32(70), results, simd_numpy.zero_f32_tile(3, 1))
+    low, high = simd_numpy.splat_i32(np.int32(9)), simd_numpy.splat_i32(np.int32(70))
+    results = simd_numpy.where_between(numbered, low, high, results, simd_numpy.zero_f32_tile(3, 1))
     folded = [simd_numpy.total(b), simd_numpy.highest(b), simd_numpy.total(v)]
-    return np.concatenate([results.reshape(-1), n.reshape(-1), simd_numpy.sum_of_vectors(b), folded]).astype(F32)
+    return np.concatenate([results.reshape(-1), n.reshape(-1), simd_numpy.sum_of_vectors(b).reshape(-1), folded]).astype(F32)
 
 
 def test_operations_broadcast_as_numpy_does():
@@ -154,3 +157,49 @@ def of_two_types(out):
 def test_what_does_not_fit_is_no_code(function, message):
     with pytest.raises(TypingError, match=message):
         function(np.zeros(64, F32))
+
+
+def _make_fold_rows(ROWS, COLS):
+    @entry
+    @unrolled(ROWS=ROWS, COLS=COLS)
+    def fold_rows(x, n, out):
+        a = simd_llvm.tile(simd_llvm.load_f32, x, 0, ROWS, COLS, 16 * COLS, 16)
+        i = simd_llvm.round_to_i32(simd_llvm.tile(simd_llvm.load_f32, n, 0, ROWS, COLS, 16 * COLS, 16))
+        simd_llvm.store_f32(out, 0, simd_llvm.highest_of_rows(a))
+        simd_llvm.store_f32(out, 16, simd_llvm.total_of_rows(a))
+        simd_llvm.store_f32(out, 32, simd_llvm.to_f32(simd_llvm.total_of_rows_i32(i)))
+        spread = simd_llvm.to_rows(simd_llvm.total_of_rows(a), ROWS)
+        simd_llvm.store_tile(simd_llvm.store_f32, out, 48, 16, 0, spread)
+
+    return fold_rows
+
+
+@pytest.mark.parametrize("rows, cols", [(1, 1), (2, 4), (4, 4), (8, 1), (16, 2)])
+def test_rows_are_folded_as_each_alone(rows, cols):
+    x, out = numbers(16 * rows * cols, 5), np.zeros(48 + 16 * rows, F32)
+    n = np.random.default_rng(6).integers(-1000, 1000, x.size).astype(F32)
+    _make_fold_rows(rows, cols)(x, n, out)
+    a, i = x.reshape(rows, cols, 16), n.reshape(rows, cols, 16)
+    want = [[fold(row) for row in tile] for fold, tile in ((simd_numpy.highest, a), (simd_numpy.total, a), (np.sum, i))]
+    np.testing.assert_array_equal(out[:48].reshape(3, 16), [np.resize(line, 16) for line in want])
+    np.testing.assert_array_equal(out[48:].reshape(rows, 16), np.repeat(want[1], 16).reshape(rows, 16))
+    ints = a.astype(np.int32)
+    for got, fold, values in ((0, simd_numpy.highest_of_rows, a), (1, simd_numpy.total_of_rows, a)):
+        np.testing.assert_array_equal(out[16 * got : 16 * got + 16], fold(values))
+    assert simd_numpy.total_of_rows_i32(ints).dtype == np.int32
+    np.testing.assert_array_equal(simd_numpy.to_rows(out[16:32], rows).reshape(-1), out[48:])
+
+
+@entry
+def compare(a, b):
+    return simd_llvm.any_above(simd_llvm.load_f32(a, 0), simd_llvm.load_f32(b, 0))
+
+
+def test_any_above():
+    a, nan = np.zeros(16, F32), np.full(16, np.nan, F32)
+    for lane in range(16):
+        b = a.copy()
+        b[lane] = -1
+        assert compare(a, b) and simd_numpy.any_above(a, b)
+        assert not compare(b, a) and not simd_numpy.any_above(b, a)
+    assert not compare(a, a) and not compare(nan, a) and not compare(a, nan)
