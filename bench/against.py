@@ -2,8 +2,9 @@
 
     python bench/against.py WORK --revision COMMIT [--rounds 9]
 
-Both run the same blob of four layers of 7B shapes, which bench/parallel.py leaves in WORK. Only public names are used, so that
-any tree can be measured. The first compile is that of a first answer with an empty cache of kernels.
+Both run the same blob, which the earlier tree makes of the checkpoint that bench/parallel.py leaves in WORK: four layers of 7B
+shapes. Only public names are used, so that any tree can be measured. The first compile is that of a first answer with an empty
+cache of kernels.
 """
 
 from __future__ import annotations
@@ -51,12 +52,16 @@ for line in sys.stdin:
 TASKS = ("prefill", "decode")
 
 
+def environment_of(root: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(root / "quantize")))}
+
+
 class Tree:
     """A process that runs the blob with the code of one tree."""
 
     def __init__(self, root: Path, blob: Path, threads: int) -> None:
         self.root = root
-        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(root / "quantize")))}
+        self.environment = environment_of(root)
         self.arguments = [sys.executable, "-c", WORKER, str(blob), str(threads)]
         self.process = subprocess.Popen(
             self.arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=self.environment, cwd=root)
@@ -90,9 +95,12 @@ class Tree:
 @click.option("--rounds", default=9, show_default=True)
 @click.option("--compiles", default=2, show_default=True)
 def main(work: Path, revision: str, rounds: int, compiles: int) -> None:
-    blob, threads, old = work / "4-layers-q4.safetensors", performance_cores(), work / f"tree-{revision}"
+    blob, threads, old = work / f"4-layers-q4-{revision}.safetensors", performance_cores(), work / f"tree-{revision}"
     if not old.exists():
         subprocess.run(["git", "worktree", "add", "--detach", str(old), revision], cwd=ROOT, check=True)
+    if not blob.exists():
+        subprocess.run([sys.executable, "-m", "edgemistral", "quantize", str(work / "4-layers"), str(blob), "--bits", "4"],
+                       env=environment_of(old), cwd=old, check=True)
     trees = {"now": Tree(ROOT, blob, threads), "before": Tree(old, blob, threads)}
     samples: dict[str, list[dict[str, float]]] = {task: [] for task in TASKS}
     for n in range(rounds):

@@ -15,7 +15,7 @@ A blob is a valid safetensors file (safetensors.py shows the bytes), with these 
       source_sha256:NAME of the values that NAME was made of: the rows of the checkpoint's tensors in the order in which
                          NAME stores them, without padding, in the checkpoint's own dtype; rotary pairs as
                          (i, i + head_dim / 2), so that it does not depend on the layout of the checkpoint
-      calibration        how the weights were calibrated, if they were: the JSON of {"method": "fast", "version": 2,
+      calibration        how the weights were calibrated, if they were: the JSON of {"method": "fast", "version": 3,
                          "text_sha256": …, "tokens": …}; not needed to read the weights
       header_sha256      of the whole header (padding included) with these 64 digits replaced by zeros
 * Unknown metadata is ignored.

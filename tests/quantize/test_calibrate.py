@@ -124,6 +124,16 @@ def test_equalisation_changes_no_answer() -> None:
     np.testing.assert_allclose(after, before, atol=2e-3 * np.abs(before).max())
 
 
+def test_a_head_in_8_bits_is_not_equalised() -> None:
+    """It gets its inputs with twice as many digits."""
+    measured = np.random.default_rng(0).exponential(size=64) ** 4
+    for bits, columns_change in ((8, False), (4, True)):
+        changes = equalise.output_changes(measured, bits, 1e9)
+        columns = changes.matrices["output"].columns
+        assert columns is not None
+        assert (columns != 1).any() == (changes.norms["norm"] != 1).any() == columns_change
+
+
 def test_factors_of_nothing_are_ones() -> None:
     np.testing.assert_array_equal(equalise.factors(np.zeros(8), 0.5), np.ones(8))
     found = equalise.factors(np.array([0.0, 1e-30, 1.0, 1e30]), 0.5)
