@@ -31,7 +31,7 @@ from numba.core.compiler import CompileResult
 from numba.core.runtime.nrt import rtsys
 
 from edgemistral.kernels import parts, stored
-from edgemistral.kernels.lowering import choose, choose_prefetch, interpreted
+from edgemistral.kernels.lowering import choose, choose_reading, interpreted
 from edgemistral.kernels.unroll import source_file
 
 # No wrapper for C: with it LLVM would make a second copy of every function. No reference counts: a kernel allocates nothing,
@@ -150,7 +150,7 @@ def _environment() -> str:
     here = Path(__file__).parent
     sources = [path.read_bytes() for path in (*sorted(here.glob("*.py")), here.parent / "files" / "layout.py")]
     versions = sys.implementation.cache_tag, numba.__version__, llvmlite.__version__, llvmlite.binding.llvm_version_info
-    return stored.digest_of(*sources, *versions, type(choose()).__name__, *choose_prefetch())
+    return stored.digest_of(*sources, *versions, type(choose()).__name__, *choose_reading())
 
 
 class _DiskCache(caching._Cache):

@@ -273,33 +273,37 @@ def available() -> list[str]:
     return runs_on(target.create_target_machine(cpu=name, features=features))
 
 
-class Prefetch(NamedTuple):
-    """Bytes between a load of weights and its software prefetch in a step of 1, 2 to 4 and more tokens (0: none), and the cache
-    that these and the prefetches of keys and values go to."""
+class Reading(NamedTuple):
+    """How this host reads weights quickest. A step of up to `few` tokens reads two streams at once, a larger one reads one.
 
-    one: int
+    The other numbers are the bytes between a load and its software prefetch (0: none) in a step of one token, of up to `few`
+    and of more, and the cache that these and the prefetches of keys and values go to.
+    """
+
     few: int
-    many: int
+    ahead_of_one: int
+    ahead_of_few: int
+    ahead_of_many: int
     level: int
 
 
-PREFETCH = {"znver4": Prefetch(0, 4096, 4096, 2), "znver5": Prefetch(2720, 2720, 6528, 1)}
+READING = {"znver4": Reading(2, 0, 4096, 8192, 2), "znver5": Reading(4, 2720, 2720, 6528, 1)}
 """By the host's name; docs/decisions/2026-11-24-prefetch.md has the measurements."""
-PREFETCH_ELSEWHERE = Prefetch(0, 0, 2176, 1)
+READING_ELSEWHERE = Reading(4, 0, 0, 2176, 1)
 
 
-def choose_prefetch() -> Prefetch:
+def choose_reading() -> Reading:
     """The one for this host, whatever CPU numba compiles for; `EDGEMISTRAL_PREFETCH` (bytes) overrides its distances.
 
     Raises BadInput if that is not such a number.
     """
-    chosen = PREFETCH.get(llvmlite.binding.get_host_cpu_name(), PREFETCH_ELSEWHERE)
+    chosen = READING.get(llvmlite.binding.get_host_cpu_name(), READING_ELSEWHERE)
     given = os.environ.get("EDGEMISTRAL_PREFETCH")
     if not given:
         return chosen
     if not given.isdecimal() or int(given) > MOST_AHEAD:
         raise BadInput(f"EDGEMISTRAL_PREFETCH is {given!r}: it must be a number of bytes, 0 to {MOST_AHEAD}")
-    return Prefetch(int(given), int(given), int(given), chosen.level)
+    return Reading(chosen.few, int(given), int(given), int(given), chosen.level)
 
 
 def choose() -> Plain:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from edgemistral.files.layout import BLOCK_BYTES, CODE_ZERO, GROUPS, LEVEL_ZERO, PANEL, SCALE_BYTES
 from edgemistral.kernels.activations import LONG, SHORT
 from edgemistral.kernels.jit import inlined, inner, part
-from edgemistral.kernels.lowering import choose_prefetch
+from edgemistral.kernels.lowering import choose_reading
 from edgemistral.kernels.simd import (
     LOWERING,
     add_i32,
@@ -53,9 +53,9 @@ from edgemistral.kernels.simd import (
 from edgemistral.kernels.unroll import static, unroll, unrolled
 
 PAIR = 2 * PANEL         # rows of two panels, the unit of work
-FEW = 4                  # most tokens for which a step waits for memory, not for products
-PREFETCH = choose_prefetch()
-STREAMS = 2              # streams read at once with up to FEW tokens: a CPU reads only a limited distance ahead in each
+READING = choose_reading()
+FEW = READING.few        # most tokens for which STREAMS streams are read at once
+STREAMS = 2              # a CPU reads only a limited distance ahead in each
 STREAM = PAIR * SHORT    # numbers from one stream to the next in a result
 BLOCK4, BLOCK8 = BLOCK_BYTES[4], BLOCK_BYTES[8]
 
@@ -98,7 +98,7 @@ def _make_panels(BITS, T):
     BYTES = BLOCK_BYTES[BITS]
     S = STREAMS if T <= FEW else 1
     CHAINS = 1 if S * T >= 8 else 2      # about 8 sums at a time hide the latency of the dot product
-    FAR = PREFETCH.one if T == 1 else PREFETCH.few if T <= FEW else PREFETCH.many
+    FAR = READING.ahead_of_one if T == 1 else READING.ahead_of_few if T <= FEW else READING.ahead_of_many
     LINES = BITS // 4 if FAR else 0      # lines to prefetch with every 64 bytes of 4-bit codes or 128 of 8-bit codes
 
     @part

@@ -32,8 +32,8 @@ __all__ = [
     "LOWERING", "absolute", "add", "add_i32", "any_above", "atomic_add", "atomic_load", "broadcast4", "broadcast_f32",
     "broadcast_i32", "div", "dot4", "dot4_7bit", "exp", "flip_top_bits", "fma", "high_nibbles", "highest", "highest_of_rows",
     "lane_numbers", "lane_numbers_tile", "load_bf16_as_f32", "load_bytes", "load_f16_as_f32", "load_f32", "load_i8_as_f32",
-    "look_up", "low_nibbles", "maximum", "minimum", "mul", "pause", "prefetch", "prefetch_tile", "prefetch_tile_early",
-    "round_to_i32", "splat_f32", "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes", "store_f32",
+    "look_up", "low_nibbles", "maximum", "minimum", "mul", "pause", "prefetch_tile", "prefetch_tile_early", "round_to_i32",
+    "splat_f32", "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes", "store_f32",
     "store_f32_as_f16", "store_low_bytes", "store_scalar_bf16", "store_scalar_f32", "store_tile", "sub", "sum_of_vectors",
     "tile", "to_f32", "to_rows", "total", "total_i32", "total_of_rows", "total_of_rows_i32", "walsh_hadamard",
     "where_between", "where_negative", "without_low_nibbles", "words", "yield_thread", "zero_f32", "zero_f32_tile",
@@ -155,10 +155,6 @@ def _f32_to_f16(value: Vector) -> Vector:
     return half
 
 
-def prefetch(base, index):
-    """Nothing: a prefetch may name any address, even one that does not exist."""
-
-
 def tile(load, base, index, rows, cols, down, right):
     return np.array([[load(base, index + down * row + right * col) for col in range(cols)] for row in range(rows)])
 
@@ -174,7 +170,7 @@ def store_tile(store, base, index, down, right, value):
 
 
 def prefetch_tile(base, index, rows, cols, down, right):
-    """As `prefetch`."""
+    """Nothing: a prefetch may name any address, even one that does not exist."""
 
 
 prefetch_tile_early = prefetch_tile

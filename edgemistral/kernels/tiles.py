@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic, models, register_model
 
-from edgemistral.kernels.lowering import I8, I32, call, choose_prefetch, shuffle
+from edgemistral.kernels.lowering import I8, I32, call, choose_reading, shuffle
 from edgemistral.kernels.vector_types import Vector, i8x64, to_all_lanes
 
 
@@ -291,24 +291,16 @@ def _ask_for(context, builder, base_type, base, index, level=1):
     return call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, locality, data)
 
 
-@intrinsic
-def prefetch(typingctx, array, index):
-    """Ask for the cache line of array[index]; never faults, whatever the index."""
-    def emit(context, builder, sig, args):
-        return _ask_for(context, builder, sig.args[0], *args)
-    return types.void(base_type(array), types.intp), emit
-
-
 @intrinsic(prefer_literal=True)
 def prefetch_tile(typingctx, array, index, rows, cols, down, right):
-    """`prefetch` at index + down * row + right * col, for every row and column."""
+    """Ask for the cache line of array[index + down * row + right * col], for every row and column; never faults."""
     return _prefetch_tile(array, rows, cols, 1)
 
 
 @intrinsic(prefer_literal=True)
 def prefetch_tile_early(typingctx, array, index, rows, cols, down, right):
-    """The same for lines that are needed much later: into the cache that this host prefers (`lowering.PREFETCH`)."""
-    return _prefetch_tile(array, rows, cols, choose_prefetch().level)
+    """The same for lines that are needed much later: into the cache that this host prefers (`lowering.READING`)."""
+    return _prefetch_tile(array, rows, cols, choose_reading().level)
 
 
 def _prefetch_tile(array, rows, cols, level):

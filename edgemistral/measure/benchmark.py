@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -55,12 +56,14 @@ class Roofline:
         """data: the bytes to read; best the model's mapping, so that both read the same kind of pages."""
         self._team, self._data = Team(threads), data[-READ_BYTES:]
         self._results = [np.zeros(64, np.float32) for _ in range(threads)]
-        compile_for(roofline.read, (self._data,), self._results[0])
+        for read in roofline.READS:
+            compile_for(read, (self._data,), self._results[0])
         compile_for(roofline.multiply, (self._data, PEAK_ROUNDS), self._results[0])
 
     def bandwidth(self) -> float:
-        """Bytes read per second."""
-        return self._data.nbytes / seconds(lambda: self._team.run(roofline.read, (self._data,), self._results))
+        """Bytes read per second, in the quickest way."""
+        took = [seconds(partial(self._team.run, read, (self._data,), self._results)) for read in roofline.READS]
+        return self._data.nbytes / min(took)
 
     def int8_peak(self) -> float:
         """Multiplications of bytes per second."""

@@ -55,15 +55,15 @@ def test_features_count_beside_the_cpu():
 
 def test_prefetching_is_the_hosts_matter(monkeypatch):
     monkeypatch.setenv("EDGEMISTRAL_PREFETCH", "2048")
-    for host, level in (("znver5", 1), ("alderlake", 1), ("znver4", 2)):
+    for host, few, level in (("znver5", 4, 1), ("alderlake", 4, 1), ("znver4", 2, 2)):
         monkeypatch.setattr(llvmlite.binding, "get_host_cpu_name", lambda host=host: host)
-        assert lowering.choose_prefetch() == (2048, 2048, 2048, level)
+        assert lowering.choose_reading() == (few, 2048, 2048, 2048, level)
     monkeypatch.delenv("EDGEMISTRAL_PREFETCH")
-    assert lowering.choose_prefetch() == lowering.PREFETCH["znver4"]
+    assert lowering.choose_reading() == lowering.READING["znver4"]
     for wrong in ("far", "-64", "1.5", "65537"):
         monkeypatch.setenv("EDGEMISTRAL_PREFETCH", wrong)
         with pytest.raises(BadInput, match="EDGEMISTRAL_PREFETCH"):
-            lowering.choose_prefetch()
+            lowering.choose_reading()
 
 
 def test_the_best_is_chosen_unless_another_is_named(monkeypatch):

@@ -232,7 +232,7 @@ def byte_operations(a, words, out):
     simd.store_bytes(out[4], 0, simd.broadcast4(a, 3))
     simd.store_bytes(out[5], 0, simd.load_bytes(words, 2))   # an index counts the array's own elements
     simd.store_bytes(out[6], 0, simd.without_low_nibbles(v))
-    simd.prefetch(a, 1 << 40)                                # never faults
+    simd.prefetch_tile(a, 1 << 40, 1, 1, 0, 0)                                # never faults
 
 
 def test_byte_operations():
@@ -345,7 +345,7 @@ def test_operations_under_interpret():
 @pytest.mark.parametrize("ahead", ["0", "2176"])
 def test_matrices_under_prefetching(ahead):
     """They are instructions in the kernels, or are not there at all."""
-    if (matmul.PREFETCH.one == 0) == (ahead == "0"):
+    if (matmul.READING.ahead_of_one == 0) == (ahead == "0"):
         pytest.skip("is what this process does")
     run_again(("test_matmul.py",), os.environ | {"EDGEMISTRAL_PREFETCH": ahead})
 

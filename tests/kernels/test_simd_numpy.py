@@ -157,7 +157,7 @@ def test_stores_stay_inside():
     ):
         with pytest.raises(IndexError):
             spread(data, 0, stride, value)
-    simd_numpy.prefetch(data, 1 << 50)
+    simd_numpy.prefetch_tile(data, 1 << 50, 1, 1, 0, 0)
 
 
 def test_only_known_memory_is_read_by_address():
