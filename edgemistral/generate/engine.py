@@ -318,6 +318,7 @@ class Engine:
         prompts = sorted((task for task in tasks if task.pending != 1), key=lambda task: task.turn)
         rows: list[tuple[Task, Row]] = []
         left, guesses = self.duty.most(transformer.chunk), 0 if prompts or not self._lookup else MOST_DECODED - len(decoding)
+        others = len(decoding) - 1   # tokens of the step beside the one of a generation that guesses
         share: int | None = None     # prompt tokens that a step with readers may have
         promised = 0                 # segments that the rows will take
         for task in (*decoding, *prompts):
@@ -331,7 +332,8 @@ class Engine:
                 share = self._pace.prompt_tokens(len(rows))
                 left = min(left, share)
             if task.pending == 1 and guesses > 0:
-                guesses -= task.guess(guesses, self._pace)
+                guessed = task.guess(guesses, self._pace, others)
+                guesses, others = guesses - guessed, others + guessed
             n = min(task.pending, left)
             needed = max(0, segments_of(task.sequence.length + n + len(task.guessed)) - len(task.sequence.addresses))
             if n == 0 or not self._has_room(task.sequence, needed, promised, [row.sequence for _, row in rows]):

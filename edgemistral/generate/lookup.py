@@ -32,8 +32,12 @@ class Lookup:
         self._credit = 0.0
         self._index(history, length)
 
-    def guess(self, history: NDArray[np.int32], most: int, pace: Pace) -> tuple[int, ...]:
-        """Ids that may follow `history`: as many as pay at the speed of this machine."""
+    def guess(self, history: NDArray[np.int32], most: int, pace: Pace, others: int = 0) -> tuple[int, ...]:
+        """Ids that may follow `history`: as many as pay at the speed of this machine.
+
+        others: tokens that the step computes beside these and the one before them. What a guess costs depends on them, and it
+        must pay for all who wait for the step.
+        """
         length = len(history)
         self._credit += INTEREST
         places = list(self._followed.get(tuple(history[length - N :].tolist()), ())) if length >= N else []
@@ -41,7 +45,7 @@ class Lookup:
         if not places:
             return ()
         at = places[-1] if len(places) == 1 else max(places, key=lambda place: (_common_end(history, place), place))
-        n = self._worth(min(most, MOST, length - at), pace)
+        n = self._worth(min(most, MOST, length - at), pace, others)
         return tuple(history[at : at + n].tolist())
 
     def learn(self, guessed: int, accepted: int) -> None:
@@ -49,19 +53,21 @@ class Lookup:
         for n in range(min(accepted + 1, guessed)):
             self._right = MEMORY * self._right + (1 - MEMORY) * (n < accepted)
 
-    def _worth(self, most: int, pace: Pace) -> int:
-        """The length with the most tokens per second; now and then a short trial if none seems to pay."""
+    def _worth(self, most: int, pace: Pace, others: int) -> int:
+        """The length with the most tokens per second in the whole step; now and then a short trial if none seems to pay."""
         best, speed = 0, GAIN
-        expected, power = 1.0, 1.0
+        without = others + 1
+        expected, power = float(without), 1.0
         for n in range(1, most + 1):
             power *= self._right
             expected += power
-            if expected / pace.cost(1 + n) > speed:
-                best, speed = n, expected / pace.cost(1 + n)
+            gained = expected / without / pace.cost(without + n, without)
+            if gained > speed:
+                best, speed = n, gained
         if best or not most:
             return best
         trial = min(most, 3)
-        price = pace.cost(1 + trial) - 1
+        price = pace.cost(without + trial, without) - 1
         if self._credit < price:
             return 0
         self._credit -= price

@@ -65,12 +65,12 @@ class Pace:
             self._spare += SLOWER * alone - min(seconds, LONGEST * alone)
             self._spare = min(self._spare, SLOWER * alone)       # limited: readers must not pay later for a long time alone
 
-    def cost(self, tokens: int) -> float:
-        """The time of a step of this many tokens, relative to one token: measured, or typical of most machines."""
-        one, several = self._alone.get(1), self._alone.get(tokens)
-        if one is not None and several is not None:
-            return max(1.0, several / one)
-        return 1 + 0.03 * (tokens - 1) if tokens <= FEW else 1 + 0.1 * tokens
+    def cost(self, tokens: int, fewer: int = 1) -> float:
+        """The time of a step of this many tokens, relative to one of fewer: measured, or typical of most machines."""
+        small, large = self._alone.get(fewer), self._alone.get(tokens)
+        if small is None or large is None:
+            small, large = _typical(fewer), _typical(tokens)
+        return max(1.0, large / small)
 
 
 def best_pair(steps: Sequence[tuple[int, float]], mean: float) -> tuple[int, int]:
@@ -91,6 +91,11 @@ def best_pair(steps: Sequence[tuple[int, float]], mean: float) -> tuple[int, int
                 if speed > most:
                     best, most = (small, large), speed
     return best
+
+
+def _typical(tokens: int) -> float:
+    """The time of a step of this many tokens on most machines; that of one token is 1."""
+    return 1 + 0.03 * (tokens - 1) if tokens <= FEW else 1 + 0.1 * tokens
 
 
 def _blend(times: dict[int, float], tokens: int, seconds: float) -> None:

@@ -107,8 +107,8 @@ class Task:
             self.error = error
         return self.error is not None
 
-    def guess(self, most: int, pace: Pace) -> int:
-        """Set `guessed` to at most `most` ids; returns how many."""
+    def guess(self, most: int, pace: Pace, others: int) -> int:
+        """Set `guessed` to at most `most` ids; returns how many. others: further tokens of the step, see `Lookup.guess`."""
         return 0
 
     def row(self, n: int) -> Row:
@@ -249,13 +249,13 @@ class Generation(Task, Iterator[int]):
         super().attached()
         self.usage.cached_tokens = self.cached_tokens or 0
 
-    def guess(self, most: int, pace: Pace) -> int:
+    def guess(self, most: int, pace: Pace, others: int) -> int:
         if self._lookup is None:
             self._lookup = Lookup(self.history, self.usage.prompt_tokens)
         most = min(most, self.engine.context - self.length)
         if self._max_new_tokens is not None:
             most = min(most, self._max_new_tokens - (self.length - self.usage.prompt_tokens) - 1)
-        self.guessed = self._lookup.guess(self.history[: self.length], most, pace)
+        self.guessed = self._lookup.guess(self.history[: self.length], most, pace, others)
         return len(self.guessed)
 
     def row(self, n: int) -> Row:

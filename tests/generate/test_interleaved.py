@@ -30,7 +30,7 @@ ANSWER = 24       # tokens: long enough to repeat itself, so that guesses are ma
 @pytest.fixture(autouse=True)
 def many_guesses(monkeypatch):
     """Steps of so small a model do not wait for memory, and its answers seldom quote: guesses would hardly ever pay."""
-    monkeypatch.setattr(Lookup, "_worth", lambda self, most, pace: min(most, 4))
+    monkeypatch.setattr(Lookup, "_worth", lambda self, most, pace, others: min(most, 4))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ class Interleaved:
 @pytest.fixture(autouse=True)
 def guesses_are_free(monkeypatch):
     """Whether they pay depends on the machine; here they are to be made."""
-    monkeypatch.setattr(Pace, "cost", lambda self, tokens: 1.0)
+    monkeypatch.setattr(Pace, "cost", lambda self, tokens, fewer=1: 1.0)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -120,3 +120,14 @@ def test_it_can_be_turned_off():
     fake = model()
     list(Engine(fake, lookup=False).generate(PROMPT, GREEDY, 20))
     assert max(map(len, fake.calls[1:])) == 1
+
+
+def test_a_guess_must_pay_for_the_whole_step():
+    """Up to 4 tokens cost what one does, and more three times as much: the place that is left is used, not more."""
+    pace, history = Pace(), np.array([*range(10, 30)] * 2, np.int32)
+    pace._alone = {tokens: 1.0 if tokens <= 4 else 3.0 for tokens in range(1, 12)}
+    lookup = Lookup(history, 22)
+    for _ in range(30):
+        lookup.learn(MOST, MOST)
+    for length, others, guessed in ((25, 0, 3), (26, 1, 2), (27, 2, 1), (28, 3, 0)):
+        assert len(lookup.guess(history[:length], MOST, pace, others)) == guessed
