@@ -35,7 +35,7 @@ class Transformer:
     """A model over the sequences of its pool: `step` computes rows. Not reentrant: the caller holds a lock."""
 
     chunk, max_rows = CHUNK, MAX_ROWS
-    step_sizes: Sequence[int] = (SHORT, *range(round_up(SHORT + 1, LONG), CHUNK // 2, LONG))
+    step_sizes: Sequence[int] = (SHORT // 2, SHORT, *range(round_up(SHORT + 1, LONG), CHUNK // 2, LONG))
 
     def __init__(
         self, blob: Blob, *, context: int | None = None, kv_bits: int = 8, threads: int = 1, kv_budget: int | None = None
