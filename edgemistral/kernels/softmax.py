@@ -98,6 +98,7 @@ def softmax_in_codes(s, masked, value_scales, ahead, quarter, row, head_dim, scr
 
 @inlined
 def _prefetch(ahead, size):
+    """Ask for `size` bytes at address `ahead`, rounded up to 512."""
     for at in range(0, size, 512):
         prefetch_tile_early(ahead, at, 8, 1, 64, 0)
 

@@ -284,7 +284,7 @@ def store_tile(typingctx, store, base, index, down, right, value):
     return types.void(store, base_type(base), types.intp, types.intp, types.intp, value), emit
 
 
-def _ask_for(context, builder, base_type, base, index, level=1):
+def _ask_for(context, builder, base_type, base, index, level):
     """A prefetch of one line into a level of the cache."""
     read, locality, data = (ir.Constant(I32, n) for n in (0, 4 - level, 1))
     pointer = address(context, builder, base_type, base, index, I8)

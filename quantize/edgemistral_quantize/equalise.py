@@ -24,7 +24,8 @@ from edgemistral.files.layout import PANEL
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
-# By bits; docs/decisions/2026-11-26-calibration.md has the measurements that chose these.
+# By bits. Chosen by hand on SmolLM2-135M-Instruct and on the demo model, with the texts of bench/real_model.py: what that shows
+# is no independent test of them. docs/decisions/2026-11-26-calibration.md has what was tried for 8 bits.
 ALPHA = {4: 0.25, 8: 0.4}
 ALPHA_OF_OUTPUT = {4: 0.25, 8: 0.0}     # the head gets its inputs with twice as many digits: outliers do no harm there
 FLOOR = 1e-3                # of the mean square: an input that is small in the calibration text may be larger in another
