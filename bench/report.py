@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench import plots, report_campaigns, report_sessions, summary
@@ -43,8 +45,8 @@ Written by `python -m bench.run_all --report`. [RESULTS.md](../RESULTS.md) has t
 """
 # Sections that RESULTS.md repeats once they are measured.
 ESSENTIAL = (
-    "parallel", "lookup", "restart", "small_memory", "real_model", "calibration_cost", "quality", "kv_accuracy_demo",
-    "kv_accuracy_SmolLM2-135M", "server_fuzz", "fuzz", "crash", "soak",
+    "parallel", "lookup", "restart", "small_memory", "real_model", "calibration_cost", "full_calibration", "quality",
+    "kv_accuracy_demo", "kv_accuracy_SmolLM2-135M", "server_fuzz", "fuzz", "crash", "soak",
 )
 Results = dict[str, Any]
 
@@ -303,6 +305,21 @@ def _calibration_cost(r: Results) -> list[str]:
     ]
 
 
+def _full_calibration(r: Results) -> list[str]:
+    killed, resumed = r["killed"], r["resumed"]
+    peak = max((run["peak_anonymous_bytes"] or 0 for run in (killed, resumed)), default=None)
+    return _table(("random weights, `--calibrate full`", ""), [
+        (f"killed (SIGKILL) in layer {r['layers_before_the_kill'] + 1} of {r['layers']}, after",
+         f"{killed['seconds'] / 60:.1f} min"),
+        ("resumed: that layer finished after", f"{resumed['layers_at'][0] / 60:.1f} min"),
+        ("resumed: the blob finished after", f"{resumed['seconds'] / 60:.1f} min"),
+        ("both runs together", f"{r['seconds'] / 60:.1f} min"),
+        ("a layer, median", f"{median(b - a for a, b in pairwise(resumed['layers_at'])):.0f} s"),
+        ("tensors that were finished at the kill, and have the same bytes in the blob", str(r["tensors_kept"])),
+        ("peak anonymous memory", in_gb(peak)),
+    ])
+
+
 def _kv_accuracy(r: Results) -> list[str]:
     return [
         f"Heads of {r['head_dim']}, {r['tokens']:,} tokens of prose. Both programs with float32 weights: each cache against the"
@@ -419,6 +436,8 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ("Quality: a real pretrained model, beside llama.cpp's types", "real_model",
      "python bench/real_model.py WORK", _real_model),
     ("What calibration costs on 7B shapes", "calibration_cost", "python bench/calibration_cost.py WORK", _calibration_cost),
+    ("All of a 7B with full calibration, killed and resumed", "full_calibration",
+     "python bench/full_calibration.py WORK", _full_calibration),
     *(
         (f"Quality: few bits of keys and values of {model}, beside llama.cpp", f"kv_accuracy_{model}",
          f"python bench/kv_accuracy.py WORK --model {model}", _kv_accuracy)

@@ -45,6 +45,7 @@ COMMANDS = (     # as named in the sections of bench/report.py
     "python bench/quality.py",
     "python bench/real_model.py WORK",
     "python bench/calibration_cost.py WORK",
+    "python bench/full_calibration.py WORK",
     "python bench/kv_accuracy.py WORK --model demo",
     "python bench/kv_accuracy.py WORK --model SmolLM2-135M",
     "python bench/quality_random.py",
