@@ -31,6 +31,8 @@ F64 = NDArray[np.float64]
 TILE = 256        # rows of a matrix in one product
 TOKENS = 64       # computed together in element-wise operations
 MATRICES = ("wqkv", "wo", "w13", "w2")
+SAMPLED_ROWS = 256       # about as many of each matrix
+SAMPLED_TOKENS = 512     # at most, of all windows
 
 
 class Source(Protocol):
@@ -44,9 +46,12 @@ class Source(Protocol):
 
 @dataclass
 class Inputs:
-    """Mean squares of the inputs of one layer's matrices, by the name of the matrix: float64 (cols,)."""
+    """By the name of a layer's matrix: the mean squares of its inputs, and samples if they were asked for."""
 
-    mean_squares: dict[str, F64] = field(default_factory=dict)
+    mean_squares: dict[str, F64] = field(default_factory=dict)        # (cols,)
+    of_windows: dict[str, list[F64]] = field(default_factory=dict)    # (cols,) of each window
+    tokens: dict[str, list[F32]] = field(default_factory=dict)        # (some, cols) inputs of each window
+    weights: dict[str, F32] = field(default_factory=dict)             # (some, cols) rows of the matrix
 
 
 Collect = Callable[[str, Sequence[F32]], None]
@@ -61,12 +66,14 @@ class CalibrationPass:
 
     def __init__(
         self, source: Source, windows: Sequence[NDArray[np.int32]], at_once: int, strip_bytes: int,
-        progress: Callable[[int], object], threads: int | None = None, relative: bool = True,
+        progress: Callable[[int], object], threads: int | None = None, relative: bool = True, samples: bool = False,
     ) -> None:
         """windows: token ids (n,) each. at_once: windows that pass a matrix together, while it is in memory.
 
-        relative: divide the inputs of wo and w2 by the size of the state that they add to (see `_over_size`).
+        relative: divide the inputs of wo and w2 by the size of the state that they add to (see `_over_size`). samples: keep
+        samples of inputs and weights, too.
         """
+        self._samples = samples
         self._source, self._config, self._relative = source, source.config, relative
         self._at_once, self._strip_bytes, self._progress = at_once, strip_bytes, progress
         self._pool = ThreadPoolExecutor(threads or os.cpu_count() or 1)
@@ -82,18 +89,28 @@ class CalibrationPass:
         norms = {name: list(self._strips(at + name)) for name in ("attention_norm", "ffn_norm")}
         rows = {"wqkv": c.q_dim + 2 * c.kv_dim, "wo": c.dim, "w13": 2 * c.hidden_dim, "w2": c.dim}
         sums: dict[str, F64] = {}
+        parts: dict[str, list[F32]] = {}      # of matrices: sampled rows
+        found, every = Inputs(), -(-self.tokens // SAMPLED_TOKENS)
 
         def meet(matrix: str, inputs: list[F32]) -> list[F32]:
-            outputs = self._times(inputs, at + matrix, rows[matrix])
+            outputs = self._times(inputs, at + matrix, rows[matrix], sampled(matrix))
             if matrix in ("wo", "w2"):   # their outputs are added to the states, and a norm comes next
                 add(states, outputs)
                 if self._relative:
                     self._each(_over_size, inputs, states)
             for squares in self._pool.map(_sum_of_squares, inputs):   # in the windows' order, for any number of threads
                 sums[matrix] = sums[matrix] + squares if matrix in sums else squares
+                if self._samples:
+                    found.of_windows.setdefault(matrix, []).append(squares)
+            if self._samples:
+                found.tokens.setdefault(matrix, []).extend(x[::every].copy() for x in inputs)
             if collect is not None:
                 collect(matrix, inputs)
             return outputs
+
+        def sampled(matrix: str) -> list[F32] | None:
+            """Where to put the sampled rows, once."""
+            return parts.setdefault(matrix, []) if self._samples and matrix not in parts else None
 
         def add(states: Iterable[F32], more: Iterable[F32]) -> None:
             for x, y in zip(states, more, strict=True):
@@ -107,7 +124,11 @@ class CalibrationPass:
             h = meet("w13", self._each(lambda x: rms_norm(x, norms["ffn_norm"], c.norm_eps), states))
             h = self._each(_swiglu, h)
             meet("w2", h)
-        return Inputs({name: total / self.tokens for name, total in sums.items()})
+        found.mean_squares = {name: total / self.tokens for name, total in sums.items()}
+        for squares in found.of_windows.values():
+            squares[:] = (total / len(x) for total, x in zip(squares, self.states, strict=True))
+        found.weights = {name: np.concatenate(part) for name, part in parts.items()}
+        return found
 
     def pass_norm(self) -> Inputs:
         """The mean squares of the output head's inputs, after the last layer."""
@@ -127,11 +148,13 @@ class CalibrationPass:
     def _each(self, function: Callable[..., F32], *arrays: Iterable[F32]) -> list[F32]:
         return list(self._pool.map(function, *arrays))
 
-    def _times(self, inputs: list[F32], name: str, rows: int) -> list[F32]:
-        """x W^T of each input x (tokens, cols) by the matrix W (rows, cols) -> (tokens, rows)."""
+    def _times(self, inputs: list[F32], name: str, rows: int, sampled: list[F32] | None) -> list[F32]:
+        """x W^T of each input x (tokens, cols) by the matrix W (rows, cols) -> (tokens, rows). `sampled` gets rows of W."""
         outputs = [np.empty((len(x), rows), np.float32) for x in inputs]
-        first = 0
+        first, every = 0, max(1, rows // SAMPLED_ROWS)
         for tile in one_ahead(tiled(self._strips(name))):
+            if sampled is not None:
+                sampled.append(tile[-first % every :: every].copy())
             columns = slice(first, first + len(tile))
             list(self._pool.map(partial(_multiply, tile, columns), inputs, outputs))
             first += len(tile)
@@ -159,6 +182,12 @@ def work_bytes(config: ModelConfig, window: int, n_windows: int, at_once: int) -
     attention = 4 * window * (c.q_dim + 2 * c.kv_dim) + 4 * 256 * window
     feed_forward = window * (3 * c.hidden_dim + 2 * c.dim) + 8 * TOKENS * c.hidden_dim
     return 4 * (window * c.dim * n_windows + at_once * max(attention, feed_forward))
+
+
+def sample_bytes(config: ModelConfig, n_windows: int) -> int:
+    """Memory of a layer's samples, and of estimating the errors of one matrix."""
+    cols = (config.dim, config.q_dim, config.dim, config.hidden_dim)
+    return 4 * (SAMPLED_TOKENS + n_windows + 2 * SAMPLED_ROWS) * (sum(cols) + 6 * max(cols))
 
 
 def tiled(strips: Iterable[NDArray[Any]]) -> Iterator[F32]:

@@ -19,7 +19,7 @@ from edgemistral.errors import BadInput
 from edgemistral.files import regular
 
 METHODS = ("none", "fast", "full")
-VERSION = 3                                    # of the methods: a run of another version cannot resume
+VERSION = 4                                    # of the methods: a run of another version cannot resume
 WINDOW = 512                                   # tokens that see each other, the first of them <s>
 WINDOWS = {"none": 0, "fast": 8, "full": 32}   # at most
 FOLDER = Path(__file__).parent / "calibration"
@@ -51,6 +51,7 @@ class Calibration:
     method: str                          # fast or full
     windows: list[NDArray[np.int32]]     # ids (n,), each beginning with <s>
     text_sha256: str                     # of the text before it was cut in tokens
+    kinds: list[int]                     # the kind of text of each window
 
     @property
     def different(self) -> int:
@@ -83,8 +84,11 @@ def read_calibration(method: str, text: Path | None, tokenizer: Tokenizer, conte
     else:
         content = _read(text)
         kinds = [_cut(tokenizer.encode(content), size, [] if tokenizer.bos_id is None else [tokenizer.bos_id])]
-    windows = list(_in_turn(kinds))[: WINDOWS[method]]
-    return Calibration(method, windows, hashlib.sha256(content.encode()).hexdigest())
+    in_turn = list(_in_turn(kinds))[: WINDOWS[method]]
+    windows = [window for _, window in in_turn]
+    # Of a user's text, quarters stand for kinds.
+    labels = [kind if text is None else len(ORDER) * i // len(windows) for i, (kind, _) in enumerate(in_turn)]
+    return Calibration(method, windows, hashlib.sha256(content.encode()).hexdigest(), labels)
 
 
 def conversations(text: str) -> Iterator[list[dict[str, Any]]]:
@@ -122,10 +126,11 @@ def _cut(ids: list[int], size: int, begin: list[int]) -> list[NDArray[np.int32]]
     return [np.array([*begin, *piece][:size], np.int32) for piece in pieces]
 
 
-def _in_turn(kinds: Sequence[list[NDArray[np.int32]]]) -> Iterator[NDArray[np.int32]]:
+def _in_turn(kinds: Sequence[list[NDArray[np.int32]]]) -> Iterator[tuple[int, NDArray[np.int32]]]:
     for i in range(max(map(len, kinds), default=0)):
-        for windows in kinds:
-            yield from windows[i : i + 1]
+        for kind, windows in enumerate(kinds):
+            for window in windows[i : i + 1]:
+                yield kind, window
 
 
 def _read(path: Path) -> str:

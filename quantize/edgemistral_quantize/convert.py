@@ -23,9 +23,9 @@ from edgemistral.errors import BadInput
 from edgemistral.files.bf16 import to_bf16, widen
 from edgemistral.files.blob_writer import BlobWriter
 from edgemistral.files.layout import BLOCK_BYTES, PANEL, Matrix, Recipe, TensorSpec, matrices, matrix_tensors
-from edgemistral_quantize import gptq, sensitivity
+from edgemistral_quantize import exponents, gptq, sensitivity
 from edgemistral_quantize.ahead import map_ahead, one_ahead
-from edgemistral_quantize.calibrate import MATRICES, TILE, CalibrationPass, tiled, work_bytes
+from edgemistral_quantize.calibrate import MATRICES, TILE, CalibrationPass, sample_bytes, tiled, work_bytes
 from edgemistral_quantize.calibration_text import Calibration, read_calibration
 from edgemistral_quantize.checkpoint import Checkpoint, Strip
 from edgemistral_quantize.equalise import Change, Changes, layer_changes, output_changes
@@ -112,7 +112,7 @@ def _choose(
     checkpoint: Checkpoint, calibration: Calibration, bits: float, output_bits: int, max_ram: int, progress: bool | Progress
 ) -> Recipe:
     few = dataclasses.replace(calibration, method="fast", windows=calibration.windows[: sensitivity.WINDOWS])
-    strip_bytes, some, _ = _share_memory(checkpoint, few, max_ram)
+    strip_bytes, some, _ = _share_memory(checkpoint, few, max_ram, 4)
     assert some is not None
     runs = 1 + len(MATRICES)
     with (
@@ -148,7 +148,7 @@ def convert(
     """`quantize` with a checkpoint and calibration tokens that are already read."""
     if dst.exists() and any(dst.samefile(file) for file in checkpoint.files):
         raise BadInput(f"{dst}: a part of the checkpoint itself")
-    strip_bytes, calibration, at_once = _share_memory(checkpoint, calibration, max_ram)
+    strip_bytes, calibration, at_once = _share_memory(checkpoint, calibration, max_ram, recipe.bits)
 
     config = checkpoint.config
     by_name = {matrix.name: matrix for matrix in matrices(config, recipe)}
@@ -174,7 +174,9 @@ def convert(
         conversion = _Conversion(checkpoint, writer, strip_bytes, samples, spare, update)
         states = None
         if calibration is not None:
-            states = CalibrationPass(checkpoint, calibration.windows, at_once, strip_bytes, update)
+            states = CalibrationPass(
+                checkpoint, calibration.windows, at_once, strip_bytes, update, samples=recipe.bits == 8
+            )
             stack.callback(states.close)
         changes, moments = _NO_CHANGES, None
         for spec in writer.tensors.values():
@@ -183,7 +185,8 @@ def convert(
                 moments = _moments(config, recipe, calibration, writer, at)
                 add = None if moments is None else partial(_add_moments, moments, states.map)
                 inputs = states.pass_layer(int(at.removeprefix("layers.")), add)
-                changes = layer_changes(config, inputs.mean_squares, recipe.bits, samples)
+                alpha = None if calibration is None or recipe.bits == 4 else exponents.choose(config, inputs, calibration.kinds)
+                changes = layer_changes(config, inputs.mean_squares, samples, alpha)
             elif part == "norm" and states is not None:
                 changes = output_changes(states.pass_norm().mean_squares["output"], recipe.output_bits, samples)
             if spec.name in by_name:
@@ -217,7 +220,7 @@ def _telling(progress: Progress, total: int) -> Callable[[int], object]:
 
 
 def _share_memory(
-    checkpoint: Checkpoint, calibration: Calibration | None, max_ram: int
+    checkpoint: Checkpoint, calibration: Calibration | None, max_ram: int, bits: int
 ) -> tuple[int, Calibration | None, int]:
     """Bytes of a strip, the calibration with as many windows as fit, and how many of them pass a layer at once."""
     needed = STRIPS_IN_WORK * checkpoint.min_strip_bytes
@@ -227,7 +230,7 @@ def _share_memory(
         return min(STRIP_BYTES, max_ram // STRIPS_IN_WORK), None, 0
     window, n = max(map(len, calibration.windows)), len(calibration.windows)
     free = max_ram - needed
-    free -= gptq.work_bytes(checkpoint.config, calibration.method)
+    free -= gptq.work_bytes(checkpoint.config, calibration.method) if bits == 4 else sample_bytes(checkpoint.config, n)
     if free < 0:
         raise BadInput(f"max_ram is {max_ram} bytes; to calibrate this checkpoint needs {max_ram - free} or more")
 

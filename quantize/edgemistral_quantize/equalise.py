@@ -24,9 +24,8 @@ from edgemistral.files.layout import PANEL
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
-# By bits. Chosen by hand on SmolLM2-135M-Instruct and on the demo model, with the texts of bench/real_model.py: what that shows
-# is no independent test of them. docs/decisions/2026-11-26-calibration.md has what was tried for 8 bits.
-ALPHA = {4: 0.25, 8: 0.4}
+# Chosen by hand on SmolLM2-135M-Instruct and on the demo model: docs/decisions/2026-11-26-calibration.md has what was tried.
+ALPHA = 0.25            # of the layers' matrices in 4 bits; in 8 bits `exponents.py` chooses for each matrix
 ALPHA_OF_OUTPUT = {4: 0.25, 8: 0.0}     # the head gets its inputs with twice as many digits: outliers do no harm there
 FLOOR = 1e-3                # of the mean square: an input that is small in the calibration text may be larger in another
 
@@ -56,14 +55,20 @@ class Changes:
     norms: Mapping[str, F32]
 
 
-def layer_changes(config: ModelConfig, measured: Mapping[str, F64], bits: int, samples: float) -> Changes:
-    """The changes of one layer, from the mean squares (cols,) of `samples` different inputs of wqkv, wo, w13 and w2."""
-    c, alpha = config, ALPHA[bits]
+def layer_changes(
+    config: ModelConfig, measured: Mapping[str, F64], samples: float, alpha: Mapping[str, float] | None = None
+) -> Changes:
+    """The changes of one layer, from the mean squares (cols,) of `samples` different inputs of wqkv, wo, w13 and w2.
+
+    alpha: for each of them; ALPHA if None.
+    """
+    c = config
     mean_squares = {name: shrunk(values, samples) for name, values in measured.items()}
-    s = {name: factors(values, alpha) for name, values in mean_squares.items()}
-    by_head = mean_squares["wo"].reshape(c.n_kv_heads, c.group, c.head_dim)
-    value = factors(by_head.mean(axis=1).reshape(-1), alpha)
-    s["wo"] = np.repeat(value.reshape(c.n_kv_heads, 1, c.head_dim), c.group, axis=1).reshape(-1)
+    s = {
+        name: factors(of_sources(c, name, values), ALPHA if alpha is None else alpha[name])
+        for name, values in mean_squares.items()
+    }
+    value = s["wo"].reshape(c.n_kv_heads, c.group, c.head_dim)[:, 0].reshape(-1)
     rows = {
         "wqkv": np.concatenate([np.ones(c.q_dim + c.kv_dim), 1 / value]),
         "w13": np.stack([np.ones((c.hidden_dim // PANEL, PANEL)), 1 / s["w2"].reshape(-1, PANEL)], axis=1).reshape(-1),
@@ -78,6 +83,14 @@ def layer_changes(config: ModelConfig, measured: Mapping[str, F64], bits: int, s
     }
     norms = {"attention_norm": 1 / s["wqkv"], "ffn_norm": 1 / s["w13"]}
     return Changes(matrices, {name: values.astype(np.float32) for name, values in norms.items()})
+
+
+def of_sources(config: ModelConfig, name: str, mean_squares: F64) -> F64:
+    """Mean squares (cols,) of a matrix's inputs, averaged over those that get one factor: heads that share a value head."""
+    if name != "wo":
+        return mean_squares
+    by_head = mean_squares.reshape(config.n_kv_heads, config.group, config.head_dim)
+    return np.repeat(by_head.mean(axis=1, keepdims=True), config.group, axis=1).reshape(-1)
 
 
 def output_changes(measured: F64, bits: int, samples: float) -> Changes:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgemistral_quantize import calibration_text, convert, equalise, gptq, quantize
-from edgemistral_quantize.calibrate import CalibrationPass, tiled
+from edgemistral_quantize import calibration_text, convert, equalise, exponents, gptq, quantize
+from edgemistral_quantize.calibrate import CalibrationPass, Inputs, tiled
 from edgemistral_quantize.checkpoint import Checkpoint
 from edgemistral_quantize.groups import default_levels, quantize_rows
 from edgemistral_quantize.sensitivity import spend
@@ -107,7 +107,8 @@ def test_equalisation_changes_no_answer() -> None:
     for layer in range(c.n_layers):
         at = f"layers.{layer}."
         sizes = {"wqkv": c.dim, "wo": c.q_dim, "w13": c.dim, "w2": c.hidden_dim}
-        changes = equalise.layer_changes(c, {name: rng.exponential(size=n) ** 4 for name, n in sizes.items()}, 8, 1000)
+        alpha = {"wqkv": 0.3, "wo": 0.4, "w13": 0.1, "w2": 0.7} if layer % 2 else None
+        changes = equalise.layer_changes(c, {name: rng.exponential(size=n) ** 4 for name, n in sizes.items()}, 1000, alpha)
         whole = {
             "wqkv": np.concatenate([weights[at + name] for name in ("wq", "wk", "wv")]), "wo": weights[at + "wo"],
             "w13": layout.interleave_gate_up(weights[at + "w1"], weights[at + "w3"]), "w2": weights[at + "w2"],
@@ -132,6 +133,42 @@ def test_a_head_in_8_bits_is_not_equalised() -> None:
         columns = changes.matrices["output"].columns
         assert columns is not None
         assert (columns != 1).any() == (changes.norms["norm"] != 1).any() == columns_change
+
+
+def test_the_estimated_error_is_that_of_rounding() -> None:
+    """Round inputs and weights as the kernels do, and compare the outputs."""
+    rng, cols = np.random.default_rng(1), 200      # no multiple of a block
+    w, x = rng.normal(size=(300, cols)).astype(F32), rng.normal(size=(400, cols)).astype(F32)
+    x *= rng.exponential(size=cols).astype(F32)
+    s = rng.uniform(0.5, 2, cols)
+
+    def rounded(values: np.ndarray, size: int) -> np.ndarray:
+        parts = [values[:, at : at + size] for at in range(0, cols, size)]
+        steps = [np.abs(part).max(axis=1, keepdims=True) / 127 for part in parts]
+        return np.concatenate([np.rint(part / step) * step for part, step in zip(parts, steps, strict=True)], axis=1)
+
+    measured = np.square(x @ w.T - rounded(x / s, 128) @ rounded(w * s, 32).T).sum(axis=1).mean()
+    estimated = exponents.error(w, x, np.square(x, dtype=np.float64).mean(axis=0), s) / (12 * 127**2)
+    assert estimated == pytest.approx(measured, rel=0.05)
+
+
+def _inputs(of_kinds: list[np.ndarray], rows: np.ndarray) -> Inputs:
+    """A layer of one matrix, with one window (tokens, cols) of each kind."""
+    squares = [np.square(x, dtype=np.float64).mean(axis=0) for x in of_kinds]
+    return Inputs({"w2": np.mean(squares, axis=0)}, {"w2": squares}, {"w2": of_kinds}, {"w2": rows})
+
+
+def test_equalised_are_outliers_that_all_kinds_of_text_share() -> None:
+    rng, cols = np.random.default_rng(2), 256
+    rows = rng.normal(size=(64, cols)).astype(F32)
+    plain = [rng.normal(size=(100, cols)).astype(F32) for _ in range(4)]
+    shared = np.where(np.arange(cols) % 64 == 5, 20, 1).astype(F32)
+    own = [np.where(np.arange(cols) % 64 == 5 + kind, 20, 1).astype(F32) for kind in range(4)]
+    for factors, least, most in (([shared] * 4, 0.4, 1.0), (own, 0.0, 0.0)):
+        inputs = _inputs([x * f for x, f in zip(plain, factors, strict=True)], rows)
+        assert least <= exponents.choose(SMALL, inputs, [0, 1, 2, 3])["w2"] <= most
+    assert exponents.choose(SMALL, _inputs([plain[0] * shared], rows), [0])["w2"] >= 0.4      # one kind: judged by itself
+    assert exponents.choose(SMALL, _inputs([np.zeros_like(x) for x in plain], rows), [0, 1, 2, 3])["w2"] == 0
 
 
 def test_factors_of_nothing_are_ones() -> None:
@@ -168,25 +205,26 @@ def test_tiles_have_the_same_rows_however_they_come(sizes: list[int]) -> None:
 
 # ---- the same bytes ----
 
-@pytest.mark.parametrize("method", ["fast", "full"])
+@pytest.mark.parametrize(("method", "bits"), [("fast", 4), ("full", 4), ("fast", 8)])
 def test_strips_and_windows_at_once_make_no_difference(
-    checkpoint: Path, text: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, text: Path, tmp_path: Path, method: str, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = quantize(checkpoint, tmp_path / "a", calibrate=method, calibration_text=text).read_bytes()
+    whole = quantize(checkpoint, tmp_path / "a", bits=bits, calibrate=method, calibration_text=text).read_bytes()
     monkeypatch.setattr(convert, "STRIP_BYTES", 1)
     monkeypatch.setattr(convert, "WINDOWS_AT_ONCE", 1)
-    assert quantize(checkpoint, tmp_path / "b", calibrate=method, calibration_text=text).read_bytes() == whole
+    assert quantize(checkpoint, tmp_path / "b", bits=bits, calibrate=method, calibration_text=text).read_bytes() == whole
 
 
-@pytest.mark.parametrize("method", ["fast", "full"])
-def test_threads_make_no_difference(checkpoint: Path, text: Path, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "bits"), [("fast", 4), ("full", 4), ("fast", 8)])
+def test_threads_make_no_difference(checkpoint: Path, text: Path, tmp_path: Path, method: str, bits: int) -> None:
     code = ("import os, sys; os.cpu_count = lambda: int(sys.argv[4])\n"
             "from edgemistral_quantize import convert, quantize\n"
             "convert.ENOUGH = 1\n"
-            "quantize(sys.argv[1], sys.argv[2], calibrate=sys.argv[3], calibration_text=sys.argv[5], progress=False)")
+            "quantize(sys.argv[1], sys.argv[2], int(sys.argv[6]), calibrate=sys.argv[3], calibration_text=sys.argv[5],\n"
+            "         progress=False)")
     for threads in ("1", "3"):
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": threads}
-        arguments = [checkpoint, tmp_path / threads, method, threads, text]
+        arguments = [checkpoint, tmp_path / threads, method, threads, text, bits]
         subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True, env=environment)
     assert (tmp_path / "1").read_bytes() == (tmp_path / "3").read_bytes()
 
