@@ -100,7 +100,6 @@ ROWS: list[tuple[str, str, Cell]] = [
     ("first token of `edgemistral run demo`", "startup", lambda r: f"{r['first_token_seconds']:.2f} s"),
     ("first run ever: kernels are compiled", "startup", lambda r: f"{r['first_run_seconds']:.0f} s"),
     ("quantize a 7B to 4 bits", "seven_b_quantize", lambda r: f"{r['seconds']:.0f} s"),
-    ("the same with full calibration, killed and resumed once", "full_calibration", lambda r: f"{r['seconds'] / 60:.0f} min"),
     ("the blob, bits per weight of its layers", "seven_b_quantize",
      lambda r: f"{r['blob_bytes'] / 1e9:.2f} GB, {r['bits_per_weight']['layers']:.2f}"),
     ("30,000 tokens: KL from float32", "long_context-4bit", lambda r: f"{r['mean_kl']:.5f}"),
