@@ -1,14 +1,14 @@
 """Chooses how strongly the inputs of each matrix are equalised in 8 bits (`alpha` of `equalise.py`).
 
 Equalising helps a text whose large inputs are in the columns where the calibration text has them. It harms one that has them
-elsewhere. So it is tried: each kind of calibration text is left out in turn, the factors s are made of the other kinds, and the
-rounding errors of the kind that was left out are estimated. The exponent with the least error is used: the geometric mean over
-the kinds, of each relative to no equalisation. 0 is one of them.
+elsewhere. So it is tried: each kind of calibration text is left out in turn, the factors s come from the other kinds, and the
+rounding errors of the kind that was left out are estimated, relative to those without equalisation. The exponent whose geometric
+mean over the kinds is least is used. 0, no equalisation, is one of them.
 
-A value that is rounded to multiples of a step has an error of variance  step^2 / 12.  So the outputs of W (rows, cols) have
+Rounding to multiples of a step makes an error of variance  step^2 / 12.  For outputs of W (rows, cols) it is multiplied:
 
-    from inputs     step = max |x / s| over a block of 128 / 127,  times the sum of (s w)^2 over the block
-    from weights    step = max |s w| over a group of 32 / 127,     times the sum of (x / s)^2 over the group
+    inputs     step = max |x / s| of a block of 128, / 127    step^2 times the sum of (s w)^2 over the block
+    weights    step = max |s w| of a group of 32, / 127       step^2 times the sum of (x / s)^2 over the group
 
 The factor 1 / (12 * 127^2) is common to both and left out.
 """
