@@ -112,7 +112,7 @@ def _choose(
     checkpoint: Checkpoint, calibration: Calibration, bits: float, output_bits: int, max_ram: int, progress: bool | Progress
 ) -> Recipe:
     few = dataclasses.replace(calibration, method="fast", windows=calibration.windows[: sensitivity.WINDOWS])
-    strip_bytes, some, _ = _share_memory(checkpoint, few, max_ram, bits=4)   # as the layers: no samples
+    strip_bytes, some, _ = _share_memory(checkpoint, few, max_ram, bits=4)   # no samples are taken
     assert some is not None
     runs = 1 + len(MATRICES)
     with (
