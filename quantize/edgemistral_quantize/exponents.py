@@ -1,7 +1,7 @@
 """Chooses how strongly the inputs of each matrix are equalised in 8 bits (`alpha` of `equalise.py`).
 
 Equalising helps a text whose large inputs are in the columns where the calibration text has them. It harms one that has them
-elsewhere. So it is tried: each kind of calibration text is left out in turn, the factors s come from the other kinds, and the
+elsewhere. So it is tried: each kind of calibration text is left out in turn, and the factors s come from the other kinds. The
 rounding errors of the kind that was left out are estimated, relative to those without equalisation. The exponent whose geometric
 mean over the kinds is least is used. 0, no equalisation, is one of them.
 
