@@ -2,7 +2,7 @@
 
 Equalising helps a text whose large inputs are in the columns where the calibration text has them. It harms one that has them
 elsewhere. So it is tried: each kind of calibration text is left out in turn, and the factors s come from the other kinds. The
-rounding errors of the kind that was left out are estimated, relative to those without equalisation. The exponent whose geometric
+rounding errors of the kind left out are estimated, relative to those without equalisation. The exponent whose geometric
 mean over the kinds is least is used. 0, no equalisation, is one of them.
 
 Rounding to multiples of a step makes an error of variance  step^2 / 12.  For outputs of W (rows, cols) it is multiplied:
