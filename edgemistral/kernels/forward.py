@@ -24,9 +24,10 @@ from edgemistral.kernels.activations import (
     normalize_block,
     quantize_block,
     swiglu,
+    tile_size,
 )
 from edgemistral.kernels.attention import ATTEND, AttentionScratch, Queries, Rows, block_at, own_block_at
-from edgemistral.kernels.jit import entry, part
+from edgemistral.kernels.jit import entry, inlined, part
 from edgemistral.kernels.kv_formats import APPEND, QUANTIZE_QUERY
 from edgemistral.kernels.kv_layout import KV_FORMATS, POSITIONS, KVLayout
 from edgemistral.kernels.matmul import PAIR, STREAM, MatrixAt, MatrixScratch, matrix_at, multiply_pairs, streams_of
@@ -36,6 +37,7 @@ from edgemistral.kernels.sync import Member, barrier, take
 from edgemistral.kernels.unroll import unrolled
 
 PAIRS_OF_HIDDEN = 2 * BLOCK // PAIR      # pairs of w13's panels that make one block of w2's columns
+UNIT = 8 * BLOCK         # columns of a tile that one thread quantizes
 SETS, ADDS = np.int64(0), np.int64(1)    # what `matmul` does with its product; for False and True it would be compiled twice
 
 
@@ -118,21 +120,41 @@ def embed(p):
     barrier(p.member)
 
 
+@inlined
+def units_of(tokens, cols):
+    """How many units of work a step's activations are: a unit is a tile of tokens and UNIT columns.
+
+    Tokens of one tile share cache lines, and it takes long to move a line from one core to another.
+    """
+    t = tile_size(tokens)
+    return (tokens + t - 1) // t * ((cols + UNIT - 1) // UNIT)
+
+
+@inlined
+def unit_at(unit, tokens, cols):
+    """The first and last token, and the first and last block of columns of a unit."""
+    t, parts = tile_size(tokens), (cols + UNIT - 1) // UNIT
+    token, column = unit // parts * t, unit % parts * UNIT
+    return token, min(token + t, tokens), column // BLOCK, min(column + UNIT, cols) // BLOCK
+
+
 @part
 def rms_norm(p, norm, zero_point):
     """xq = quantize(RMSNorm(x)), for a matrix with this zero point."""
     shape, state, row, tokens = p.shape, p.state, p.own.row, p.rows.ids.size
     while True:
-        first, last = take(p.member, tokens, 4)
+        first, last = take(p.member, units_of(tokens, shape.dim_cols), 1)
         if first >= last:
             break
-        for token in range(first, last):
-            at = token * shape.dim_cols
-            factor = inverse_rms(state.x, at, shape.dim, shape.norm_eps)
-            for block in range(shape.dim_cols // BLOCK):
-                size, weight_at = shape.dim - BLOCK * block, norm + 4 * BLOCK * block
-                normalize_block(state.x, at + BLOCK * block, p.weights.blob, weight_at, factor, size, row)
-                quantize_block(row, 0, zero_point, state.xq, tokens, token, block)
+        for unit in range(first, last):
+            first_token, last_token, first_block, last_block = unit_at(unit, tokens, shape.dim_cols)
+            for token in range(first_token, last_token):
+                at = token * shape.dim_cols
+                factor = inverse_rms(state.x, at, shape.dim, shape.norm_eps)
+                for block in range(first_block, last_block):
+                    size, weight_at = shape.dim - BLOCK * block, norm + 4 * BLOCK * block
+                    normalize_block(state.x, at + BLOCK * block, p.weights.blob, weight_at, factor, size, row)
+                    quantize_block(row, 0, zero_point, state.xq, tokens, token, block)
     barrier(p.member)
 
 
@@ -162,15 +184,20 @@ def _make_rope_and_append(BITS):
     @part
     @unrolled(BITS=BITS)
     def rope_and_append(p, layer):
-        """Rotate queries and keys, quantize the queries, append keys and values to the cache; a unit: a KV head and a token."""
+        """Rotate queries and keys, quantize the queries, append keys and values to the cache.
+
+        A unit is a KV head of a few tokens: in a KV block they share cache lines.
+        """
         shape, rows, state = p.shape, p.rows, p.state
         half, hd, tokens = shape.head_dim // 2, shape.head_dim, rows.ids.size
         while True:
-            first, last = take(p.member, shape.n_kv_heads * tokens, 4)
+            first, last = take(p.member, shape.n_kv_heads * ((tokens + SHORT - 1) // SHORT), 1)
             if first >= last:
                 break
-            for unit in range(first, last):
-                head, token = unit // tokens, unit % tokens
+            for n in range(SHORT * first, SHORT * last):
+                head, token = n // SHORT % shape.n_kv_heads, n // (SHORT * shape.n_kv_heads) * SHORT + n % SHORT
+                if token >= tokens:
+                    continue
                 at, position = token * shape.qkv_dim, rows.positions[token]
                 for h in range(shape.group):
                     query = at + (head * shape.group + h) * hd
@@ -217,12 +244,15 @@ def quantize_attn_out(p, zero_point):
     """xq = quantize(attn_out), for a matrix with this zero point."""
     shape, state, tokens = p.shape, p.state, p.rows.ids.size
     while True:
-        first, last = take(p.member, tokens, 4)
+        first, last = take(p.member, units_of(tokens, shape.q_cols), 1)
         if first >= last:
             break
-        for token in range(first, last):
-            for block in range(shape.q_cols // BLOCK):
-                quantize_block(state.attn_out, token * shape.q_cols + BLOCK * block, zero_point, state.xq, tokens, token, block)
+        for unit in range(first, last):
+            first_token, last_token, first_block, last_block = unit_at(unit, tokens, shape.q_cols)
+            for token in range(first_token, last_token):
+                for block in range(first_block, last_block):
+                    at = token * shape.q_cols + BLOCK * block
+                    quantize_block(state.attn_out, at, zero_point, state.xq, tokens, token, block)
     barrier(p.member)
 
 
