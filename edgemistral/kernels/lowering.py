@@ -1,8 +1,9 @@
-"""The differences between instruction sets: three operations on 64-byte vectors.
+"""The differences between instruction sets: four operations on 64-byte vectors.
 
-    dot4(acc, u, s)         acc[lane] += sum of the lane's 4 products of unsigned bytes u and signed bytes s; exact
-    dot4_7bit(acc, u, s)    the same, where u is known to be at most 127
-    look_up(table, codes)   byte i -> table[i rounded down to 16 + codes[i]], codes within 0..15, the table repeated 4 times
+    dot4(acc, u, s)               acc[lane] += sum of the lane's 4 products of unsigned bytes u and signed bytes s; exact
+    dot4_7bit(acc, u, s)          the same, where u is known to be at most 127
+    look_up_low(table, codes)     byte i -> table[codes[i] & 15], where the table's 16 bytes are there four times
+    look_up_high(table, codes)    byte i -> table[codes[i] >> 4]
 
 All lowerings give the same bits: these operations are exact, and everything else in `simd` is one sequence that LLVM splits
 into the machine's vector width. To add an instruction set: write a class and name it in `LOWERINGS`.
@@ -70,7 +71,7 @@ def join(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
 class Plain:
     """LLVM IR that any CPU runs; the compiler finds what the machine has."""
 
-    sign = ""      # a pattern in the assembly of a dot product, found if the CPU runs this lowering
+    sign = ""      # a pattern in the assembly of samples, found if the CPU runs this lowering
     tile = 6       # tokens of a long batch that are multiplied with two panels of weights in registers
 
     def dot4(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
@@ -85,7 +86,14 @@ class Plain:
     def dot4_7bit(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         return self.dot4(builder, acc, u, s)
 
+    def look_up_low(self, builder: ir.IRBuilder, table: ir.Value, codes: ir.Value) -> ir.Value:
+        return self.look_up(builder, table, builder.and_(codes, ir.Constant(codes.type, [15] * 64)))
+
+    def look_up_high(self, builder: ir.IRBuilder, table: ir.Value, codes: ir.Value) -> ir.Value:
+        return self.look_up(builder, table, builder.lshr(codes, ir.Constant(codes.type, [4] * 64)))
+
     def look_up(self, builder: ir.IRBuilder, table: ir.Value, codes: ir.Value) -> ir.Value:
+        """Of codes within 0 .. 15."""
         values = [shuffle(builder, table, None, [level] * 64) for level in range(16)]
         for bit in range(4):                      # a tree of selects, one bit of the code a level
             is_set = builder.icmp_unsigned("!=", builder.and_(codes, ir.Constant(codes.type, [1 << bit] * 64)),
@@ -149,6 +157,23 @@ class AVX512VNNI(Plain):
 
     def look_up(self, builder: ir.IRBuilder, table: ir.Value, codes: ir.Value) -> ir.Value:
         return call(builder, "llvm.x86.avx512.pshuf.b.512", table.type, table, codes)
+
+
+class AVX512VBMI(AVX512VNNI):
+    """The same with vpermb, which ignores the upper bits of a code (since Ice Lake and Zen 4).
+
+    Masks take places of dot products. To shift bytes LLVM would use vgf2p8affineqb, which does too.
+    """
+
+    sign = r"vpdpbusd.*zmm[\s\S]*vpermb.*zmm"
+
+    def look_up_low(self, builder: ir.IRBuilder, table: ir.Value, codes: ir.Value) -> ir.Value:
+        return call(builder, "llvm.x86.avx512.permvar.qi.512", table.type, table, codes)
+
+    def look_up_high(self, builder: ir.IRBuilder, table: ir.Value, codes: ir.Value) -> ir.Value:
+        words = vector(I16, 32)
+        shifted = builder.lshr(builder.bitcast(codes, words), ir.Constant(words, [4] * 32))
+        return self.look_up_low(builder, table, builder.bitcast(shifted, codes.type))
 
 
 def _vpdpbusd(builder: ir.IRBuilder, bits: int, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
@@ -222,6 +247,7 @@ class NeonI8MM(NeonDotProd):
 MOST_AHEAD = 1 << 16
 
 LOWERINGS: dict[str, type[Plain]] = {      # the best first
+    "avx512vbmi": AVX512VBMI,
     "avx512vnni": AVX512VNNI,
     "avxvnni": AVXVNNI,
     "avx2": AVX2,
@@ -231,7 +257,7 @@ LOWERINGS: dict[str, type[Plain]] = {      # the best first
     "plain": Plain,
 }
 
-_DOT_PRODUCTS = """
+_SAMPLES = """
 declare i32 @llvm.vector.reduce.add.v64i32(<64 x i32>)
 define i32 @unsigned_with_signed(<64 x i8> %u, <64 x i8> %s) {
   %a = zext <64 x i8> %u to <64 x i32>
@@ -247,15 +273,19 @@ define i32 @signed_with_signed(<64 x i8> %u, <64 x i8> %s) {
   %sum = call i32 @llvm.vector.reduce.add.v64i32(<64 x i32> %products)
   ret i32 %sum
 }
-"""
+define <64 x i8> @permuted(<64 x i8> %bytes) {
+  %result = shufflevector <64 x i8> %bytes, <64 x i8> poison, <64 x i32> <LANES>
+  ret <64 x i8> %result
+}
+""".replace("LANES", ", ".join(f"i32 {37 * i % 64}" for i in range(64)))
 
 
 def runs_on(machine: llvmlite.binding.TargetMachine) -> list[str]:
-    """Names of the lowerings that a CPU runs, the best first, found by compiling dot products for it.
+    """Names of the lowerings that a CPU runs, the best first, found by compiling samples for it.
 
     LLVM knows the features of each CPU but does not list them, and the host's list is empty on macOS.
     """
-    assembly = machine.emit_assembly(llvmlite.binding.parse_assembly(_DOT_PRODUCTS))
+    assembly = machine.emit_assembly(llvmlite.binding.parse_assembly(_SAMPLES))
     return [name for name, kind in LOWERINGS.items() if re.search(kind.sign, assembly)]
 
 

@@ -31,12 +31,11 @@ from edgemistral.kernels.simd import (
     dot4,
     dot4_7bit,
     fma,
-    high_nibbles,
     load_bytes,
     load_f32,
     load_i8_as_f32,
-    look_up,
-    low_nibbles,
+    look_up_high,
+    look_up_low,
     mul,
     prefetch_tile,
     prefetch_tile_early,
@@ -127,7 +126,7 @@ def _make_panels(BITS, T):
                             prefetch_tile_early(blob, codes + FAR + 64 * LINES * c, S, LINES, apart, 64)
                         if static(BITS == 4):
                             both = tile(load_bytes, blob, codes + 64 * c, 1, S, 0, apart)
-                            v, w = look_up(levels, low_nibbles(both)), look_up(levels, high_nibbles(both))
+                            v, w = look_up_low(levels, both), look_up_high(levels, both)
                         else:
                             v = tile(load_bytes, blob, codes + 128 * c, 1, S, 0, apart)
                             w = tile(load_bytes, blob, codes + 128 * c + 64, 1, S, 0, apart)
@@ -166,8 +165,8 @@ def _unpack_4bit(blob, at, panel_bytes, levels, scratch):
             store_f32(scratch.scales, PAIR * g + PANEL * panel, load_i8_as_f32(blob, base + 16 * g))
             for c in range(4):
                 codes = load_bytes(blob, base + SCALE_BYTES + 64 * (4 * g + c))
-                store_bytes(scratch.weights, 128 * (8 * g + 2 * c) + 64 * panel, look_up(levels, low_nibbles(codes)))
-                store_bytes(scratch.weights, 128 * (8 * g + 2 * c + 1) + 64 * panel, look_up(levels, high_nibbles(codes)))
+                store_bytes(scratch.weights, 128 * (8 * g + 2 * c) + 64 * panel, look_up_low(levels, codes))
+                store_bytes(scratch.weights, 128 * (8 * g + 2 * c + 1) + 64 * panel, look_up_high(levels, codes))
 
 
 @inlined

@@ -47,14 +47,14 @@ LOWERING = choose()
 
 __all__ = [
     "LOWERING", "absolute", "add", "add_i32", "any_above", "atomic_add", "atomic_load", "broadcast4", "broadcast_f32",
-    "broadcast_i32", "div", "dot4", "dot4_7bit", "exp", "flip_top_bits", "fma", "high_nibbles", "highest", "highest_of_rows",
+    "broadcast_i32", "div", "dot4", "dot4_7bit", "exp", "flip_top_bits", "fma", "highest", "highest_of_rows",
     "lane_numbers", "lane_numbers_tile", "load_bf16_as_f32", "load_bytes", "load_f16_as_f32", "load_f32", "load_i8_as_f32",
-    "look_up", "low_nibbles", "maximum", "minimum", "mul", "pause", "prefetch_tile", "prefetch_tile_early", "round_to_i32",
-    "splat_f32", "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes", "store_f32",
-    "store_f32_as_f16", "store_low_bytes", "store_scalar_bf16", "store_scalar_f32", "store_tile", "sub", "sum_of_vectors",
-    "tile", "to_f32", "to_rows", "total", "total_i32", "total_of_rows", "total_of_rows_i32", "walsh_hadamard",
-    "where_between", "where_negative", "without_low_nibbles", "words", "yield_thread", "zero_f32", "zero_f32_tile",
-    "zero_i32", "zero_i32_tile",
+    "look_up_high", "look_up_low", "low_nibbles", "maximum", "minimum", "mul", "pause", "prefetch_tile",
+    "prefetch_tile_early", "round_to_i32", "splat_f32", "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words",
+    "store_bytes", "store_f32", "store_f32_as_f16", "store_low_bytes", "store_scalar_bf16", "store_scalar_f32",
+    "store_tile", "sub", "sum_of_vectors", "tile", "to_f32", "to_rows", "total", "total_i32", "total_of_rows",
+    "total_of_rows_i32", "walsh_hadamard", "where_between", "where_negative", "without_low_nibbles", "words",
+    "yield_thread", "zero_f32", "zero_f32_tile", "zero_i32", "zero_i32_tile",
 ]
 
 
@@ -218,11 +218,6 @@ def low_nibbles(builder, a):
 
 
 @operation(i8x64, i8x64)
-def high_nibbles(builder, a):
-    return builder.lshr(a, constant(i8x64.llvm, 4))
-
-
-@operation(i8x64, i8x64)
 def without_low_nibbles(builder, a):
     """16 times the high nibbles."""
     return builder.and_(a, constant(i8x64.llvm, -16))
@@ -356,9 +351,15 @@ def dot4_7bit(builder, acc, u, s):
 
 
 @operation(i8x64, i8x64, i8x64)
-def look_up(builder, table, codes):
-    """Byte i -> table[i rounded down to 16 + codes[i]], codes within 0..15; the table holds its 16 bytes four times."""
-    return LOWERING.look_up(builder, table, codes)
+def look_up_low(builder, table, codes):
+    """Byte i -> table[codes[i] & 15]; the table holds its 16 bytes four times."""
+    return LOWERING.look_up_low(builder, table, codes)
+
+
+@operation(i8x64, i8x64, i8x64)
+def look_up_high(builder, table, codes):
+    """Byte i -> table[codes[i] >> 4]."""
+    return LOWERING.look_up_high(builder, table, codes)
 
 
 # ---- between threads -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ that is undefined in compiled code is an error here:
 
     * a load or store that is not wholly inside its array, or inside the memory behind its address (IndexError)
     * a negative index (IndexError)
-    * a byte above 127 in `dot4_7bit`, a code above 15 in `look_up`, a float that no int32 holds in `round_to_i32` (ValueError)
+    * a byte above 127 in `dot4_7bit`, a float that no int32 holds in `round_to_i32` (ValueError)
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ LANES = np.arange(16, dtype=I32)
 
 __all__ = [
     "LOWERING", "absolute", "add", "add_i32", "any_above", "atomic_add", "atomic_load", "broadcast4", "broadcast_f32",
-    "broadcast_i32", "div", "dot4", "dot4_7bit", "exp", "flip_top_bits", "fma", "high_nibbles", "highest", "highest_of_rows",
+    "broadcast_i32", "div", "dot4", "dot4_7bit", "exp", "flip_top_bits", "fma", "highest", "highest_of_rows",
     "lane_numbers", "lane_numbers_tile", "load_bf16_as_f32", "load_bytes", "load_f16_as_f32", "load_f32", "load_i8_as_f32",
-    "look_up", "low_nibbles", "maximum", "minimum", "mul", "pause", "prefetch_tile", "prefetch_tile_early", "round_to_i32",
-    "splat_f32", "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words", "store_bytes", "store_f32",
-    "store_f32_as_f16", "store_low_bytes", "store_scalar_bf16", "store_scalar_f32", "store_tile", "sub", "sum_of_vectors",
-    "tile", "to_f32", "to_rows", "total", "total_i32", "total_of_rows", "total_of_rows_i32", "walsh_hadamard",
-    "where_between", "where_negative", "without_low_nibbles", "words", "yield_thread", "zero_f32", "zero_f32_tile",
-    "zero_i32", "zero_i32_tile",
+    "look_up_high", "look_up_low", "low_nibbles", "maximum", "minimum", "mul", "pause", "prefetch_tile",
+    "prefetch_tile_early", "round_to_i32", "splat_f32", "splat_i32", "spread_bytes", "spread_f32_as_f16", "spread_words",
+    "store_bytes", "store_f32", "store_f32_as_f16", "store_low_bytes", "store_scalar_bf16", "store_scalar_f32",
+    "store_tile", "sub", "sum_of_vectors", "tile", "to_f32", "to_rows", "total", "total_i32", "total_of_rows",
+    "total_of_rows_i32", "walsh_hadamard", "where_between", "where_negative", "without_low_nibbles", "words",
+    "yield_thread", "zero_f32", "zero_f32_tile", "zero_i32", "zero_i32_tile",
 ]
 
 
@@ -280,10 +280,6 @@ def low_nibbles(a):
     return a & np.uint8(15)
 
 
-def high_nibbles(a):
-    return a >> np.uint8(4)
-
-
 def without_low_nibbles(a):
     return a & np.uint8(0xF0)
 
@@ -384,10 +380,12 @@ def dot4_7bit(acc, u, s):
     return dot4(acc, u, s)
 
 
-def look_up(table, codes):
-    if codes.max() > 15:
-        raise ValueError(f"look_up of the code {codes.max()}: it takes 0 to 15")
-    return table.reshape(4, 16)[np.arange(4).repeat(16), codes]
+def look_up_low(table, codes):
+    return table[codes & np.uint8(15)]
+
+
+def look_up_high(table, codes):
+    return table[codes >> np.uint8(4)]
 
 
 # ---- between threads -------------------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ def machine(triple, cpu, features=""):
     (X86, "skylake-avx512", ["avx2", "plain"]),
     (X86, "alderlake", ["avxvnni", "avx2", "plain"]),
     (X86, "cascadelake", ["avx512vnni", "avxvnni", "avx2", "plain"]),
-    (X86, "sapphirerapids", ["avx512vnni", "avxvnni", "avx2", "plain"]),
+    (X86, "icelake-client", ["avx512vbmi", "avx512vnni", "avxvnni", "avx2", "plain"]),
+    (X86, "sapphirerapids", ["avx512vbmi", "avx512vnni", "avxvnni", "avx2", "plain"]),
     (ARM, "generic", ["neon", "plain"]),
     (ARM, "cortex-a72", ["neon", "plain"]),
     (ARM, "cortex-a76", ["dotprod", "neon", "plain"]),
@@ -48,6 +49,7 @@ def test_lowerings_of_a_cpu(triple, cpu, names):
 
 
 def test_features_count_beside_the_cpu():
+    assert lowering.runs_on(machine(X86, "sapphirerapids", "-avx512vbmi"))[0] == "avx512vnni"
     assert lowering.runs_on(machine(X86, "sapphirerapids", "-avx512vnni"))[0] == "avxvnni"
     assert lowering.runs_on(machine(X86, "sapphirerapids", "-avx512vnni,-avxvnni"))[0] == "avx2"
     assert lowering.runs_on(machine(ARM, "generic", "+dotprod"))[0] == "dotprod"
@@ -98,12 +100,12 @@ def test_a_wrong_name_is_one_line_and_no_illegal_instruction():
 # ---- ARM, seen from any host -----------------------------------------------------------------------------------------
 
 def assembly(name, triple, cpu):
-    """Of a function with the three operations of a lowering."""
+    """Of a function with operations of a lowering."""
     kind, module = lowering.LOWERINGS[name](), ir.Module()
     function = ir.Function(module, ir.FunctionType(LANES, [LANES, BYTES, BYTES, BYTES, BYTES]), "kernel")
     builder = ir.IRBuilder(function.append_basic_block())
     acc, table, codes, u, s = function.args
-    acc = kind.dot4_7bit(builder, acc, kind.look_up(builder, table, codes), s)
+    acc = kind.dot4_7bit(builder, acc, kind.look_up_low(builder, table, codes), s)
     builder.ret(kind.dot4(builder, acc, u, s))
     return machine(triple, cpu).emit_assembly(llvmlite.binding.parse_assembly(str(module)))
 

@@ -1,4 +1,4 @@
-"""The ARM lowerings executed under an emulator: their three operations, on random bytes, against NumPy.
+"""The ARM lowerings executed under an emulator: their four operations, on random bytes, against NumPy.
 
 A program without any library reads cases from standard input, computes, and writes what came out. Skipped where
 qemu-aarch64 or the binutils for it are missing (Debian: qemu-user and binutils-aarch64-linux-gnu).
@@ -23,7 +23,7 @@ TOOLS = [shutil.which(name) for name in ("qemu-aarch64", "aarch64-linux-gnu-as",
 EMULATOR, ASSEMBLER, LINKER = TOOLS
 pytestmark = pytest.mark.skipif(not all(TOOLS), reason="no emulator of ARM, or no assembler and linker for it")
 CASES = 1000
-INPUT, OUTPUT = 6 * 64, 3 * 64   # bytes of a case
+INPUT, OUTPUT = 6 * 64, 4 * 64   # bytes of a case
 I64 = ir.IntType(64)
 START = f"""
 .global _start
@@ -52,7 +52,7 @@ results: .skip {CASES * OUTPUT}
 
 
 def compute(name: str) -> ir.Module:
-    """compute(data, results): look_up(table, codes), dot4_7bit(acc, u7, s) and dot4(acc, u8, s) of all cases."""
+    """compute(data, results): dot4_7bit(acc, u7, s), dot4(acc, u8, s), and both look-ups of (table, codes), of all cases."""
     kind, module = LOWERINGS[name](), ir.Module()
     bytes_ = I8.as_pointer()
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [bytes_, bytes_]), "compute")
@@ -69,7 +69,8 @@ def compute(name: str) -> ir.Module:
     with cgutils.for_range(builder, number(CASES)) as loop:
         table, codes, u7, u8, s = (builder.load(at(data, loop.index, INPUT, part, BYTES), align=64) for part in range(5))
         acc = builder.load(at(data, loop.index, INPUT, 5, LANES), align=64)
-        made = kind.look_up(builder, table, codes), kind.dot4_7bit(builder, acc, u7, s), kind.dot4(builder, acc, u8, s)
+        made = (kind.dot4_7bit(builder, acc, u7, s), kind.dot4(builder, acc, u8, s),
+                kind.look_up_low(builder, table, codes), kind.look_up_high(builder, table, codes))
         for part, value in enumerate(made):
             builder.store(value, at(results, loop.index, OUTPUT, part, value.type), align=64)
     builder.ret_void()
@@ -97,7 +98,7 @@ def build(name: str, cpu: str, folder: Path) -> Path:
 def test_operations(name: str, cpu: str, emulated: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     table = np.tile(rng.integers(0, 128, (CASES, 1, 16)), (1, 4, 1)).reshape(CASES, 64)
-    codes, u7, u8 = (rng.integers(0, top, (CASES, 64)) for top in (16, 128, 256))
+    codes, u7, u8 = (rng.integers(0, top, (CASES, 64)) for top in (256, 128, 256))
     s, acc = rng.integers(-128, 128, (CASES, 64)), rng.integers(-(1 << 30), 1 << 30, (CASES, 16), np.int32)
     u7[0], u8[0], s[0] = 127, 255, -128      # the largest products there are
     u7[1], u8[1], s[1] = 127, 255, 127
@@ -106,8 +107,9 @@ def test_operations(name: str, cpu: str, emulated: str, tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(np.concatenate(parts, axis=1).tobytes())
     with (tmp_path / "in").open("rb") as given:
         done = subprocess.run([str(EMULATOR), "-cpu", emulated, made], stdin=given, capture_output=True, check=True)
-    got = np.frombuffer(done.stdout, np.uint8).reshape(CASES, 3, 64)
-    np.testing.assert_array_equal(got[:, 0], np.take_along_axis(table[:, :16], codes, axis=1))
-    for part, u in ((1, u7), (2, u8)):
+    got = np.frombuffer(done.stdout, np.uint8).reshape(CASES, 4, 64)
+    for part, nibbles in ((2, codes & 15), (3, codes >> 4)):
+        np.testing.assert_array_equal(got[:, part], np.take_along_axis(table[:, :16], nibbles, axis=1))
+    for part, u in ((0, u7), (1, u8)):
         expected = acc + (u * s).reshape(CASES, 16, 4).sum(axis=2)
         np.testing.assert_array_equal(np.ascontiguousarray(got[:, part]).view(np.int32), expected)

@@ -106,7 +106,7 @@ def test_operations_broadcast_as_numpy_does():
 def products_compiled(data, levels, acc, out):
     start = simd_llvm.tile(simd_llvm.broadcast_i32, acc, 0, 3, 2, 2, 1)
     codes = simd_llvm.tile(simd_llvm.load_bytes, data, 0, 1, 2, 0, 64)
-    low = simd_llvm.look_up(simd_llvm.load_bytes(levels, 0), simd_llvm.low_nibbles(codes))
+    low = simd_llvm.look_up_low(simd_llvm.load_bytes(levels, 0), codes)
     sums = simd_llvm.dot4_7bit(start, low, simd_llvm.words(data, 128, 3, 1, 4, 0))
     sums = simd_llvm.dot4(sums, codes, simd_llvm.tile(simd_llvm.broadcast4, data, 140, 3, 1, 4, 0))
     simd_llvm.store_tile(simd_llvm.store_f32, out, 0, 32, 16, simd_llvm.to_f32(sums))
@@ -121,7 +121,7 @@ def test_products_of_tiles():
     first, second = (data[at : at + 12].view(np.int8).reshape(3, 1, 1, 4).astype(int) for at in (128, 140))
     expected = acc.reshape(3, 2, 1) + (levels[codes & 15] * first).sum(axis=-1) + (codes * second).sum(axis=-1)
     tile = simd_numpy.tile(simd_numpy.load_bytes, data, 0, 1, 2, 0, 64)
-    low = simd_numpy.look_up(levels, simd_numpy.low_nibbles(tile))
+    low = simd_numpy.look_up_low(levels, tile)
     sums = simd_numpy.dot4_7bit(simd_numpy.tile(simd_numpy.broadcast_i32, acc, 0, 3, 2, 2, 1), low,
                                 simd_numpy.words(data, 128, 3, 1, 4, 0))
     sums = simd_numpy.dot4(sums, tile, simd_numpy.tile(simd_numpy.broadcast4, data, 140, 3, 1, 4, 0))
