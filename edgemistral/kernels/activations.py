@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from edgemistral.files.layout import BLOCK, GROUP, GROUPS
 from edgemistral.kernels.jit import inlined
+from edgemistral.kernels.lowering import choose_reading
 from edgemistral.kernels.simd import (
     LOWERING,
     absolute,
@@ -46,7 +47,8 @@ from edgemistral.kernels.simd import (
     zero_f32,
 )
 
-SHORT = 8                # most tokens of a short batch, which is one tile
+SHORT = 8                # tokens of a tile in a short batch; a power of two if there are fewer
+DIRECT = min(LOWERING.direct, choose_reading().direct)     # most tokens of a short batch
 LONG = LOWERING.tile     # tokens of a tile in a longer batch
 
 
@@ -61,11 +63,11 @@ class Activations(NamedTuple):
 
 @inlined
 def tile_size(tokens):
-    """T of the packing for a number of tokens: a power of two up to SHORT, else LONG."""
-    if tokens > SHORT:
+    """T of the packing for a number of tokens."""
+    if tokens > DIRECT:
         return LONG
     t = 1
-    while t < tokens:
+    while t < tokens and t < SHORT:
         t *= 2
     return t
 

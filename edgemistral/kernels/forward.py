@@ -349,7 +349,7 @@ def parts_of(member, shape, weights, kv, rows, state, own):
     """
     p, result = Pass(member, shape, weights, kv, rows, state, own), own.matrix.result
     w = MatrixAt(0, 0, 0, 0, 0, 0, 0)
-    panels = weights.blob, 0, 0, 0, 0, 0, 0, 0, state.xq, result
+    panels = weights.blob, 0, 0, 0, 0, 0, 0, 0, state.xq, 1, result
     tiles = weights.blob, w, 0, 0, 0, state.xq, 1, own.matrix
     return [
         (__name__, f"ATTENTION_{kv.bits}", (p, 0)),

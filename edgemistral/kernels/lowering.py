@@ -30,6 +30,7 @@ from edgemistral.errors import BadInput
 config: Any = numba_config    # Any: its names are made at run time
 if config.CPU_NAME is not None and config.CPU_FEATURES is None:
     config.CPU_FEATURES = ""  # only the features of NUMBA_CPU_NAME: numba would add those of the host
+ANY = 1 << 30      # number of tokens
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
 INTERPRET = os.environ.get("EDGEMISTRAL_SIMD") == "interpret"
@@ -73,6 +74,7 @@ class Plain:
 
     sign = ""      # a pattern in the assembly of samples, found if the CPU runs this lowering
     tile = 6       # tokens of a long batch that are multiplied with two panels of weights in registers
+    direct = 8     # most tokens of a batch whose codes are looked up for every 8 of them, not unpacked once for all
 
     def dot4(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         wide = vector(I32, 16)
@@ -149,6 +151,7 @@ class AVX512VNNI(Plain):
 
     sign = r"vpdpbusd.*zmm"
     tile = 7       # 28 sums and two weights fit into 32 registers; 5 % faster than 6, and 8 spill
+    direct = 64
 
     def dot4(self, builder: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         return _vpdpbusd(builder, 512, acc, u, s)
@@ -165,6 +168,7 @@ class AVX512VBMI(AVX512VNNI):
     Masks take places of dot products. To shift bytes LLVM would use vgf2p8affineqb, which does too.
     """
 
+    direct = ANY
     sign = r"vpdpbusd.*zmm[\s\S]*vpermb.*zmm"
 
     def look_up_low(self, builder: ir.IRBuilder, table: ir.Value, codes: ir.Value) -> ir.Value:
@@ -307,7 +311,8 @@ class Reading(NamedTuple):
     """How this host reads weights quickest. A step of up to `few` tokens reads two streams at once, a larger one reads one.
 
     The other numbers are the bytes between a load and its software prefetch (0: none) in a step of one token, of up to `few`
-    and of more, and the cache that these and the prefetches of keys and values go to.
+    and of more, and the cache that these and the prefetches of keys and values go to. `direct` is as in a lowering: the smaller
+    number counts.
     """
 
     few: int
@@ -315,11 +320,12 @@ class Reading(NamedTuple):
     ahead_of_few: int
     ahead_of_many: int
     level: int
+    direct: int
 
 
-READING = {"znver4": Reading(2, 0, 4096, 8192, 2), "znver5": Reading(4, 2720, 2720, 6528, 1)}
+READING = {"znver4": Reading(2, 0, 4096, 8192, 2, ANY), "znver5": Reading(4, 2720, 2720, 6528, 1, 32)}
 """By the host's name; docs/decisions/2026-11-24-prefetch.md has the measurements."""
-READING_ELSEWHERE = Reading(4, 0, 0, 2176, 1)
+READING_ELSEWHERE = Reading(4, 0, 0, 2176, 1, 32)
 
 
 def choose_reading() -> Reading:
@@ -333,7 +339,7 @@ def choose_reading() -> Reading:
         return chosen
     if not given.isdecimal() or int(given) > MOST_AHEAD:
         raise BadInput(f"EDGEMISTRAL_PREFETCH is {given!r}: it must be a number of bytes, 0 to {MOST_AHEAD}")
-    return Reading(chosen.few, int(given), int(given), int(given), chosen.level)
+    return chosen._replace(ahead_of_one=int(given), ahead_of_few=int(given), ahead_of_many=int(given))
 
 
 def choose() -> Plain:

@@ -7,9 +7,9 @@ Every output is reduced in one fixed sequence, whatever the number of tokens or 
                                      y = fma(f, activation_scale, y)
     y * row_scale
 
-With up to SHORT tokens the weights stream at the speed of memory: codes are looked up and multiplied with all tokens in
-registers. With more tokens, one block of a pair of panels is unpacked to 8 bits (it stays in L1) and multiplied with every tile
-of tokens. All streams are sequential.
+With up to DIRECT tokens, codes are looked up and multiplied with a tile of up to SHORT tokens in registers; for the first tile
+they stream from memory, for the next ones from L2. With more tokens, one block of a pair of panels is unpacked to 8 bits (it
+stays in L1) and multiplied with every tile of LONG tokens. All streams are sequential.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemistral.files.layout import BLOCK_BYTES, CODE_ZERO, GROUPS, LEVEL_ZERO, PANEL, SCALE_BYTES
-from edgemistral.kernels.activations import LONG, SHORT
+from edgemistral.kernels.activations import DIRECT, LONG, SHORT
 from edgemistral.kernels.jit import inlined, inner, part
 from edgemistral.kernels.lowering import choose_reading
 from edgemistral.kernels.simd import (
@@ -76,7 +76,7 @@ class MatrixScratch(NamedTuple):
 
     weights: NDArray[np.uint8]     # (2 * 2048,) one block of a pair of panels, unpacked to 8 bits
     scales: NDArray[np.float32]    # (4 * 32,) its group scales
-    result: NDArray[np.float32]    # (tokens * 32,) the pair's outputs of every token; (STREAMS, SHORT, 32) for FEW tokens
+    result: NDArray[np.float32]    # (whole tiles * 32,) the outputs of every token; (STREAMS, SHORT, 32) for FEW tokens
 
 
 ZERO_POINTS = {4: LEVEL_ZERO, 8: CODE_ZERO}
@@ -90,7 +90,7 @@ def matrix_at(table, index):
     )
 
 
-# ---- up to SHORT tokens ----------------------------------------------------------------------------------------------
+# ---- up to DIRECT tokens ----------------------------------------------------------------------------------------------
 
 def _make_panels(BITS, T):
     """The kernel of a pair of panels in every stream, for a tile of T tokens: codes never go through a buffer."""
@@ -102,50 +102,53 @@ def _make_panels(BITS, T):
 
     @part
     @unrolled(BITS=BITS, T=T, S=S, BYTES=BYTES, CHAINS=CHAINS, FAR=FAR, LINES=LINES)
-    def panels(blob, at, apart, panel_bytes, blocks, levels_at, row_scales, scales_apart, x, result):
-        """result[stream][token] = the 32 rows of the pair at byte `at` + stream * `apart` times every token.
+    def panels(blob, at, apart, panel_bytes, blocks, levels_at, row_scales, scales_apart, x, tiles, result):
+        """result[stream][token] = the 32 rows of the pair at byte `at` + stream * `apart` times every token of `tiles` tiles.
 
-        Tiles are tokens x streams.
+        Registers are T tokens x S streams.
         """
         if static(BITS == 4):
             levels = load_bytes(blob, levels_at)
         for half in range(2):
-            y = zero_f32_tile(T, S)
-            for block in range(blocks):
-                base = at + half * panel_bytes + block * BYTES
-                if static(LINES > 0):
-                    prefetch_tile_early(blob, base + FAR, S, 1, apart, 0)
-                f = zero_f32_tile(T, S)
-                for g in range(block * GROUPS, block * GROUPS + GROUPS):
-                    scales, codes = base + 16 * (g % GROUPS), base + SCALE_BYTES + 64 * BITS * (g % GROUPS)
-                    i = tile(broadcast_i32, x.sums, g * T, T, S, 1, 0)
-                    if static(CHAINS == 2):
-                        j = zero_i32_tile(T, S)
-                    for c in unroll(4):
-                        if static(LINES > 0):      # spread evenly: a core can wait for about 24 lines at a time
-                            prefetch_tile_early(blob, codes + FAR + 64 * LINES * c, S, LINES, apart, 64)
-                        if static(BITS == 4):
-                            both = tile(load_bytes, blob, codes + 64 * c, 1, S, 0, apart)
-                            v, w = look_up_low(levels, both), look_up_high(levels, both)
-                        else:
-                            v = tile(load_bytes, blob, codes + 128 * c, 1, S, 0, apart)
-                            w = tile(load_bytes, blob, codes + 128 * c + 64, 1, S, 0, apart)
-                        a = words(x.codes, (8 * g + 2 * c) * 4 * T, T, 1, 4, 0)
-                        b = words(x.codes, (8 * g + 2 * c + 1) * 4 * T, T, 1, 4, 0)
-                        if static(BITS == 4 and CHAINS == 2):
-                            i, j = dot4_7bit(i, v, a), dot4_7bit(j, w, b)
-                        elif static(BITS == 4):
-                            i = dot4_7bit(dot4_7bit(i, v, a), w, b)
-                        elif static(CHAINS == 2):
-                            i, j = dot4(i, v, a), dot4(j, w, b)
-                        else:
-                            i = dot4(dot4(i, v, a), w, b)
-                    if static(CHAINS == 2):
-                        i = add_i32(i, j)
-                    f = fma(to_f32(i), tile(load_i8_as_f32, blob, scales, 1, S, 0, apart), f)
-                y = fma(f, tile(broadcast_f32, x.scales, block * T, T, 1, 1, 0), y)
-            scale = tile(load_f32, blob, row_scales + 4 * PANEL * half, 1, S, 0, scales_apart)
-            store_tile(store_f32, result, PANEL * half, PAIR, STREAM, mul(y, scale))
+            for n in range(tiles):
+                to = PAIR * T * n + PANEL * half
+                y = zero_f32_tile(T, S)
+                for block in range(blocks):
+                    base, block_of_tile = at + half * panel_bytes + block * BYTES, block * tiles + n
+                    if static(LINES > 0):
+                        prefetch_tile_early(blob, base + FAR, S, 1, apart, 0)
+                    f = zero_f32_tile(T, S)
+                    for g in range(GROUPS):
+                        group = block_of_tile * GROUPS + g
+                        scales, codes = base + 16 * g, base + SCALE_BYTES + 64 * BITS * g
+                        i = tile(broadcast_i32, x.sums, group * T, T, S, 1, 0)
+                        if static(CHAINS == 2):
+                            j = zero_i32_tile(T, S)
+                        for c in unroll(4):
+                            if static(LINES > 0):      # spread evenly: a core can wait for about 24 lines at a time
+                                prefetch_tile_early(blob, codes + FAR + 64 * LINES * c, S, LINES, apart, 64)
+                            if static(BITS == 4):
+                                both = tile(load_bytes, blob, codes + 64 * c, 1, S, 0, apart)
+                                v, w = look_up_low(levels, both), look_up_high(levels, both)
+                            else:
+                                v = tile(load_bytes, blob, codes + 128 * c, 1, S, 0, apart)
+                                w = tile(load_bytes, blob, codes + 128 * c + 64, 1, S, 0, apart)
+                            a = words(x.codes, (8 * group + 2 * c) * 4 * T, T, 1, 4, 0)
+                            b = words(x.codes, (8 * group + 2 * c + 1) * 4 * T, T, 1, 4, 0)
+                            if static(BITS == 4 and CHAINS == 2):
+                                i, j = dot4_7bit(i, v, a), dot4_7bit(j, w, b)
+                            elif static(BITS == 4):
+                                i = dot4_7bit(dot4_7bit(i, v, a), w, b)
+                            elif static(CHAINS == 2):
+                                i, j = dot4(i, v, a), dot4(j, w, b)
+                            else:
+                                i = dot4(dot4(i, v, a), w, b)
+                        if static(CHAINS == 2):
+                            i = add_i32(i, j)
+                        f = fma(to_f32(i), tile(load_i8_as_f32, blob, scales, 1, S, 0, apart), f)
+                    y = fma(f, tile(broadcast_f32, x.scales, block_of_tile * T, T, 1, 1, 0), y)
+                y = mul(y, tile(load_f32, blob, row_scales + 4 * PANEL * half, 1, S, 0, scales_apart))
+                store_tile(store_f32, result, to, PAIR, STREAM, y)
 
     return panels
 
@@ -235,29 +238,30 @@ def multiply_pairs(blob, matrix, pair, apart, x, tokens, scratch):
     bits, blocks, levels, result = matrix.bits, matrix.blocks, matrix.levels, scratch.result
     panel_bytes = blocks * (BLOCK4 if bits == 4 else BLOCK8)
     at, scales = matrix.codes + 2 * pair * panel_bytes, matrix.row_scales + 4 * PAIR * pair
-    if tokens > SHORT:
+    if tokens > DIRECT:
         _multiply_tiles(blob, matrix, at, panel_bytes, scales, x, tokens, scratch)
         return
+    tiles = (tokens + SHORT - 1) // SHORT
     if pair + apart >= matrix.pairs:
         apart = 0
     far, scales_far = 2 * apart * panel_bytes, 4 * PAIR * apart
     if bits == 4:
         if tokens == 1:
-            _panels_4bit_1(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, result)
+            _panels_4bit_1(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, 1, result)
         elif tokens == 2:
-            _panels_4bit_2(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, result)
+            _panels_4bit_2(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, 1, result)
         elif tokens <= 4:
-            _panels_4bit_4(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, result)
+            _panels_4bit_4(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, 1, result)
         else:
-            _panels_4bit_8(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, result)
+            _panels_4bit_8(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, tiles, result)
     elif tokens == 1:
-        _panels_8bit_1(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, result)
+        _panels_8bit_1(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, 1, result)
     elif tokens == 2:
-        _panels_8bit_2(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, result)
+        _panels_8bit_2(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, 1, result)
     elif tokens <= 4:
-        _panels_8bit_4(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, result)
+        _panels_8bit_4(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, 1, result)
     else:
-        _panels_8bit_8(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, result)
+        _panels_8bit_8(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, tiles, result)
 
 
 @part

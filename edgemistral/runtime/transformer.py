@@ -13,7 +13,7 @@ from edgemistral.errors import BadRequest, ContextOverflow
 from edgemistral.files import lost
 from edgemistral.files.blob import Blob
 from edgemistral.files.layout import ALIGNMENT, BLOCK, GROUP, GROUPS, round_up
-from edgemistral.kernels.activations import LONG, SHORT, Activations
+from edgemistral.kernels.activations import DIRECT, LONG, SHORT, Activations
 from edgemistral.kernels.attention import SPAN, AttentionScratch, Queries, Rows
 from edgemistral.kernels.forward import FORWARD, Own, Shape, State, Weights
 from edgemistral.kernels.kv_layout import DIMS, POSITIONS, QUERY_SUMS, ROWS, kv_layout
@@ -35,7 +35,9 @@ class Transformer:
     """A model over the sequences of its pool: `step` computes rows. Not reentrant: the caller holds a lock."""
 
     chunk, max_rows = CHUNK, MAX_ROWS
-    step_sizes: Sequence[int] = (SHORT // 2, SHORT, *range(round_up(SHORT + 1, LONG), CHUNK // 2, LONG))
+    step_sizes: Sequence[int] = (
+        SHORT // 2, *range(SHORT, min(DIRECT + 1, CHUNK // 2), SHORT), *range(round_up(DIRECT + 1, LONG), CHUNK // 2, LONG)
+    )
 
     def __init__(
         self, blob: Blob, *, context: int | None = None, kv_bits: int = 8, threads: int = 1, kv_budget: int | None = None
@@ -240,8 +242,8 @@ def _workspace(shape: Shape, threads: int, array: Allocate = _aligned) -> tuple[
 
 
 def _tiled(tokens: int) -> int:
-    """The number of tokens rounded up to whole tiles."""
-    return max(SHORT, round_up(tokens, LONG))
+    """The number of tokens rounded up to whole tiles of any size."""
+    return max(round_up(tokens, SHORT), round_up(tokens, LONG))
 
 
 def _logits(shape: Shape, n_logits: int, array: Allocate = _aligned) -> NDArray[np.float32]:

@@ -57,9 +57,9 @@ def test_features_count_beside_the_cpu():
 
 def test_prefetching_is_the_hosts_matter(monkeypatch):
     monkeypatch.setenv("EDGEMISTRAL_PREFETCH", "2048")
-    for host, few, level in (("znver5", 4, 1), ("alderlake", 4, 1), ("znver4", 2, 2)):
+    for host, few, level, direct in (("znver5", 4, 1, 32), ("alderlake", 4, 1, 32), ("znver4", 2, 2, lowering.ANY)):
         monkeypatch.setattr(llvmlite.binding, "get_host_cpu_name", lambda host=host: host)
-        assert lowering.choose_reading() == (few, 2048, 2048, 2048, level)
+        assert lowering.choose_reading() == (few, 2048, 2048, 2048, level, direct)
     monkeypatch.delenv("EDGEMISTRAL_PREFETCH")
     assert lowering.choose_reading() == lowering.READING["znver4"]
     for wrong in ("far", "-64", "1.5", "65537"):

@@ -82,14 +82,14 @@ def random_matrix(rng, bits, rows, cols):
 def test_every_number_of_tokens_gives_the_twins_bits(bits, cols):
     rng = np.random.default_rng(cols + bits)
     matrix = random_matrix(rng, bits, 3 * PAIR, cols)
-    x = rng.standard_normal((33, round_up(cols, BLOCK))).astype(F32)
+    x = rng.standard_normal((70, round_up(cols, BLOCK))).astype(F32)
     x[:, cols:], x[7] = 0, 0
     expected = matrix.naive_times(x)
     in_float32 = x @ matrix.weights().T
     assert np.linalg.norm(expected - in_float32) < 0.01 * np.linalg.norm(in_float32)
-    for tokens in (1, 2, 3, 4, 5, 8, 9, 33):
+    for tokens in (1, 2, 3, 4, 5, 8, 9, 24, 33, 70):
         np.testing.assert_array_equal(matrix.times(x[:tokens]), expected[:tokens])
-    for token in range(33):
+    for token in range(70):
         np.testing.assert_array_equal(matrix.times(x[token : token + 1])[0], expected[token])
 
 
