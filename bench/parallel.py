@@ -69,13 +69,17 @@ def reader(blob: Path, threads: int, rounds: int) -> list[dict[str, float]]:
         return rng.integers(3, engine.config.vocab_size, PROMPT, dtype=np.int32)
 
     reading = engine.generate(rng.integers(3, 1000, DEPTH), ban)
+    def alone(tokens: int = 24) -> float:
+        """Tokens per second of the reader."""
+        start = time.perf_counter()
+        for _ in range(tokens):
+            next(reading)
+        return tokens / (time.perf_counter() - start)
+
     for _ in range(8):
         next(reading)
     for _ in range(rounds):
-        start, tokens = time.perf_counter(), 24
-        for _ in range(tokens):
-            next(reading)
-        alone = tokens / (time.perf_counter() - start)
+        before_it = alone()
         start = time.perf_counter()
         next(engine.generate(prompt(), ban, 1))
         prompt_alone = time.perf_counter() - start
@@ -83,12 +87,12 @@ def reader(blob: Path, threads: int, rounds: int) -> list[dict[str, float]]:
         while not other.ready:
             engine.step([reading, other])
         seconds = time.perf_counter() - start
-        samples.append({
-            "reader": (reading.length - before) / seconds / alone, "prompt": seconds / prompt_alone,
-            "tokens_per_second": alone, "prompt_seconds": prompt_alone,
-        })
-        for _ in range(reading.length - before):
+        tokens = reading.length - before
+        for _ in range(tokens):      # computed already
             next(reading)
+        rate = (before_it + alone()) / 2      # before and after: the machine's speed drifts
+        samples.append({"reader": tokens / seconds / rate, "prompt": seconds / prompt_alone, "tokens_per_second": rate,
+                        "prompt_seconds": prompt_alone})
     engine.close()
     return samples
 
