@@ -212,7 +212,7 @@ def log_probabilities(logits: NDArray[np.float32], drawn: int, n: int) -> Logpro
     values -= values.max()
     values -= math.log(np.exp(values).sum())
     n = min(n, len(values))
-    best = np.argpartition(-values, max(n - 1, 0))[:n]
+    best = np.argpartition(-values, n - 1)[:n] if n else np.zeros(0, np.int64)
     best = best[np.lexsort((best, -values[best]))]   # ties: the lower id first
     return Logprobs(float(values[drawn]), tuple((int(i), float(values[i])) for i in best))
 
