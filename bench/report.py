@@ -45,7 +45,7 @@ Written by `python -m bench.run_all --report`. [RESULTS.md](../RESULTS.md) has t
 """
 # Sections that RESULTS.md repeats once they are measured.
 ESSENTIAL = (
-    "parallel", "lookup", "restart", "small_memory", "real_model", "calibration_cost", "full_calibration", "quality",
+    "parallel", "against", "lookup", "restart", "small_memory", "real_model", "calibration_cost", "full_calibration", "quality",
     "kv_accuracy_demo", "kv_accuracy_SmolLM2-135M", "server_fuzz", "fuzz", "crash", "soak",
 )
 Results = dict[str, Any]

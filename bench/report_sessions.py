@@ -88,7 +88,21 @@ def _written(r: Results) -> list[str]:
     ])
 
 
+def _against(r: Results) -> list[str]:
+    units = {"prefill": "tokens/s", "decode": "tokens/s", "first compile": "s"}
+    return [
+        f"Four layers of 7B shapes, 4 bits, {r['threads']} threads; this tree and {r['revision']}, which held one conversation;"
+        " in turns. Medians, and the median of the ratios.",
+        "",
+        *table(("", "now", "before", "ratio"), [
+            (f"{name}, {units[name]}", f"{row['now']:.1f}", f"{row['before']:.1f}", f"{row['ratio']:.3f}")
+            for name, row in r["rows"].items()
+        ]),
+    ]
+
+
 SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
+    ("One sequence, beside the tree before many", "against", "python bench/against.py WORK --revision c7b2ec9", _against),
     ("32,000 tokens through four layers of a 7B, beside llama.cpp", "long_context-4-layers",
      "python bench/long_context.py WORK --n-layers 4", _by_depth),
     ("32,000 tokens through a whole 7B", "long_context-32-layers", "python bench/long_context.py WORK --n-layers 32",
