@@ -57,7 +57,7 @@ from training.conversations import heldout
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_NL", "IQ4_XS", "Q4_0")
 WHOLE = ("Q8_0", "Q4_K_M", "IQ4_NL")   # as whole files, too
-OURS: tuple[tuple[float, str], ...] = ((8, "none"), (8, "fast"), (4, "none"), (4, "fast"), (4, "full"))
+OURS: tuple[tuple[float, str], ...] = ((8, "none"), (8, "fast"), (8, "full"), (4, "none"), (4, "fast"), (4, "full"))
 LIKE_A_BLOB = {"embeddings": "BF16", "output": "Q8_0"}
 PARTS = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",

@@ -130,11 +130,17 @@ class CalibrationPass:
         found.weights = {name: np.concatenate(part) for name, part in parts.items()}
         return found
 
-    def pass_norm(self) -> Inputs:
-        """The mean squares of the output head's inputs, after the last layer."""
+    def pass_norm(self, collect: Collect | None = None) -> Inputs:
+        """The output head's inputs, after the last layer."""
         norm = list(self._strips("norm"))
-        heads = self._pool.map(lambda x: _sum_of_squares(rms_norm(x, norm, self._config.norm_eps)), self.states)
-        return Inputs({"output": sum(heads, np.zeros(self._config.dim)) / self.tokens})
+        total = np.zeros(self._config.dim)
+        for first in range(0, len(self.states), self._at_once):
+            states = self.states[first : first + self._at_once]
+            inputs = self._each(lambda x: rms_norm(x, norm, self._config.norm_eps), states)
+            total = sum(self._pool.map(_sum_of_squares, inputs), total)
+            if collect is not None:
+                collect("output", inputs)
+        return Inputs({"output": total / self.tokens})
 
     @property
     def tokens(self) -> int:

@@ -19,7 +19,7 @@ from edgemistral.errors import BadInput
 from edgemistral.files import regular
 
 METHODS = ("none", "fast", "full")
-VERSION = 4                                    # of the methods: a run of another version cannot resume
+VERSION = 5                                    # of the methods: a run of another version cannot resume
 WINDOW = 512                                   # tokens that see each other, the first of them <s>
 WINDOWS = {"none": 0, "fast": 8, "full": 32}   # at most
 FOLDER = Path(__file__).parent / "calibration"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemistral.files.layout import GROUP
+from edgemistral.files.layout import CODE_ZERO, GROUP
 from edgemistral.kernels.jit import allocating_entry as entry
 from edgemistral.kernels.jit import allocating_inner as inner
 from edgemistral.kernels.unroll import registers, unroll, unrolled
@@ -16,13 +16,18 @@ from edgemistral_quantize.scale_search import (
     HALF,
     LANES,
     MAX_SCALE,
+    ONE,
     TWO,
     ZERO,
+    _code,
     _invert,
     _search_scales,
     _search_whole_scales_4,
+    _search_whole_scales_8,
     _tile,
 )
+
+LEVELS = 16      # of 4 bits; other levels are the codes of 8 bits
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -32,8 +37,9 @@ I8 = NDArray[np.int8]
 def round_group(w: F32, weights: F32, levels: F32, unit: F32, upper: F32, errors: F32) -> tuple[U8, I8]:
     """Round one group of all rows, column by column, and feed each error forward: codes (rows, 32), whole scales (rows,).
 
-    w (rows, 32) is overwritten. upper (32, 32): the group's part of GPTQ's factor. errors (rows, 32) receives each error over
-    the factor's diagonal, for the columns after the group.
+    levels (16,) ascending, for 4 bits, or -128, -127, ... 127 for 8 bits, the first of which is not used. unit (rows,), > 0,
+    of the whole scales. w (rows, 32) is overwritten. upper (32, 32): the group's part of GPTQ's factor. errors (rows, 32)
+    receives each error over the factor's diagonal, for the columns after the group.
     """
     codes, whole = np.empty(w.shape, np.uint8), np.empty(len(w), np.int8)
     _round_rows(w, weights, levels, unit, upper, errors, codes, whole)
@@ -60,18 +66,21 @@ def _round_rows(w: F32, weights: F32, levels: F32, unit: F32, upper: F32, errors
     for first in range(0, w.shape[0], LANES):
         n = min(LANES, w.shape[0] - first)
         _load_rows(w, weights, first, 0, n, tile, weight)
-        units[:] = ZERO
+        units[:] = ONE
         for lane in range(n):
             units[lane] = unit[first + lane]
-        _search_scales(tile, weight, levels, scale)
-        _search_whole_scales_4(tile, weight, levels, scale, units, found)
+        if len(levels) == LEVELS:
+            _search_scales(tile, weight, levels, scale)
+            _search_whole_scales_4(tile, weight, levels, scale, units, found)
+        else:
+            _search_whole_scales_8(tile, weight, units, found)
         _invert(found, units, inverse)
         for lane in range(LANES):
             scale[lane] = np.float32(found[lane]) * units[lane]
         for j in range(GROUP):
             for lane in range(LANES):
                 wanted[lane] = tile[j, lane] * inverse[lane]
-            _nearest_level(wanted, levels, nearest, index)
+            _nearest(wanted, levels, nearest, index)
             for lane in range(LANES):
                 error[lane] = (tile[j, lane] - nearest[lane] * scale[lane]) / upper[j, j]
             for lane in range(n):
@@ -111,7 +120,7 @@ def _better_rows(codes: U8, whole: I8, gradient: F32, h: F32, levels: F32, unit:
         for j in range(GROUP):
             for lane in range(LANES):
                 wanted[lane] = value[j, lane] + slope[j, lane] / h[j, j] * inverse[lane]
-            _nearest_level(wanted, levels, nearest, index[j])
+            _nearest(wanted, levels, nearest, index[j])
             for lane in range(LANES):
                 step[lane] = scale[lane] * (nearest[lane] - value[j, lane])
                 push[j, lane] += step[lane]
@@ -154,9 +163,19 @@ def _better_scales(slope, value, h, units, found, scale, step, along):
 
 
 @inner
-@unrolled()
-def _nearest_level(wanted, levels, nearest, index):
+def _nearest(wanted, levels, nearest, index):
     """The level nearest to each lane's wanted one, and its index."""
+    if len(levels) == LEVELS:
+        _nearest_of_16(wanted, levels, nearest, index)
+    else:
+        for lane in range(LANES):
+            nearest[lane] = _code(wanted[lane])
+            index[lane] = np.uint8(np.int32(nearest[lane]) + CODE_ZERO)
+
+
+@inner
+@unrolled()
+def _nearest_of_16(wanted, levels, nearest, index):
     middle = registers()
     step = registers()
     for k in unroll(15):

@@ -15,4 +15,6 @@ def compile_kernels() -> None:
         groups.quantize_rows(w, bits)
     moments = gptq.Moments(BLOCK, "full")
     moments.add(x, map)
-    gptq.quantize_rows(w, groups.default_levels(), gptq.Factors.of(moments, np.ones(BLOCK, np.float32), len(x)))
+    factors = gptq.Factors.of(moments, np.ones(BLOCK, np.float32), len(x))
+    for levels in (groups.default_levels(), None):
+        gptq.quantize_rows(w, levels, factors)

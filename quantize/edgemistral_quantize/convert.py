@@ -178,20 +178,22 @@ def convert(
                 checkpoint, calibration.windows, at_once, strip_bytes, update, samples=recipe.bits == 8
             )
             stack.callback(states.close)
-        changes, moments = _NO_CHANGES, None
+        changes = _NO_CHANGES
+        moments: dict[str, gptq.Moments] = {}
         for spec in writer.tensors.values():
             at, _, part = spec.name.rpartition(".")
-            if part == "attention_norm" and states is not None:
-                moments = _moments(config, recipe, calibration, writer, at)
-                add = None if moments is None else partial(_add_moments, moments, states.map)
-                inputs = states.pass_layer(int(at.removeprefix("layers.")), add)
-                alpha = None if calibration is None or recipe.bits == 4 else exponents.choose(config, inputs, calibration.kinds)
-                changes = layer_changes(config, inputs.mean_squares, samples, alpha)
-            elif part == "norm" and states is not None:
-                changes = output_changes(states.pass_norm().mean_squares["output"], recipe.output_bits, samples)
+            if calibration is not None and states is not None and part in ("attention_norm", "norm"):
+                moments = _moments(config, calibration.method, writer, at)
+                add = partial(_add_moments, moments, states.map) if moments else None
+                if at:
+                    inputs = states.pass_layer(int(at.removeprefix("layers.")), add)
+                    alpha = None if recipe.bits == 4 else exponents.choose(config, inputs, calibration.kinds)
+                    changes = layer_changes(config, inputs.mean_squares, samples, alpha)
+                else:
+                    inputs = states.pass_norm(add)
+                    changes = output_changes(inputs.mean_squares["output"], recipe.output_bits, samples)
             if spec.name in by_name:
-                change, met = changes.matrices.get(part, Change()), None if moments is None else moments.pop(part, None)
-                conversion.write_matrix(by_name[spec.name], change, met)
+                conversion.write_matrix(by_name[spec.name], changes.matrices.get(part, Change()), moments.pop(part, None))
             elif spec.name == "tokenizer":
                 conversion.write_tokenizer()
             elif spec.name not in in_matrices:
@@ -229,8 +231,8 @@ def _share_memory(
     if calibration is None:
         return min(STRIP_BYTES, max_ram // STRIPS_IN_WORK), None, 0
     window, n = max(map(len, calibration.windows)), len(calibration.windows)
-    free = max_ram - needed
-    free -= gptq.work_bytes(checkpoint.config, calibration.method) if bits == 4 else sample_bytes(checkpoint.config, n)
+    free = max_ram - needed - gptq.work_bytes(checkpoint.config, calibration.method)
+    free -= sample_bytes(checkpoint.config, n) if bits == 8 else 0
     if free < 0:
         raise BadInput(f"max_ram is {max_ram} bytes; to calibrate this checkpoint needs {max_ram - free} or more")
 
@@ -246,25 +248,20 @@ def _share_memory(
     return strip_bytes, dataclasses.replace(calibration, windows=calibration.windows[:n]), at_once
 
 
-def _moments(
-    config: ModelConfig, recipe: Recipe, calibration: Calibration | None, writer: BlobWriter, layer: str
-) -> dict[str, gptq.Moments] | None:
-    """The moments to collect for each matrix of a layer; None if there is nothing to collect."""
-    if calibration is None or recipe.bits != 4:
-        return None
+def _moments(config: ModelConfig, method: str, writer: BlobWriter, layer: str) -> dict[str, gptq.Moments]:
+    """The moments to collect for each matrix of a layer, or for the head if `layer` is empty; none if all are written."""
     cols = {"wqkv": config.dim, "wo": config.q_dim, "w13": config.dim, "w2": config.hidden_dim}
-    names = [f"{layer}.{part}" for part in cols]
+    names = {f"{layer}.{part}": part for part in cols} if layer else {"output": "output"}
     if all(writer.done(name) for name in writer.tensors if name in names or name.rpartition(".")[0] in names):   # earlier
-        return None
-    return {part: gptq.Moments(n, calibration.method) for part, n in cols.items() if recipe.bits_of(f"{layer}.{part}") == 4}
+        return {}
+    return {part: gptq.Moments(cols.get(part, config.dim), method) for part in names.values()}
 
 
 def _add_moments(
     moments: dict[str, gptq.Moments], map_: gptq.Map, matrix: str, inputs: Sequence[NDArray[np.float32]]
 ) -> None:
-    if matrix in moments:   # not for 8 bits
-        for x in inputs:
-            moments[matrix].add(x, map_)
+    for x in inputs:
+        moments[matrix].add(x, map_)
 
 
 class _Conversion:
@@ -308,7 +305,7 @@ class _Conversion:
     ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float32]]]:
         """Packed panels and row scales of the matrix, some rows at a time."""
         strips = one_ahead(widen(strip) for strip in self._read(matrix.name, digest))
-        if moments is None or levels is None or change.columns is None:
+        if moments is None or change.columns is None:
             n_rows = 0
             for strip in strips:
                 yield quantize_rows(change.apply(strip, n_rows), matrix.bits, levels, change.importance)

@@ -3,9 +3,9 @@
 For a matrix W whose inputs have the second moments H = E[x x^T], the columns are rounded in order. The error of a column j,
 over the diagonal of the factor U (H^-1 = U^T U, U upper), is fed forward: column k loses  error * U[j, k]. The scale of each
 group of 32 columns is searched in its turn, on weights that are already corrected, with H's diagonal as the weight of each
-column's error. Codes and scales are those of `groups.py`: 4 bits, whole scales on the row's unit. Then every group is improved
-in turn, `SWEEPS` times over all columns: its scale by least squares, and each code while the others are fixed. No step raises
-the error  tr((W - Q) H (W - Q)^T).
+column's error. Codes and scales are those of `groups.py`: 4 or 8 bits, whole scales on the row's unit. Then every group is
+improved in turn, `SWEEPS` times over all columns: its scale by least squares, and each code while the others are fixed. No step
+raises the error  tr((W - Q) H (W - Q)^T).
 
 A matrix is cut into parts of columns; errors stay within a part. Parts of `MOST_COLUMNS["fast"]` cost little more than no
 feedback, and have most of its effect. Those of "full" are as large as the memory allows: a factor of all 14,336 columns of a
@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from edgemistral.config import ModelConfig
 from edgemistral.files import layout
-from edgemistral.files.layout import BLOCK, GROUP, LEVEL_ZERO, PANEL, round_up
+from edgemistral.files.layout import BLOCK, CODE_ZERO, GROUP, LEVEL_ZERO, PANEL, round_up
 from edgemistral_quantize.column_search import better_group, round_group
-from edgemistral_quantize.scale_search import LIMIT_4, MAX_SCALE
+from edgemistral_quantize.scale_search import LIMIT_4, LIMIT_8, MAX_SCALE, UNIT_8
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -164,24 +164,25 @@ def _tile_bytes(cols: int) -> int:
     return 4 * COPIES * ROWS * cols
 
 
-def quantize_rows(w: F32, levels: U8, factors: Factors) -> tuple[U8, F32]:
+def quantize_rows(w: F32, levels: U8 | None, factors: Factors) -> tuple[U8, F32]:
     """At most `ROWS` rows of a matrix, float32 (rows, cols), cols a multiple of 32 -> packed bytes and row scales.
 
-    As `groups.quantize_rows` returns them for 4 bits.
+    As `groups.quantize_rows` returns them: for 4 bits with `levels`, for 8 bits if they are None.
     """
     rows, cols = w.shape
     padded_rows, padded_cols = round_up(rows, PANEL), round_up(cols, BLOCK)
-    values = levels[:16].astype(np.float32) - LEVEL_ZERO
+    stored, zero = (np.arange(256), CODE_ZERO) if levels is None else (levels[:16], LEVEL_ZERO)
+    values = stored.astype(np.float32) - np.float32(zero)
     peaks = np.abs(w).max(axis=1)
     exact = w / np.where(peaks > 0, peaks, np.float32(1))[:, None]
     rest = exact.copy()
     weights = _column_weights(factors.diagonal)
     scales = np.zeros((padded_rows, padded_cols // GROUP), np.int8)
     codes = np.full((padded_rows, padded_cols), np.abs(values).argmin(), np.uint8)
-    top = 1 / min(abs(values[0]), values[-1])   # the row's peak, which is 1 here, at the nearer end of the levels
+    # The largest whole scale puts the row's peak, which is 1 here, at the nearer end of the values.
+    wanted, limit = (UNIT_8, LIMIT_8) if levels is None else (1 / min(abs(values[0]), values[-1]) / MAX_SCALE, LIMIT_4)
     with np.errstate(divide="ignore", over="ignore"):
-        unit = np.minimum(np.float32(top / MAX_SCALE), np.where(peaks > 0, LIMIT_4 / peaks, np.float32(0)))
-    unit = unit.astype(np.float32)
+        unit = np.minimum(np.float32(wanted), limit / peaks).astype(np.float32)
     for part, upper in zip(factors.parts, factors.upper, strict=True):
         own = rest[:, part]
         for block in range(0, own.shape[1], BLOCK):
@@ -201,7 +202,7 @@ def quantize_rows(w: F32, levels: U8, factors: Factors) -> tuple[U8, F32]:
         _better(exact[:, part], codes[:rows, part], scales[:rows, groups], values, unit, h, factors.sweeps)
     row_scales = np.zeros(padded_rows, np.float32)
     row_scales[:rows] = unit * peaks
-    return layout.pack(codes, scales, 4), row_scales
+    return layout.pack(codes, scales, 8 if levels is None else 4), row_scales
 
 
 def _better(exact: F32, codes: U8, scales: I8, values: F32, unit: F32, h: F32, sweeps: int) -> None:

@@ -205,7 +205,7 @@ def test_tiles_have_the_same_rows_however_they_come(sizes: list[int]) -> None:
 
 # ---- the same bytes ----
 
-@pytest.mark.parametrize(("method", "bits"), [("fast", 4), ("full", 4), ("fast", 8)])
+@pytest.mark.parametrize(("method", "bits"), [("fast", 4), ("full", 4), ("fast", 8), ("full", 8)])
 def test_strips_and_windows_at_once_make_no_difference(
     checkpoint: Path, text: Path, tmp_path: Path, method: str, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +215,7 @@ def test_strips_and_windows_at_once_make_no_difference(
     assert quantize(checkpoint, tmp_path / "b", bits=bits, calibrate=method, calibration_text=text).read_bytes() == whole
 
 
-@pytest.mark.parametrize(("method", "bits"), [("fast", 4), ("full", 4), ("fast", 8)])
+@pytest.mark.parametrize(("method", "bits"), [("fast", 4), ("full", 4), ("fast", 8), ("full", 8)])
 def test_threads_make_no_difference(checkpoint: Path, text: Path, tmp_path: Path, method: str, bits: int) -> None:
     code = ("import os, sys; os.cpu_count = lambda: int(sys.argv[4])\n"
             "from edgemistral_quantize import convert, quantize\n"
@@ -334,15 +334,40 @@ def factors_of(x: np.ndarray, samples: float = 1e12) -> gptq.Factors:
     return gptq.Factors.of(moments, np.ones(x.shape[1], F32), samples)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("cols", [32, 192, 448])
-def test_gptq_lowers_the_error_of_the_outputs(cols: int) -> None:
-    x, w, levels = inputs(cols), np.random.default_rng(1).standard_normal((100, cols)).astype(F32), default_levels()
-    factors = factors_of(x)
+def test_gptq_lowers_the_error_of_the_outputs(cols: int, bits: int) -> None:
+    x, w = inputs(cols), np.random.default_rng(1).standard_normal((100, cols)).astype(F32)
+    factors, levels = factors_of(x), default_levels() if bits == 4 else None
 
     def error(packed: np.ndarray, row_scales: np.ndarray) -> float:
         return float(((x @ (layout.dequantize(packed, row_scales, levels)[:100, :cols] - w).T) ** 2).sum())
 
-    assert error(*gptq.quantize_rows(w, levels, factors)) < 0.8 * error(*quantize_rows(w, 4, levels, factors.diagonal))
+    assert error(*gptq.quantize_rows(w, levels, factors)) < 0.8 * error(*quantize_rows(w, bits, levels, factors.diagonal))
+
+
+def test_without_correlations_gptq_in_8_bits_is_plain_rounding() -> None:
+    w = np.random.default_rng(1).standard_normal((40, 160)).astype(F32)
+    w[3], w[5, 32:64] = 0, 0
+    factors = factors_of(np.tile(np.eye(160, dtype=F32), (8, 1)))
+    rounded = gptq.quantize_rows(w, None, dataclasses.replace(factors, sweeps=0))
+    for got, expected in zip(rounded, quantize_rows(w, 8), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(("bits", "output_bits"), [(4, 8), (8, 4)])
+def test_every_matrix_is_rounded_by_gptq(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, output_bits: int
+) -> None:
+    plain = quantize_rows
+
+    def only_padding(w: np.ndarray, *rest: object) -> tuple[np.ndarray, np.ndarray]:
+        assert not w.any()
+        return plain(w, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(convert, "quantize_rows", only_padding)
+    with Blob.open(quantize(checkpoint, tmp_path / "b", bits=bits, output_bits=output_bits, calibration_text=text)) as blob:
+        blob.verify()
 
 
 def test_gptq_factor_is_of_the_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,10 +399,11 @@ def test_what_chance_makes_is_forgotten() -> None:
     np.testing.assert_allclose(equalise.shrunk(trained, 1000), trained, rtol=0.05)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("cols", [32, 160])
-def test_sweeps_never_raise_the_error(cols: int) -> None:
-    x, w, levels = inputs(cols), np.random.default_rng(1).standard_normal((70, cols)).astype(F32), default_levels()
-    factors, errors = factors_of(x), []
+def test_sweeps_never_raise_the_error(cols: int, bits: int) -> None:
+    x, w = inputs(cols), np.random.default_rng(1).standard_normal((70, cols)).astype(F32)
+    factors, errors, levels = factors_of(x), [], default_levels() if bits == 4 else None
     (h,) = factors.h
     for sweeps in range(4):
         packed, row_scales = gptq.quantize_rows(w, levels, dataclasses.replace(factors, sweeps=sweeps))
@@ -392,10 +418,12 @@ def test_sweeps_never_raise_the_error(cols: int) -> None:
     lambda x, w: (x * 0, w), lambda x, w: (x, w * 0), lambda x, w: (x, w * F32(1e36)), lambda x, w: (x, w * F32(1e-38)),
     lambda x, w: (np.repeat(x[:, :1], x.shape[1], axis=1), w),
 ], ids=["no input", "no weights", "huge weights", "tiny weights", "one direction"])
-def test_gptq_bears(change: Callable[..., tuple[np.ndarray, np.ndarray]]) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_bears(change: Callable[..., tuple[np.ndarray, np.ndarray]], bits: int) -> None:
     x, w = change(inputs(128), np.random.default_rng(1).standard_normal((20, 128)).astype(F32))
-    packed, row_scales = gptq.quantize_rows(w, default_levels(), factors_of(x))
-    restored = layout.dequantize(packed, row_scales, default_levels())
+    levels = default_levels() if bits == 4 else None
+    packed, row_scales = gptq.quantize_rows(w, levels, factors_of(x))
+    restored = layout.dequantize(packed, row_scales, levels)
     assert np.isfinite(restored).all()
     if w.any():
         assert np.abs(restored[:20] - w).max() < 2 * np.abs(w).max()
