@@ -123,7 +123,7 @@ def _quantize(r: Results) -> list[str]:
 
     return _table(("", ""), [
         ("checkpoint, bfloat16", in_gb(n_bytes)),
-        (f"quantize to 4 bits, {source}", took(r["seconds"])),
+        (f"quantize, {source}", took(r["seconds"])),
         ("only reading the checkpoint, the same way", took(r["read_seconds"])),
         ("quantizing / only reading", f"{r['seconds'] / r['read_seconds']:.2f}"),
         ("peak anonymous memory", in_gb(r["peak_anonymous_bytes"])),
@@ -412,7 +412,8 @@ def _server_load(r: Results) -> list[str]:
 SECTIONS: list[tuple[str, str, str, Callable[[Results], Iterable[str]]]] = [
     ("Start", "startup", "python bench/startup.py", _startup),
     ("7B: from load to the first token", "first_token", "python bench/first_token.py WORK/7b-q4.safetensors", _first_token),
-    ("7B: quantizing", "seven_b_quantize", "python bench/seven_b.py WORK", _quantize),
+    ("7B: quantizing to 4 bits", "seven_b_quantize", "python bench/seven_b.py WORK", _quantize),
+    ("7B: quantizing to 8 bits", "seven_b_quantize_q8", "python bench/seven_b.py WORK --only quantize --bits 8", _quantize),
     ("7B: running", "seven_b_run", "python bench/seven_b.py WORK", _run),
     ("7B beside llama.cpp, 4 bits", "peers_q4", "python bench/peers.py WORK", _peers),
     ("7B beside llama.cpp, 8 bits", "peers_q8", "python bench/peers.py WORK --bits 8", _peers),

@@ -3,6 +3,7 @@
     python bench/seven_b.py WORK            # all of it: half an hour, 20 GB of disk in WORK
     python bench/seven_b.py WORK --clean    # the same, and the 14.5 GB checkpoint deleted at the end
     python bench/seven_b.py WORK --only run # the speed of the blob that an earlier run left there
+    python bench/seven_b.py WORK --only quantize --bits 8
 
 The weights are random, which takes the same time as trained ones. The checkpoint is made if it does not exist. It is read from
 the disk, not from the system's cache, if the system can drop it from there.
@@ -25,19 +26,19 @@ from edgemistral.files.blob import Blob
 from edgemistral.measure.benchmark import seconds
 
 CHECKPOINT_BYTES = 15 * 10**9
-BLOB_BYTES = 5 * 10**9
+BLOB_BYTES = {"4": 5 * 10**9, "8": 9 * 10**9}
 PROMPT = "What should I see in Paris?"
 REPEATS = 7
 READ_BYTES = 1 << 24
 
 
-def measure_quantize(checkpoint: Path, blob: Path) -> dict[str, Any]:
+def measure_quantize(checkpoint: Path, blob: Path, bits: str) -> dict[str, Any]:
     """Time, memory and size of `edgemistral quantize`, and the time of only reading the checkpoint."""
     shards = sorted(checkpoint.glob("*.safetensors"))
     cold = harness.drop_from_cache(shards)
     read_seconds = seconds(lambda: [read(shard) for shard in shards])
     harness.drop_from_cache(shards)
-    done = harness.run([*harness.EDGEMISTRAL, "quantize", str(checkpoint), str(blob), "--force"])
+    done = harness.run([*harness.EDGEMISTRAL, "quantize", str(checkpoint), str(blob), "--force", "--bits", bits])
     facts = json.loads(harness.run([*harness.EDGEMISTRAL, "inspect", str(blob), "--json"]).output)
     return {
         "checkpoint_bytes": sum(shard.stat().st_size for shard in shards),
@@ -98,23 +99,25 @@ def print_run(results: dict[str, Any]) -> None:
 @click.command(help=__doc__.split("\n")[0])
 @harness.work_argument
 @click.option("--only", type=click.Choice(["quantize", "run"]), help="Measure only this half.")
+@click.option("--bits", type=click.Choice(["4", "8"]), default="4", help="Of the layers.")
 @click.option("--clean", is_flag=True, help="Delete the checkpoint at the end. The blob stays.")
-def main(work: Path, only: str | None, clean: bool) -> None:
-    checkpoint, blob = work / "7b", work / "7b-q4.safetensors"
+def main(work: Path, only: str | None, bits: str, clean: bool) -> None:
+    checkpoint, blob = work / "7b", work / f"7b-q{bits}.safetensors"
+    of_bits, option = ("", "") if bits == "4" else ("_q8", " --bits 8")
     if only != "run":
         written = (checkpoint / "tokenizer.model").exists()   # which is written last
-        harness.prepare(work, BLOB_BYTES + (0 if written else CHECKPOINT_BYTES))
+        harness.prepare(work, BLOB_BYTES[bits] + (0 if written else CHECKPOINT_BYTES))
         if not written:
             write_synthetic(checkpoint, progress=True)
-        results = measure_quantize(checkpoint, blob)
+        results = measure_quantize(checkpoint, blob, bits)
         print_quantize(results)
-        harness.save("seven_b_quantize", "python bench/seven_b.py WORK --only quantize", results)
+        harness.save(f"seven_b_quantize{of_bits}", f"python bench/seven_b.py WORK --only quantize{option}", results)
         if clean:
             shutil.rmtree(checkpoint)
     if only != "quantize":
         results = measure_run(blob)
         print_run(results)
-        harness.save("seven_b_run", "python bench/seven_b.py WORK --only run", results)
+        harness.save(f"seven_b_run{of_bits}", f"python bench/seven_b.py WORK --only run{option}", results)
 
 
 if __name__ == "__main__":
