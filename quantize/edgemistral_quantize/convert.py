@@ -63,11 +63,11 @@ def quantize(
     of the output head. Embeddings become bfloat16. max_ram: bytes of working memory, without Python and compiled kernels.
 
     calibrate: "fast" measures the inputs of each column on a text, weights the rounding errors by them and equalises the
-    columns; with 4 bits later columns compensate the errors of earlier ones (GPTQ), in parts of 512 columns. "full" does
-    this over all columns, reads more text and improves the result. It takes several times as long, and changes 8 bits
-    little. "none" skips all of this. The text is the package's own or `calibration_text`, in UTF-8. The blob keeps the
-    method and the text's sha256. If the text has fewer different tokens than the model has columns (1024 are always enough),
-    nothing is calibrated: `notice` says so, and the blob is that of "none".
+    columns; later columns compensate the errors of earlier ones (GPTQ), in parts of 512 columns. "full" does this over up
+    to 4096 columns, reads more text and improves the result. It takes several times as long. "none" skips all of this. The
+    text is the package's own or `calibration_text`, in UTF-8. The blob keeps the method and the text's sha256. If the text
+    has fewer different tokens than the model has columns (1024 are always enough), nothing is calibrated: `notice` says so,
+    and the blob is that of "none".
 
     The blob is written as DST.partial and renamed when it is complete and on the disk. After a crash or an error,
     `resume=True` continues after the tensors in DST.partial whose checksums, and those of their sources, match; the
