@@ -284,7 +284,7 @@ def _real_model(r: Results) -> list[str]:
         tokens = ", ".join(f"{n:,} of {text}" for text, n in model["tokens"].items())
         lines += ["", f"{name}: {tokens}.", ""]
         lines += _table(("", "layers", *(f"{text}: KL" for text in model["tokens"]), "prose: top-1", "perplexity"), (
-            (row["name"], f"{row['bits']['layers']:.2f}", *(f"{row[text]['mean_kl']:.4f}" for text in model["tokens"]),
+            (row["name"], f"{row['bits']['layers']:.2f}", *(f"{row[text]['mean_kl']:.5f}" for text in model["tokens"]),
              f"{row['prose']['top1_agreement']:.1%}", f"{row['prose']['perplexity']:.2f}")
             for row in model["rows"]
         ))
