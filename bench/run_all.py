@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = (     # as named in the sections of bench/report.py
     "python bench/startup.py",
     "python bench/seven_b.py WORK",
-    "edgemistral quantize WORK/7b WORK/7b-q8.safetensors --bits 8 --force",
+    "python bench/seven_b.py WORK --only quantize --bits 8",
     "python bench/first_token.py WORK/7b-q4.safetensors",
     "python bench/peers.py WORK",
     "python bench/peers.py WORK --bits 8",
@@ -61,8 +61,6 @@ COMMANDS = (     # as named in the sections of bench/report.py
 def command_line(command: str, work: Path, avx2: str | None) -> list[str]:
     """One of COMMANDS for this interpreter, WORK and PYTHON filled in."""
     words = [word.replace("WORK", str(work)).replace("PYTHON", avx2 or "") for word in command.split()]
-    if words[0] == "edgemistral":
-        return [sys.executable, "-m", *words]
     return [sys.executable, "-m", words[1].removesuffix(".py").replace("/", "."), *words[2:]]
 
 

@@ -47,7 +47,7 @@ CHILD = """if True:
         KVStore.put = saying(b"w", KVStore.put)
         os.write(1, b"r")
         for n in itertools.count(start):
-            if session.tokens > 800:
+            if session.tokens > 640:           # the longest message and answer still fit the context of 1024
                 session.clear()
             text = f"Tell me about {topics[n % 8]}. " * (1 + n % 30)
             os.write(1, b"p")
