@@ -97,14 +97,14 @@ def quantize(
     calibration = read_calibration(
         calibrate, None if calibration_text is None else Path(calibration_text), checkpoint.tokenizer_of_text, config.context
     )
-    if calibration is not None and bits in BLOCK_BYTES and calibration.different < min(config.dim, ENOUGH):
-        if notice is not None:
-            notice(few_tokens(calibration.different, config.dim))
-        calibration = None
-    if bits in BLOCK_BYTES or calibration is None:
+    if calibration is None or bits in BLOCK_BYTES:
         recipe = Recipe(int(bits), output_bits)
     else:
         recipe = _choose(checkpoint, calibration, bits, output_bits, max_ram, progress)
+    if calibration is not None and calibration.different < min(config.dim, ENOUGH):
+        if notice is not None:
+            notice(few_tokens(calibration.different, config.dim))
+        calibration = None
     return convert(checkpoint, Path(dst), recipe, calibration, max_ram, resume, force, progress)
 
 

@@ -267,6 +267,8 @@ def test_a_text_of_few_different_tokens_calibrates_nothing(
     blob = quantize(checkpoint, tmp_path / "a", calibration_text=text, notice=told.append)
     assert blob.read_bytes() == quantize(checkpoint, tmp_path / "b", calibrate="none").read_bytes()
     assert len(told) == 1 and "different tokens" in told[0]
+    with Blob.open(quantize(checkpoint, tmp_path / "c", bits=4.6, calibration_text=text, notice=told.append)) as mixed:
+        assert "calibration" not in mixed.metadata and mixed.recipe.eight and len(told) == 2
 
 
 def test_too_little_memory_is_refused(checkpoint: Path, tmp_path: Path) -> None:
