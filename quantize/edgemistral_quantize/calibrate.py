@@ -76,7 +76,10 @@ class CalibrationPass:
         self._samples = samples
         self._source, self._config, self._relative = source, source.config, relative
         self._at_once, self._strip_bytes, self._progress = at_once, strip_bytes, progress
-        self._pool = ThreadPoolExecutor(threads or os.cpu_count() or 1)
+        # What overflows becomes an infinity, which `convert` refuses in one line: no warnings before it.
+        self._pool = ThreadPoolExecutor(
+            threads or os.cpu_count() or 1, initializer=partial(np.seterr, over="ignore", invalid="ignore")
+        )
         self.states = self._embed(windows)
 
     def close(self) -> None:

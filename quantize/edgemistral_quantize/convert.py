@@ -19,13 +19,13 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from edgemistral.config import ModelConfig
-from edgemistral.errors import BadInput
+from edgemistral.errors import BadCheckpoint, BadInput
 from edgemistral.files.bf16 import to_bf16, widen
 from edgemistral.files.blob_writer import BlobWriter
 from edgemistral.files.layout import BLOCK_BYTES, PANEL, Matrix, Recipe, TensorSpec, matrices, matrix_tensors
 from edgemistral_quantize import exponents, gptq, sensitivity
 from edgemistral_quantize.ahead import map_ahead, one_ahead
-from edgemistral_quantize.calibrate import MATRICES, TILE, CalibrationPass, sample_bytes, tiled, work_bytes
+from edgemistral_quantize.calibrate import MATRICES, TILE, CalibrationPass, Inputs, sample_bytes, tiled, work_bytes
 from edgemistral_quantize.calibration_text import Calibration, read_calibration
 from edgemistral_quantize.checkpoint import Checkpoint, Strip
 from edgemistral_quantize.equalise import Change, Changes, layer_changes, output_changes
@@ -187,10 +187,12 @@ def convert(
                 add = partial(_add_moments, moments, states.map) if moments else None
                 if at:
                     inputs = states.pass_layer(int(at.removeprefix("layers.")), add)
+                    _check_inputs(at, inputs, states.tokens)
                     alpha = None if recipe.bits == 4 else exponents.choose(config, inputs, calibration.kinds)
                     changes = layer_changes(config, inputs.mean_squares, samples, alpha)
                 else:
                     inputs = states.pass_norm(add)
+                    _check_inputs("the head", inputs, states.tokens)
                     changes = output_changes(inputs.mean_squares["output"], recipe.output_bits, samples)
             if spec.name in by_name:
                 conversion.write_matrix(by_name[spec.name], changes.matrices.get(part, Change()), moments.pop(part, None))
@@ -255,6 +257,14 @@ def _moments(config: ModelConfig, method: str, writer: BlobWriter, layer: str) -
     if all(writer.done(name) for name in writer.tensors if name in names or name.rpartition(".")[0] in names):   # earlier
         return {}
     return {part: gptq.Moments(cols.get(part, config.dim), method) for part in names.values()}
+
+
+def _check_inputs(layer: str, inputs: Inputs, tokens: int) -> None:
+    """Raises BadCheckpoint if sums of squares of a matrix's inputs do not fit in float32."""
+    for part, mean_squares in inputs.mean_squares.items():
+        if not (mean_squares * tokens < np.finfo(np.float32).max).all():
+            raise BadCheckpoint(f"{layer}: the calibration text gives {part} inputs that are too large for float32 sums; "
+                                "--calibrate none quantizes without a text")
 
 
 def _add_moments(

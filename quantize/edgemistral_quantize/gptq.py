@@ -117,7 +117,7 @@ def _shrink(h: F32, samples: float) -> None:
 def _factor(h: F32) -> F32:
     """U, upper, with U^T U the inverse of h; h is scaled to a mean diagonal of 1, and damped."""
     mean = np.diagonal(h).mean(dtype=np.float64)
-    if not mean > 0:   # all inputs were 0
+    if not mean >= np.finfo(np.float32).tiny:   # all inputs were 0, or too small for their squares
         h[:] = 0
         np.fill_diagonal(h, 1)
         return np.eye(len(h), dtype=np.float32)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import edgemistral
 from edgemistral.cli.inspect import describe
-from edgemistral.errors import BadInput
+from edgemistral.errors import BadCheckpoint, BadInput
 from edgemistral.files import layout
 from edgemistral.files.blob import Blob
 from tests import naive
@@ -277,6 +277,13 @@ def test_too_little_memory_is_refused(checkpoint: Path, tmp_path: Path) -> None:
             quantize(checkpoint, tmp_path / "b", max_ram=1_000_000, calibrate=method)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_inputs_that_overflow_are_refused(tmp_path: Path, text: Path, bits: int) -> None:
+    source = write_hf(tmp_path / "c", SMALL, WEIGHTS | {"layers.1.ffn_norm": WEIGHTS["layers.1.ffn_norm"] * F32(1e19)})
+    with pytest.raises(BadCheckpoint, match=r"layers\.1: .* w13 .* too large"):
+        quantize(source, tmp_path / "b", bits=bits, calibration_text=text, progress=False)
+
+
 # ---- some matrices in 8 bits ----
 
 def test_the_budget_is_spent_where_it_gains_most() -> None:
@@ -417,9 +424,10 @@ def test_sweeps_never_raise_the_error(cols: int, bits: int) -> None:
 
 
 @pytest.mark.parametrize("change", [
-    lambda x, w: (x * 0, w), lambda x, w: (x, w * 0), lambda x, w: (x, w * F32(1e36)), lambda x, w: (x, w * F32(1e-38)),
+    lambda x, w: (x * 0, w), lambda x, w: (np.where(np.arange(x.size).reshape(x.shape) == 5, F32(4e-23), F32(0)), w),
+    lambda x, w: (x, w * 0), lambda x, w: (x, w * F32(1e36)), lambda x, w: (x, w * F32(1e-38)),
     lambda x, w: (np.repeat(x[:, :1], x.shape[1], axis=1), w),
-], ids=["no input", "no weights", "huge weights", "tiny weights", "one direction"])
+], ids=["no input", "one tiny input", "no weights", "huge weights", "tiny weights", "one direction"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gptq_bears(change: Callable[..., tuple[np.ndarray, np.ndarray]], bits: int) -> None:
     x, w = change(inputs(128), np.random.default_rng(1).standard_normal((20, 128)).astype(F32))
