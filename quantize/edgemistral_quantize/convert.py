@@ -78,7 +78,8 @@ def quantize(
     in bytes, from any thread; its exceptions end the work. notice: called with one line that the user should know.
 
     Raises BadConfig and BadCheckpoint if the checkpoint cannot be used (before anything is written, except for a NaN, an
-    infinity or an unreadable file in the middle), BadInput for wrong arguments and all problems with DST, such as a full disk.
+    infinity, inputs that overflow or an unreadable file in the middle), BadInput for wrong arguments and all problems with
+    DST, such as a full disk.
     """
     if output_bits not in BLOCK_BYTES:
         raise BadInput(f"output_bits is {output_bits}; supported: {' and '.join(map(str, BLOCK_BYTES))}")
