@@ -8,7 +8,7 @@ import numpy as np
 
 from edgemistral.files.bf16 import widen
 from edgemistral.files.layout import round_up
-from edgemistral.kernels.attention import ATTEND, block_at, own_block_at
+from edgemistral.kernels.attention import ATTEND, MERGE_SPLITS, block_at, own_block_at
 from edgemistral.kernels.jit import entry
 from edgemistral.kernels.kv_formats import APPEND, QUANTIZE_QUERY
 from edgemistral.kernels.kv_layout import KV_FORMATS, POSITIONS, SEGMENT, kv_layout
@@ -36,7 +36,7 @@ class Chunk(NamedTuple):
 def _make_attend_chunk(BITS):
     @entry
     @unrolled(BITS=BITS)
-    def attend_chunk(chunk, x, cos, sin, rows, kv, queries, scratch, out):
+    def attend_chunk(chunk, x, cos, sin, rows, kv, queries, partials, scratch, out):
         """x (tokens * heads * head_dim,): queries, keys and values of all tokens, rotated in place; out: attention's output."""
         c, hd, layer = chunk, chunk.head_dim, LAYER
         group = c.n_heads // c.n_kv_heads
@@ -54,8 +54,12 @@ def _make_attend_chunk(BITS):
                 APPEND[BITS](block, own, (c.position + token) % POSITIONS, x, key, key + c.n_kv_heads * hd, hd)
         for head in range(c.n_kv_heads):
             for span in range(0, rows.spans.size, 2):
-                ATTEND[BITS](kv, rows, layer, head, rows.spans[span], rows.spans[span + 1], group, hd, c.window, queries, out,
-                             c.n_heads * hd, scratch)
+                first, last = rows.spans[span], rows.spans[span + 1]
+                for split in range(rows.splits):
+                    ATTEND[BITS](kv, rows, layer, head, first, last, split, group, hd, c.window, queries, partials, out,
+                                 c.n_heads * hd, scratch)
+                if rows.splits > 1:
+                    MERGE_SPLITS[BITS](kv, rows, head, first, last, group, hd, c.window, partials, out, c.n_heads * hd, scratch)
 
     return attend_chunk
 
@@ -79,7 +83,7 @@ class Attention:
     def __init__(self, bits, head_dim, n_heads, n_kv_heads, window=None, positions=512, garbage=0xFF, rope_theta=1e4):
         self.config = blobs.config(
             head_dim=head_dim, n_heads=n_heads, n_kv_heads=n_kv_heads, n_layers=N_LAYERS, sliding_window=window,
-            rope_theta=rope_theta,
+            rope_theta=rope_theta, context=positions,
         )
         self.kv, self.length = kv_layout(bits, head_dim, N_LAYERS, n_kv_heads), 0
         # The segments lie in the opposite order, which must not matter.
@@ -90,18 +94,20 @@ class Attention:
         self.copies = np.full((SEGMENT // POSITIONS * count, own_block_bytes(self.config, bits)), garbage, np.uint8)
         self.own = self.copies.ctypes.data + self.copies.strides[0] * np.arange(len(self.copies), dtype=np.int64)
 
-    def append(self, qkv):
-        """qkv (T, H + 2 K, D), rotated in place -> (T, H, D)."""
+    def append(self, qkv, shared=True):
+        """qkv (T, H + 2 K, D), rotated in place -> (T, H, D). shared: in splits, if `_lay_out` says so."""
         c, tokens = self.config, len(qkv)
         positions = np.arange(self.length, self.length + tokens)
         angles = positions[:, None] * c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
         state, (own,) = _workspace(_shape(c), 1)
         rows = _lay_out([Row(Held(self.length, self.segments, self.own), np.zeros(tokens, np.int32), 0)], c.group)
+        if not shared:
+            rows = rows._replace(splits=1)
         chunk = Chunk(self.length, tokens, c.n_heads, c.n_kv_heads, c.head_dim, c.sliding_window or c.context)
         out = np.full((tokens, c.n_heads, c.head_dim), np.nan, F32)
         cos, sin = np.cos(angles).astype(F32).reshape(-1), np.sin(angles).astype(F32).reshape(-1)
         ATTEND_CHUNK[self.kv.bits](
-            chunk, qkv.reshape(-1), cos, sin, rows, self.kv, state.queries, own.attention, out.reshape(-1)
+            chunk, qkv.reshape(-1), cos, sin, rows, self.kv, state.queries, state.partials, own.attention, out.reshape(-1)
         )
         self.length += tokens
         return out

@@ -26,7 +26,16 @@ from edgemistral.kernels.activations import (
     swiglu,
     tile_size,
 )
-from edgemistral.kernels.attention import ATTEND, AttentionScratch, Queries, Rows, block_at, own_block_at
+from edgemistral.kernels.attention import (
+    ATTEND,
+    MERGE_SPLITS,
+    AttentionScratch,
+    Partial,
+    Queries,
+    Rows,
+    block_at,
+    own_block_at,
+)
 from edgemistral.kernels.jit import entry, inlined, part
 from edgemistral.kernels.kv_formats import APPEND, QUANTIZE_QUERY
 from edgemistral.kernels.kv_layout import KV_FORMATS, POSITIONS, KVLayout
@@ -77,6 +86,7 @@ class State(NamedTuple):
     xq: Activations                # quantized inputs of wqkv, wo, w13 and the output head
     hq: Activations                # quantized inputs of w2
     queries: Queries
+    partials: Partial              # (SPLIT_ROWS * n_kv_heads rows) what `merge_splits` merges
     logits: NDArray[np.float32]    # (2 * n_logits, vocab rows) the head's product with both digits of each token
     cos: NDArray[np.float32]       # (tokens, head_dim / 2)
     sin: NDArray[np.float32]       # (tokens, head_dim / 2)
@@ -219,17 +229,29 @@ def _make_attention(BITS):
     @part
     @unrolled(BITS=BITS)
     def attention(p, layer):
-        """attn_out = attention over the cache; a unit is a KV head and a span of tokens."""
+        """attn_out = attention over the cache; a unit is a KV head and a span of tokens, or one split of these."""
         shape, rows, state = p.shape, p.rows, p.state
-        spans = rows.spans.size // 2
+        heads, splits = rows.spans.size // 2 * shape.n_kv_heads, rows.splits
         while True:
-            first, last = take(p.member, shape.n_kv_heads * spans, 1)
+            first, last = take(p.member, heads * splits, 1)
+            if first >= last:
+                break
+            for unit in range(first, last):
+                span, head = 2 * (unit // splits // shape.n_kv_heads), unit // splits % shape.n_kv_heads
+                ATTEND[BITS](p.kv, rows, layer, head, rows.spans[span], rows.spans[span + 1], unit % splits, shape.group,
+                             shape.head_dim, shape.window, state.queries, state.partials, state.attn_out, shape.q_cols,
+                             p.own.attention)
+        barrier(p.member)
+        if splits == 1:
+            return
+        while True:
+            first, last = take(p.member, heads, 1)
             if first >= last:
                 break
             for unit in range(first, last):
                 span, head = 2 * (unit // shape.n_kv_heads), unit % shape.n_kv_heads
-                ATTEND[BITS](p.kv, rows, layer, head, rows.spans[span], rows.spans[span + 1], shape.group, shape.head_dim,
-                             shape.window, state.queries, state.attn_out, shape.q_cols, p.own.attention)
+                MERGE_SPLITS[BITS](p.kv, rows, head, rows.spans[span], rows.spans[span + 1], shape.group, shape.head_dim,
+                                   shape.window, state.partials, state.attn_out, shape.q_cols, p.own.attention)
         barrier(p.member)
 
     return attention

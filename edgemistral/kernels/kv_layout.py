@@ -7,6 +7,7 @@ from typing import NamedTuple
 POSITIONS = 64            # of one block
 SEGMENT_BLOCKS = 4        # blocks of one head in a segment, one after another
 SEGMENT = SEGMENT_BLOCKS * POSITIONS    # positions
+SPLIT_BLOCKS = 64         # blocks of a split: attention over a longer cache is merged from several of these
 ROWS = 4                  # query rows (token x query head of one KV head) that one pass over a block holds in registers
 KV_FORMATS = {4: (4, 8), 8: (8, 8), 16: (16, 0)}    # bits -> bits of a code, bytes of one position's scales (of K and V)
 OWN_BITS = {4: 8}         # formats whose positions see the block that they lie in, their own block, with more bits

@@ -76,6 +76,40 @@ def softmax(s, masked, row, head_dim, scratch):
 
 
 @inlined
+def merge_partial(into, other, at, n, head_dim):
+    """The softmax of n rows over some positions, merged with that over others. Rows start at 0 and at `at`: whole tiles.
+
+    Either may be the first: the result has the same bits.
+    """
+    stride = values_stride(head_dim)
+    for row in range(0, n, ROWS):
+        peaks_at = row // ROWS * 16
+        a, b = load_f32(into.peaks, peaks_at), load_f32(other.peaks, at // ROWS * 16 + peaks_at)
+        peak = maximum(a, b)
+        store_f32(into.peaks, peaks_at, peak)
+        a, b = to_rows(exp(sub(a, peak)), ROWS), to_rows(exp(sub(b, peak)), ROWS)
+        for d in range(row * stride, row * stride + head_dim, 16):
+            values = mul(tile(load_f32, into.values, d, ROWS, 1, stride, 0), a)
+            values = add(values, mul(tile(load_f32, other.values, at * stride + d, ROWS, 1, stride, 0), b))
+            store_tile(store_f32, into.values, d, stride, 0, values)
+        sums = mul(tile(load_f32, into.sums, 16 * row, ROWS, 1, 16, 0), a)
+        sums = add(sums, mul(tile(load_f32, other.sums, 16 * (at + row), ROWS, 1, 16, 0), b))
+        store_tile(store_f32, into.sums, 16 * row, 16, 0, sums)
+
+
+@inlined
+def copy_partial(to, to_row, other, at, n, head_dim):
+    """Copy n rows, in whole tiles, from row `at` of `other` to row `to_row` of `to`."""
+    stride = values_stride(head_dim)
+    for row in range(0, n, ROWS):
+        store_f32(to.peaks, (to_row + row) // ROWS * 16, load_f32(other.peaks, (at + row) // ROWS * 16))
+        for r in range(row, row + ROWS):
+            store_f32(to.sums, 16 * (to_row + r), load_f32(other.sums, 16 * (at + r)))
+            for d in range(0, head_dim, 16):
+                store_f32(to.values, (to_row + r) * stride + d, load_f32(other.values, (at + r) * stride + d))
+
+
+@inlined
 def softmax_in_codes(s, masked, value_scales, ahead, quarter, row, head_dim, scratch):
     """`softmax` times the values' scales (64 float32 at address `value_scales`), rounded to u8 in `scratch.codes`.
 

@@ -14,9 +14,9 @@ from edgemistral.files import lost
 from edgemistral.files.blob import Blob
 from edgemistral.files.layout import ALIGNMENT, BLOCK, GROUP, GROUPS, round_up
 from edgemistral.kernels.activations import DIRECT, LONG, SHORT, Activations
-from edgemistral.kernels.attention import SPAN, AttentionScratch, Queries, Rows
+from edgemistral.kernels.attention import SPAN, AttentionScratch, Partial, Queries, Rows
 from edgemistral.kernels.forward import FORWARD, Own, Shape, State, Weights
-from edgemistral.kernels.kv_layout import DIMS, POSITIONS, QUERY_SUMS, ROWS, kv_layout
+from edgemistral.kernels.kv_layout import DIMS, POSITIONS, QUERY_SUMS, ROWS, SPLIT_BLOCKS, kv_layout
 from edgemistral.kernels.matmul import PAIR, STREAMS, MatrixScratch
 from edgemistral.runtime.compiling import compile_forward
 from edgemistral.runtime.read_ahead import ReadAhead
@@ -26,6 +26,7 @@ from edgemistral.runtime.weights import map_weights
 
 CHUNK = 256       # most tokens of one step: enough that computing takes much longer than reading the weights
 MAX_ROWS = 64     # of one step
+SPLIT_ROWS = 512  # query rows of a KV head whose splits threads may share: more rows are enough work for any number of threads
 MAX_LOGITS = 64   # tokens whose logits fit into the workspace; a step with more allocates memory
 
 Allocate = Callable[[int, Any], NDArray[Any]]
@@ -102,7 +103,7 @@ class Transformer:
         self.pool.close()
         if not self._closed:
             self._closed = True
-            del self._weights, self._state, self._own      # the workspace of a 7B is 45 MB
+            del self._weights, self._state, self._own      # the workspace of a 7B is 48 MB
             self.blob.close()
 
     def _check(self, rows: Sequence[Row]) -> None:
@@ -138,6 +139,7 @@ def _lay_out(rows: Sequence[Row], group: int) -> Rows:
             next_query += round_up(group * (until - at), ROWS)
         wanted += range(end - row.n_logits, end)
     spans.sort(reverse=True)                                          # the longest work first
+    splits = (max(row.sequence.length + len(row.ids) for row in rows) - 1) // (POSITIONS * SPLIT_BLOCKS) + 1
     return Rows(
         ids=np.concatenate([row.ids for row in rows]).astype(np.int64),
         positions=np.repeat(starts, n) + within,
@@ -148,6 +150,7 @@ def _lay_out(rows: Sequence[Row], group: int) -> Rows:
         segments=np.concatenate(tables),
         own_blocks=np.concatenate([row.sequence.own_blocks(len(row.ids)) for row in rows]),
         rows_of_head=next_query,
+        splits=splits if splits * next_query <= SPLIT_ROWS else 1,
     )
 
 
@@ -165,7 +168,7 @@ def example_call(kv_bits: int = 8) -> tuple[tuple[Any, ...], Own]:
     none, shape = np.zeros(0, np.int64), Shape(1, 1, 1, 1, 1, 1, 1, 1, 1.0, 1, 1, 1, 1)
     state, own = _workspace(shape, 1, lambda _, dtype: np.zeros(0, dtype))
     weights = Weights(np.frombuffer(b"\0", np.uint8), 0, none.reshape(0, 0), none)
-    rows = Rows(none, none, none, none, none, none, none, none, 0)
+    rows = Rows(none, none, none, none, none, none, none, none, 0, 1)
     return (shape, weights, kv_layout(kv_bits, 32, 1, 1), rows, state), own[0]
 
 
@@ -202,6 +205,13 @@ def _workspace(shape: Shape, threads: int, array: Allocate = _aligned) -> tuple[
             codes, codes.view(np.int32), array(tokens * cols // GROUP, np.int32), array(tokens * cols // BLOCK, np.float32)
         )
 
+    def partial(rows: int) -> Partial:
+        return Partial(
+            values=array(rows * round_up(hd, DIMS), np.float32),
+            peaks=array(rows // ROWS * 16, np.float32),
+            sums=array(rows * 16, np.float32),
+        )
+
     def own() -> Own:
         probabilities = array(ROWS * POSITIONS, np.float32)
         return Own(
@@ -211,9 +221,8 @@ def _workspace(shape: Shape, threads: int, array: Allocate = _aligned) -> tuple[
                 result=array(max(tokens, STREAMS * SHORT) * PAIR, np.float32),
             ),
             AttentionScratch(
-                values=array(rows_of_span * round_up(hd, DIMS), np.float32),
-                peaks=array(rows_of_span // ROWS * 16, np.float32),
-                sums=array(rows_of_span * 16, np.float32),
+                *partial(rows_of_span),
+                earlier=partial(rows_of_span),
                 probabilities=probabilities,
                 codes=probabilities.view(np.uint8),
                 first_seen=array(ROWS, np.int32),
@@ -234,6 +243,7 @@ def _workspace(shape: Shape, threads: int, array: Allocate = _aligned) -> tuple[
             queries, queries.view(np.int32), array(QUERY_SUMS * rows, np.int32), array(rows, np.float32),
             array(rows * hd, np.float32),
         ),
+        partials=partial(SPLIT_ROWS * shape.n_kv_heads),
         logits=_logits(shape, MAX_LOGITS, array),
         cos=array(chunk * hd // 2, np.float32),
         sin=array(chunk * hd // 2, np.float32),

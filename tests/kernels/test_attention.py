@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgemistral.files.records import KV_VERSION
-from edgemistral.kernels.kv_layout import KV_FORMATS
+from edgemistral.kernels.kv_layout import KV_FORMATS, POSITIONS, SPLIT_BLOCKS
 from tests import naive
 from tests.attention_layer import F32, Attention
 
@@ -159,3 +159,22 @@ def test_what_is_stored_has_a_version(bits, expected):
     attention = Attention(bits, 64, 2, 1, positions=64, rope_theta=1e30)
     attention.append(random_qkv(np.random.default_rng(0), 64, attention.config))
     assert (KV_VERSION, hashlib.blake2b(attention.block(0, 0).tobytes(), digest_size=4).hexdigest()) == expected
+
+
+@pytest.mark.parametrize("bits", KV_FORMATS)
+@pytest.mark.parametrize("window", [None, 6000])
+def test_threads_may_share_splits(bits, window):
+    """Behind a long cache, the splits of a few tokens are computed one by one. Their merged result has the same bits."""
+    rng, split = np.random.default_rng(bits), POSITIONS * SPLIT_BLOCKS
+    length = 2 * split + 100
+    attention = Attention(bits, 32, 2, 1, window, positions=length + 100)
+    qkv = random_qkv(rng, length, attention.config, spread=1.0)
+    exact = attention.exact(qkv)
+    outs = []
+    for end in (*range(200, split - 3, 200), split - 3, *range(split - 2, split + 2), *range(split + 30, length, 190), length):
+        part = qkv[attention.length : end]
+        whole = attention.append(part.copy(), shared=False)
+        attention.length -= len(part)
+        outs.append(attention.append(part.copy()))
+        np.testing.assert_array_equal(outs[-1], whole)
+    assert relative_error(np.concatenate(outs), exact) < {4: 0.2, 8: 0.02, 16: 1e-3}[bits]

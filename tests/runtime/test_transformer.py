@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from edgemistral.errors import BadRequest, ContextOverflow
 from edgemistral.files.blob import Blob
 from edgemistral.files.layout import Recipe
+from edgemistral.kernels.kv_layout import POSITIONS, SPLIT_BLOCKS
 from edgemistral.runtime import transformer as module
 from edgemistral.runtime.segments import KV_BITS, Row, Sequence
 from edgemistral.runtime.transformer import MAX_ROWS, Transformer, workspace_bytes
@@ -106,6 +107,36 @@ def test_logits_are_close_to_float32(blob_paths, at_once, name, kv_bits):
 def test_threads_and_chunks_change_no_bit(load, at_once, name, kv_bits, threads, sizes):
     ids, expected = at_once(name, kv_bits)
     np.testing.assert_array_equal(logits_in_chunks(load(name, kv_bits=kv_bits, threads=threads), ids, sizes), expected)
+
+
+@pytest.mark.parametrize("window", [None, 6000])
+@pytest.mark.parametrize("kv_bits", KV_BITS)
+def test_sharing_a_long_cache_changes_no_bit(tmp_path, monkeypatch, window, kv_bits):
+    """Threads share the splits of a long cache, beside a sequence that has only one; without sharing the bits are the same."""
+    split, config = POSITIONS * SPLIT_BLOCKS, blobs.config(n_layers=1, context=9000, sliding_window=window)
+    blob, rng = blobs.write_blob(tmp_path / "blob", config, Recipe(4, 8)), np.random.default_rng(kv_bits)
+    long, short = (rng.integers(0, config.vocab_size, n).astype(np.int32) for n in (2 * split + 40, 40))
+
+    def logits(threads, steps):
+        """Logits of the last 40 tokens of both, computed together in so many steps."""
+        model = Transformer(Blob.open(blob), kv_bits=kv_bits, threads=threads)
+        sequences = Sequence(model.pool), Sequence(model.pool)
+        for start in range(0, 2 * split, 256):
+            model.step([Row(sequences[0], long[start : start + 256], 0)])
+        n, parts = 40 // steps, []
+        for at in range(0, 40, n):
+            rows = [Row(sequences[0], long[2 * split + at :][:n], n), Row(sequences[1], short[at:][:n], n)]
+            parts.append(model.step(rows).reshape(2, n, -1))
+        for sequence in sequences:
+            sequence.close()
+        model.close()
+        return np.concatenate(parts, axis=1)
+
+    shared = logits(3, 10)
+    np.testing.assert_array_equal(logits(2, 40), shared)
+    np.testing.assert_array_equal(logits(1, 1), shared)
+    monkeypatch.setattr(module, "SPLIT_ROWS", 0)
+    np.testing.assert_array_equal(logits(2, 5), shared)
 
 
 @seed(1)
