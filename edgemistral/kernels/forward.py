@@ -174,7 +174,7 @@ def matmul(p, w, x, tokens, out, stride, adds):
     streams, result = streams_of(tokens), p.own.matrix.result
     apart = (w.pairs + streams - 1) // streams
     while True:
-        first, last = take(p.member, apart, 2)
+        first, last = take(p.member, apart, 1)
         if first >= last:
             break
         for unit in range(first, last):
