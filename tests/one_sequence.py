@@ -23,7 +23,7 @@ class OneSequence:
         return self.sequence.length
 
     def forward(self, ids, n_logits):
-        return self.transformer.step([Row(self.sequence, ids, n_logits)])
+        return self.transformer.step([Row(self.sequence, ids, n_logits)]).copy()
 
     def truncate(self, length):
         self.sequence.cut(length)

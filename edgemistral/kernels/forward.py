@@ -42,12 +42,14 @@ from edgemistral.kernels.kv_layout import KV_FORMATS, POSITIONS, KVLayout
 from edgemistral.kernels.matmul import PAIR, STREAM, MatrixAt, MatrixScratch, matrix_at, multiply_pairs, streams_of
 from edgemistral.kernels.rope import rotate
 from edgemistral.kernels.simd import add, load_bf16_as_f32, load_f32, store_f32
-from edgemistral.kernels.sync import Member, barrier, take
+from edgemistral.kernels.sync import Member, barrier, report, take
 from edgemistral.kernels.unroll import unrolled
 
 PAIRS_OF_HIDDEN = 2 * BLOCK // PAIR      # pairs of w13's panels that make one block of w2's columns
 UNIT = 8 * BLOCK         # columns of a tile that one thread quantizes
-SETS, ADDS = np.int64(0), np.int64(1)    # what `matmul` does with its product; for False and True it would be compiled twice
+# What `matmul` does with its product: sets or adds, or adds those of both digits of a token. As numbers: for False and True it
+# would be compiled twice.
+SETS, ADDS, DIGITS = np.int64(0), np.int64(1), np.int64(2)
 
 
 class Shape(NamedTuple):
@@ -87,7 +89,7 @@ class State(NamedTuple):
     hq: Activations                # quantized inputs of w2
     queries: Queries
     partials: Partial              # (SPLIT_ROWS * n_kv_heads rows) what `merge_splits` merges
-    logits: NDArray[np.float32]    # (2 * n_logits, vocab rows) the head's product with both digits of each token
+    logits: NDArray[np.float32]    # (n_logits, vocab rows)
     cos: NDArray[np.float32]       # (tokens, head_dim / 2)
     sin: NDArray[np.float32]       # (tokens, head_dim / 2)
 
@@ -169,8 +171,8 @@ def rms_norm(p, norm, zero_point):
 
 
 @part
-def matmul(p, w, x, tokens, out, stride, adds):
-    """out[token * stride + row] = (W x[token])[row], added to what is there if `adds` is ADDS."""
+def matmul(p, w, x, tokens, out, stride, mode):
+    """out[token * stride + row] = (W x[token])[row], or as `mode` says."""
     streams, result = streams_of(tokens), p.own.matrix.result
     apart = (w.pairs + streams - 1) // streams
     while True:
@@ -183,10 +185,12 @@ def matmul(p, w, x, tokens, out, stride, adds):
                 pair = unit + stream * apart
                 if pair < w.pairs:
                     for token in range(tokens):
+                        row = token // 2 if mode == DIGITS else token
+                        adds = mode == ADDS or (mode == DIGITS and token % 2 == 1)
                         for half in range(0, PAIR, PANEL):
-                            to = token * stride + PAIR * pair + half
+                            to = row * stride + PAIR * pair + half
                             product = load_f32(result, STREAM * stream + PAIR * token + half)
-                            store_f32(out, to, add(load_f32(out, to), product) if adds == ADDS else product)
+                            store_f32(out, to, add(load_f32(out, to), product) if adds else product)
     barrier(p.member)
 
 
@@ -262,6 +266,27 @@ ATTENTION = {bits: _make_attention(bits) for bits in KV_FORMATS}
 
 
 @part
+def gather(p, tokens):
+    """x[n] = x[tokens[n]] and the same of attn_out, for ascending tokens; a unit is some columns of all of them."""
+    shape, state = p.shape, p.state
+    units = shape.dim_cols // BLOCK
+    while True:
+        first, last = take(p.member, units + shape.q_cols // BLOCK, 1)
+        if first >= last:
+            break
+        for unit in range(first, last):
+            for n in range(tokens.size):
+                for i in range(0, BLOCK, 16):
+                    if unit < units:
+                        at, cols = BLOCK * unit + i, shape.dim_cols
+                        store_f32(state.x, n * cols + at, load_f32(state.x, tokens[n] * cols + at))
+                    else:
+                        at, cols = BLOCK * (unit - units) + i, shape.q_cols
+                        store_f32(state.attn_out, n * cols + at, load_f32(state.attn_out, tokens[n] * cols + at))
+    barrier(p.member)
+
+
+@part
 def quantize_attn_out(p, zero_point):
     """xq = quantize(attn_out), for a matrix with this zero point."""
     shape, state, tokens = p.shape, p.state, p.rows.ids.size
@@ -312,13 +337,13 @@ def rms_norm_in_two_digits(p, norm, zero_point):
     The head adds the last noise to the logits, and is read once in each step: two products with it cost a hundredth of a step
     and remove nearly all of that noise.
     """
-    shape, state, row, tokens = p.shape, p.state, p.own.row, p.rows.with_logits.size
+    shape, state, row, tokens = p.shape, p.state, p.own.row, p.rows.ids.size
     while True:
         first, last = take(p.member, tokens, 4)
         if first >= last:
             break
         for n in range(first, last):
-            at = p.rows.with_logits[n] * shape.dim_cols
+            at = n * shape.dim_cols
             factor = inverse_rms(state.x, at, shape.dim, shape.norm_eps)
             for block in range(shape.dim_cols // BLOCK):
                 size, weight_at = shape.dim - BLOCK * block, norm + 4 * BLOCK * block
@@ -333,30 +358,42 @@ def _make_forward(BITS):
     """The forward pass over a KV cache of this format."""
     @entry
     @unrolled(BITS=BITS)
-    def forward(member, shape, weights, kv, rows, state, own):
-        """One step; state.logits receives both digits' logits of the tokens `rows.with_logits`."""
+    def forward(member, shape, weights, kv, rows, last, state, own):
+        """One step; state.logits receives the logits of the tokens `rows.with_logits`.
+
+        The last layer computes only keys and values of the other tokens: nobody sees more of it. `last` is its part of `rows`.
+        """
         p = Pass(member, shape, weights, kv, rows, state, own)
-        tokens, n_logits = rows.ids.size, rows.with_logits.size
+        tokens, n_logits = rows.ids.size, last.ids.size
         embed(p)
         for layer in range(shape.n_layers):
             wqkv, wo = matrix_at(weights.matrices, 4 * layer), matrix_at(weights.matrices, 4 * layer + 1)
             w13, w2 = matrix_at(weights.matrices, 4 * layer + 2), matrix_at(weights.matrices, 4 * layer + 3)
             attention_norm, ffn_norm = weights.norms[2 * layer], weights.norms[2 * layer + 1]
+            report(member, layer)
 
             rms_norm(p, attention_norm, wqkv.zero_point)
             matmul(p, wqkv, state.xq, tokens, state.qkv, shape.qkv_dim, SETS)
             ROPE_AND_APPEND[BITS](p, layer)
+            if layer == shape.n_layers - 1 and n_logits < tokens:
+                if n_logits == 0:
+                    break
+                p = Pass(member, shape, weights, kv, last, state, own)
+                tokens = n_logits
             ATTENTION[BITS](p, layer)
+            if tokens < rows.ids.size:
+                gather(p, rows.with_logits)
             quantize_attn_out(p, wo.zero_point)
             matmul(p, wo, state.xq, tokens, state.x, shape.dim_cols, ADDS)
 
             rms_norm(p, ffn_norm, w13.zero_point)
             gate_and_up(p, w13, w2.zero_point)
             matmul(p, w2, state.hq, tokens, state.x, shape.dim_cols, ADDS)
+        report(member, shape.n_layers)
         if n_logits > 0:
             output = matrix_at(weights.matrices, 4 * shape.n_layers)
             rms_norm_in_two_digits(p, weights.norms[2 * shape.n_layers], output.zero_point)
-            matmul(p, output, state.xq, 2 * n_logits, state.logits, PAIR * output.pairs, SETS)
+            matmul(p, output, state.xq, 2 * n_logits, state.logits, PAIR * output.pairs, DIGITS)
 
     return forward
 
@@ -364,7 +401,7 @@ def _make_forward(BITS):
 FORWARD = {bits: _make_forward(bits) for bits in KV_FORMATS}
 
 
-def parts_of(member, shape, weights, kv, rows, state, own):
+def parts_of(member, shape, weights, kv, rows, last, state, own):
     """The parts of `forward` for these arguments, the most work first: (module, name, arguments).
 
     Several processes can compile them at once. The last two call others.
@@ -382,6 +419,7 @@ def parts_of(member, shape, weights, kv, rows, state, own):
         (__name__, "rms_norm", (p, 0, 0)),
         (__name__, "quantize_attn_out", (p, 0)),
         (__name__, "embed", (p,)),
+        (__name__, "gather", (p, rows.with_logits)),
         (__name__, "matmul", (p, w, state.xq, 1, state.qkv, 1, SETS)),
         (__name__, "gate_and_up", (p, w, 0)),
     ]

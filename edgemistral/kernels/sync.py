@@ -2,8 +2,9 @@
 
 Each thread counts its phases in `turn[0]`: `take` hands out the work of the current phase and `barrier` ends it. So the kernels
 do not count phases and cannot miscount. `sync` is an int64 array of SYNC_SIZE zeros before a run: `sync[0]` counts arrivals at
-barriers, and three tickets, each in a separate cache line, hand out work in turn. The ticket of the next phase is reset to
-zero during the current one: all threads have left the phase that used it last, and none has reached the next.
+barriers, `sync[1]` says how far the run is (see `report`), and three tickets, each in a separate cache line, hand out work in
+turn. The ticket of the next phase is reset to zero during the current one: all threads have left the phase that used it last,
+and none has reached the next.
 """
 
 from __future__ import annotations
@@ -59,6 +60,13 @@ def barrier(member):
         if spins > SPINS:
             yield_thread()
     member.turn[0] = phase + 1
+
+
+@inner
+def report(member, progress):
+    """Tell the threads outside of the team how far the run is, between two phases."""
+    if member.rank == 0:
+        member.sync[1] = progress
 
 
 @inner

@@ -21,7 +21,6 @@ from edgemistral.files.blob import Blob
 from edgemistral.runtime.memory import memory_for_files
 
 CAN_ADVISE = hasattr(os, "posix_fadvise") and hasattr(mmap, "MADV_DONTNEED")
-PHASES_OF_LAYER = 9      # of `forward`, after one for the embeddings
 AHEAD = 2                # streamed layers in memory: the one in use and the next
 LOOK = 2.0               # seconds between two checks of the memory
 FULL = 0.95              # share of the room that is used
@@ -31,10 +30,10 @@ POLL = 0.001             # seconds between two checks of a step's position
 class ReadAhead:
     """For one blob. Call `begin` and `end` around each step; in between a thread gives advice if layers are streamed."""
 
-    def __init__(self, blob: Blob, phase: Callable[[], int], room: Callable[[], int | None] = memory_for_files) -> None:
-        """phase: of the current step. room: bytes of files that fit into memory, or None if unknown."""
+    def __init__(self, blob: Blob, layer: Callable[[], int], room: Callable[[], int | None] = memory_for_files) -> None:
+        """layer: in which the current step is. room: bytes of files that fit into memory, or None if unknown."""
         self.streamed: list[int] = []                # layers
-        self._phase, self._room = phase, room
+        self._layer_now, self._room = layer, room
         self._blob: Blob | None = blob
         self._pieces = [_layer(blob, layer) for layer in range(blob.config.n_layers)]
         self._weights = blob.data.nbytes - blob.tensors["tok_embeddings"].n_bytes      # a step reads few embeddings
@@ -90,7 +89,7 @@ class ReadAhead:
         while not self._closed:
             self._working.wait()
             with self._lock:
-                self._advise((self._phase() - 1) // PHASES_OF_LAYER)
+                self._advise(self._layer_now())
             time.sleep(POLL)
 
     def _advise(self, layer: int) -> None:

@@ -53,9 +53,9 @@ class Team:
         self.wait()
 
     @property
-    def phase(self) -> int:
-        """How many phases of the current or last run have ended."""
-        return int(self._sync[0]) // self.threads
+    def progress(self) -> int:
+        """How far the current or last run is: what its function reported last, 0 before."""
+        return int(self._sync[1])
 
     def wait(self) -> None:
         """Wait until no thread runs.

@@ -54,14 +54,15 @@ class Transformer:
         self._team = Team(threads)
         self._weights = map_weights(blob)
         team = self._team
-        self._read_ahead = ReadAhead(blob, lambda: team.phase)      # no cycle: what is closed goes at once
+        self._read_ahead = ReadAhead(blob, lambda: team.progress)      # no cycle: what is closed goes at once
         self._shape = _shape(config)
         self._state, self._own = _workspace(self._shape, threads)
         self._frequencies = rope_frequencies(config)
         self._ready = self._closed = False
 
     def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
-        """Append every row's ids to its sequence; next-token logits (sum of n_logits, vocab_size), row after row.
+        """Append every row's ids to its sequence; next-token logits (sum of n_logits, vocab_size), row after row, valid until
+        the next call.
 
         At most `chunk` ids in all, and no two rows of one sequence. A token's logits do not depend on the other rows.
         Raises ContextOverflow or ValueError before anything is computed, FileLost if a file was cut meanwhile. If an
@@ -76,7 +77,7 @@ class Transformer:
         angles = plan.positions[:, None] * self._frequencies
         state = self._state if n_logits <= MAX_LOGITS else self._state._replace(logits=_logits(self._shape, n_logits))
         state.cos[: angles.size], state.sin[: angles.size] = np.cos(angles).reshape(-1), np.sin(angles).reshape(-1)
-        common = (self._shape, self._weights, self.pool.layout, plan, state)
+        common = (self._shape, self._weights, self.pool.layout, plan, _of_last_layer(plan), state)
         if not self._ready:
             compile_forward(common, self._own[0])
             self._ready = True
@@ -89,8 +90,7 @@ class Transformer:
         for row in rows:
             row.sequence.append(row.ids)
         rows_of_head = round_up(self.config.vocab_size, PAIR)
-        digits = state.logits[: 2 * n_logits * rows_of_head].reshape(n_logits, 2, rows_of_head)[:, :, : self.config.vocab_size]
-        return digits[:, 0] + digits[:, 1]
+        return state.logits[: n_logits * rows_of_head].reshape(n_logits, rows_of_head)[:, : self.config.vocab_size]
 
     def wait(self) -> None:
         """Wait until no thread works on an interrupted step."""
@@ -154,6 +154,15 @@ def _lay_out(rows: Sequence[Row], group: int) -> Rows:
     )
 
 
+def _of_last_layer(rows: Rows) -> Rows:
+    """The tokens with logits, and the spans that have one: all that the last layer needs after its keys and values."""
+    if len(rows.with_logits) == len(rows.ids):
+        return rows
+    spans = rows.spans.reshape(-1, 2)
+    before = np.searchsorted(rows.with_logits, spans)       # of the tokens with logits: before a span, and before its end
+    return rows._replace(ids=rows.ids[rows.with_logits], spans=spans[before[:, 0] < before[:, 1]].reshape(-1))
+
+
 def _shape(config: ModelConfig) -> Shape:
     return Shape(
         config.dim, config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim, config.group,
@@ -169,7 +178,7 @@ def example_call(kv_bits: int = 8) -> tuple[tuple[Any, ...], Own]:
     state, own = _workspace(shape, 1, lambda _, dtype: np.zeros(0, dtype))
     weights = Weights(np.frombuffer(b"\0", np.uint8), 0, none.reshape(0, 0), none)
     rows = Rows(none, none, none, none, none, none, none, none, 0, 1)
-    return (shape, weights, kv_layout(kv_bits, 32, 1, 1), rows, state), own[0]
+    return (shape, weights, kv_layout(kv_bits, 32, 1, 1), rows, rows, state), own[0]
 
 
 def workspace_bytes(config: ModelConfig, threads: int) -> int:
@@ -257,4 +266,4 @@ def _tiled(tokens: int) -> int:
 
 
 def _logits(shape: Shape, n_logits: int, array: Allocate = _aligned) -> NDArray[np.float32]:
-    return array(2 * n_logits * round_up(shape.vocab_size, PAIR), np.float32)
+    return array(n_logits * round_up(shape.vocab_size, PAIR), np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import numpy as np
@@ -11,7 +12,7 @@ from edgemistral.files.blob import Blob
 from edgemistral.files.layout import Recipe
 from edgemistral.runtime import read_ahead
 from edgemistral.runtime.memory import memory_for_files
-from edgemistral.runtime.read_ahead import AHEAD, PHASES_OF_LAYER, ReadAhead
+from edgemistral.runtime.read_ahead import AHEAD, ReadAhead
 from edgemistral.runtime.segments import Row, Sequence
 from edgemistral.runtime.transformer import Transformer
 from tests import blobs
@@ -28,11 +29,24 @@ def step(transformer, sequence, ids=(5, 6, 7)):
     return transformer.step([Row(sequence, np.array(ids, np.int32), 1)])
 
 
-@needs_advice
-def test_the_phases_of_a_layer_are_those_of_forward(path):
+def test_a_step_says_in_which_layer_it_is(path):
+    seen = []
     transformer = Transformer(Blob.open(path), threads=2)
-    step(transformer, Sequence(transformer.pool))
-    assert transformer._team.phase == 1 + PHASES_OF_LAYER * 8 + 2          # and two for the head
+    sequence = Sequence(transformer.pool)
+    end = threading.Event()
+
+    def look():
+        while not end.is_set():
+            seen.append(transformer._team.progress)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    for _ in range(20):
+        step(transformer, sequence)
+        assert transformer._team.progress == 8          # the head
+    end.set()
+    looking.join()
+    assert set(seen) <= set(range(9))
     transformer.close()
 
 

@@ -71,7 +71,7 @@ def answers(path, text, questions, kv_bits):
     for at in range(0, len(text), transformer.chunk):
         transformer.step([Row(sequence, text[at : at + transformer.chunk], 0)])
     for question in questions:
-        logits.append(transformer.step([Row(sequence, np.array([question], np.int32), 1)])[0])
+        logits.append(transformer.step([Row(sequence, np.array([question], np.int32), 1)])[0].copy())
         sequence.cut(len(text))
     transformer.close()
     return np.stack(logits)
