@@ -60,6 +60,7 @@ class Speed:
     tokens: int
     tokens_per_second: float
     share: float               # prefill: of the int8 peak; decode: of the read bandwidth
+    products: int = 0          # prefill: multiplications
 
 
 class LongRun:
@@ -81,8 +82,8 @@ class LongRun:
             before = self.ceilings.int8_peak()
             took = seconds(lambda end=end: logits.append(self.engine.prefill(self.ids[:end])))
             peak = max(before, self.ceilings.int8_peak())    # short measurements: a disturbed one would give shares over 100 %
-            share = products(self.config, end - depth, depth) / took / peak
-            speeds.append(Speed(depth, end - depth, (end - depth) / took, share))
+            work = products(self.config, end - depth, depth)
+            speeds.append(Speed(depth, end - depth, (end - depth) / took, work / took / peak, work))
         return speeds, np.stack(logits)
 
     def decode(self, depths: Sequence[int]) -> list[Speed]:

@@ -253,7 +253,9 @@ def _long_context(r: Results) -> list[str]:
 def _of_the_highest_peak(r: Results) -> list[float]:
     """Shares of the pieces of a prompt: products a second over the highest peak that was measured beside any of them."""
     config = ModelConfig(**r["config"])
-    rates = [products(config, s["tokens"], s["depth"]) * s["tokens_per_second"] / s["tokens"] for s in r["prefill"]]
+    # Results without `products` are from when all tokens went through the whole last layer.
+    work = [s.get("products") or products(config, s["tokens"], s["depth"], whole=True) for s in r["prefill"]]
+    rates = [n * s["tokens_per_second"] / s["tokens"] for n, s in zip(work, r["prefill"], strict=True)]
     highest = max(rate / s["share"] for rate, s in zip(rates, r["prefill"], strict=True))
     return [rate / highest for rate in rates]
 

@@ -137,12 +137,18 @@ def _summary(task: str, tokens: int, depth: int, samples: list[tuple[float, floa
     )
 
 
-def products(config: ModelConfig, tokens: int, depth: int) -> int:
-    """Multiplications for a prompt of `tokens`: all matrices, and attention to all positions that each token may see."""
-    layers = sum(matrix.rows * matrix.cols for matrix in matrices(config, Recipe()) if matrix.name != "output")
-    window = config.sliding_window or config.context
-    seen = sum(min(depth + token + 1, window) for token in range(tokens))
-    return layers * tokens + config.vocab_size * config.dim + 2 * config.n_layers * config.q_dim * seen
+def products(config: ModelConfig, tokens: int, depth: int, whole: bool = False) -> int:
+    """Multiplications for a prompt of `tokens`: the matrices, and attention to all positions that each token may see.
+
+    Only the last token goes through the whole last layer, or, if `whole`, every token.
+    """
+    window, last = config.sliding_window or config.context, f"layers.{config.n_layers - 1}."
+    seen = [min(depth + token + 1, window) for token in range(tokens)]
+    result = 2 * config.q_dim * ((config.n_layers - 1) * sum(seen) + (sum(seen) if whole else seen[-1]))
+    for matrix in matrices(config, Recipe()):
+        once = matrix.name == "output" or (matrix.name.startswith(last) and not matrix.name.endswith("wqkv") and not whole)
+        result += matrix.rows * matrix.cols * (1 if once else tokens)
+    return result
 
 
 def bytes_of_a_token(transformer: Transformer, depth: int) -> int:
