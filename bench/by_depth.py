@@ -2,7 +2,8 @@
 
 Used by `python bench/long_context.py WORK --n-layers N`. Both run 7B shapes with random weights, each in its own process. To
 decode at a depth, all segments hold the keys and values of the first 256 tokens: that costs the same as after a real prompt.
-llama.cpp runs with flash attention, in the quickest of SETTINGS, which a shorter prompt chooses.
+llama.cpp runs with flash attention, in the quickest of SETTINGS, which a shorter prompt chooses. Both compute only a
+part of the last layer for tokens without logits, we less; with four layers that shows more than with 32.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import click
@@ -26,6 +27,7 @@ from edgemistral.runtime.threads import performance_cores
 TOKENS = 32_000
 DEPTHS = (0, 8_192, 16_384, 24_576, TOKENS)      # whole blocks: any KV format can go on from there
 DECODED, ROUNDS, PROMPT_ROUNDS = 16, 7, 2
+BRIEF, PAIRS = 5, 31                             # tokens, and rounds of the comparison of TOKENS with 0
 TRIED = 8_192                                    # tokens of the prompt that chooses the setting
 SETTINGS = ("F16 512", "F16 2048", "Q8_0 512")   # type of keys and values, tokens of a batch
 MODULE = "bench.by_depth"
@@ -48,15 +50,15 @@ def ours(model: str, threads: int, kv_bits: int) -> dict[str, Callable[[], float
         segment.data[:] = filled.segments[0].data
     filled.append(ids[SEGMENT:])
 
-    def decode(depth: int) -> float:
+    def decode(depth: int, tokens: int = DECODED) -> float:
         fork = filled.fork(depth)
         transformer.step([Row(fork, ids[:1], 1)])         # not counted: threads wake up, pages are met
         start = time.perf_counter()
-        for n in range(DECODED):
+        for n in range(tokens):
             transformer.step([Row(fork, ids[n : n + 1], 1)])
         took = time.perf_counter() - start
         fork.close()
-        return DECODED / took
+        return tokens / took
 
     def prompt() -> float:
         sequence = Sequence(transformer.pool)
@@ -69,6 +71,7 @@ def ours(model: str, threads: int, kv_bits: int) -> dict[str, Callable[[], float
     tasks: dict[str, Callable[[], float]] = {"decode": lambda: decode(0), "prompt": prompt, "bandwidth": roofline.bandwidth}
     for depth in DEPTHS:
         tasks[f"decode {depth}"] = lambda depth=depth: decode(depth)                                   # type: ignore[misc]
+        tasks[f"brief {depth}"] = lambda depth=depth: decode(depth, BRIEF)                             # type: ignore[misc]
         tasks[f"bytes {depth}"] = lambda depth=depth: bytes_of_a_token(transformer, depth + DECODED // 2)   # type: ignore[misc]
     return tasks
 
@@ -121,8 +124,9 @@ def work(kind: str, model: str, threads: str) -> None:
 
 # ---- the comparison --------------------------------------------------------------------------------------------------------
 
-def decode_rows(blob: Path, threads: int) -> list[dict[str, Any]]:
-    """For each depth: tokens/s with 8- and 4-bit KV in turns, their ratio, and shares of the bandwidth measured beside each."""
+def decode_rows(blob: Path, threads: int) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+    """For each depth: tokens/s with 8- and 4-bit KV in turns, their ratio, and shares of the bandwidth measured beside each.
+    Then `compare`."""
     peers = {bits: Peer(sys.executable, f"kv{bits}", blob, threads, module=MODULE) for bits in (8, 4)}
     samples: dict[int, list[dict[str, float]]] = {depth: [] for depth in DEPTHS}
     for _ in range(ROUNDS):
@@ -133,13 +137,33 @@ def decode_rows(blob: Path, threads: int) -> list[dict[str, Any]]:
                 sample |= {f"kv{bits}": rate,
                            f"share{bits}": rate * peer.ask(f"bytes {depth}") / ((before + after) / 2)}
             samples[depth].append(sample | {"ratio": sample["kv4"] / sample["kv8"]})
+    pairs = compare(peers)
     for peer in peers.values():
         peer.close()
     rows = [{"depth": depth, **{key: median(one[key] for one in of) for key in of[0]}} for depth, of in samples.items()]
     for row in rows:
         click.echo(f"depth {row['depth']:6}: {row['kv8']:.2f} tokens/s with 8-bit KV ({row['share8']:.0%} of the bandwidth), "
                    f"{row['kv4']:.2f} with 4 bits ({row['share4']:.0%}), ratio {row['ratio']:.2f}")
-    return rows
+    return rows, pairs
+
+
+def compare(peers: dict[int, Peer]) -> dict[str, list[float]]:
+    """Few tokens behind TOKENS between few behind none, in turns: the machine's speed changes within minutes.
+
+    kv8, kv4: bytes a second in relation to those behind none. ratio: tokens/s of 4 bits to 8. Of each the quartiles.
+    """
+    samples: dict[str, list[float]] = {"kv8": [], "kv4": [], "ratio": []}
+    more = {bits: peer.ask(f"bytes {TOKENS}") / peer.ask("bytes 0") for bits, peer in peers.items()}
+    for n in range(PAIRS):
+        behind = {}
+        for bits, peer in sorted(peers.items(), reverse=n % 2 == 0):
+            before, behind[bits], after = peer.ask("brief 0"), peer.ask(f"brief {TOKENS}"), peer.ask("brief 0")
+            samples[f"kv{bits}"].append(2 * behind[bits] * more[bits] / (before + after))
+        samples["ratio"].append(behind[4] / behind[8])
+    found = {key: quantiles(of, n=4) for key, of in samples.items()}
+    click.echo(f"bytes a second behind {TOKENS}, in relation to those behind none: {found['kv8'][1]:.3f} with 8-bit KV, "
+               f"{found['kv4'][1]:.3f} with 4 bits; tokens/s of 4 bits to 8: {found['ratio'][1]:.3f}")
+    return found
 
 
 def prompts(blob: Path, gguf: Path, threads: int) -> dict[str, Any]:
@@ -179,9 +203,8 @@ def measure(work: Path, blob: Path, parts: Sequence[str], beside_llama_cpp: bool
     results: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
     results |= {"n_layers": n_layers, "threads": threads, "tokens": TOKENS}
     if "decode" in parts:
-        rows = decode_rows(blob, threads)
-        results |= {"rows": rows, "decode_commit": harness.commit(), "of_the_empty_share": {
-            f"kv{bits}": rows[-1][f"share{bits}"] / rows[0][f"share{bits}"] for bits in (8, 4)}}
+        rows, pairs = decode_rows(blob, threads)
+        results |= {"rows": rows, "decode_commit": harness.commit(), "pairs": pairs}
     if "prompt" in parts and beside_llama_cpp:
         results |= {"prompt": prompts(blob, gguf, threads), "llama_cpp": facts_of(sys.executable)}
     elif "prompt" in parts:
@@ -191,7 +214,8 @@ def measure(work: Path, blob: Path, parts: Sequence[str], beside_llama_cpp: bool
         click.echo(f"a prompt of {TOKENS}: {results['prompt']['ours']:.0f} s")
     if "prompt" in parts:
         results["prompt"]["commit"] = harness.commit()
-    results = {key: value for key, value in results.items() if key not in ("command", "commit", "machine")}
+    for key in ("command", "commit", "machine", "of_the_empty_share"):     # the last one is from before `compare`
+        results.pop(key, None)
     harness.save(path.stem, f"python bench/long_context.py WORK --n-layers {n_layers}", results)
     plot(results, path.with_suffix(".png"))
 

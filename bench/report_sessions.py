@@ -12,6 +12,11 @@ from bench.summary import table
 Results = dict[str, Any]
 
 
+def _quartiles(of: list[float]) -> str:
+    """The median, and in brackets the middle half of the samples."""
+    return f"{of[1]:.2f} ({of[0]:.2f} to {of[2]:.2f})"
+
+
 def _by_depth(r: Results) -> list[str]:
     prompt = r.get("prompt")
     lines = [
@@ -23,8 +28,9 @@ def _by_depth(r: Results) -> list[str]:
              f"{row['ratio']:.2f}") for row in r["rows"]
         ]),
         "",
-        f"Behind {r['tokens']:,} tokens, the share is {r['of_the_empty_share']['kv8']:.2f} of that behind none with 8-bit KV, "
-        f"{r['of_the_empty_share']['kv4']:.2f} with 4 bits.",
+        f"Behind {r['tokens']:,} tokens, in turns with none: bytes a second are {_quartiles(r['pairs']['kv8'])} of those "
+        f"behind none with 8-bit KV, {_quartiles(r['pairs']['kv4'])} with 4 bits; tokens a second with 4 bits are "
+        f"{_quartiles(r['pairs']['ratio'])} of those with 8.",
     ]
     if prompt is not None and "theirs" in prompt:
         kind, batch = prompt["setting"].split()

@@ -29,7 +29,7 @@ POSITIONS, BLOCKS = 64, 4        # of a block; of a segment. As in kernels/, whi
 SEGMENT = POSITIONS * BLOCKS
 TRAILER = 2048                   # bytes at the end of a segment's stride
 CHAIN = 32                       # bytes
-KV_VERSION = 3                   # counts changes of the meaning of a block's bytes, or of the arithmetic behind them
+KV_VERSION = 4                   # counts changes of the meaning of a block's bytes, or of the arithmetic behind them
 
 _MAGIC = b"KVRECORD"
 _HEAD = struct.Struct("<8sQI4x32s64s1024s")

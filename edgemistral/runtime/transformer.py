@@ -103,7 +103,7 @@ class Transformer:
         self.pool.close()
         if not self._closed:
             self._closed = True
-            del self._weights, self._state, self._own      # the workspace of a 7B is 48 MB
+            del self._weights, self._state, self._own      # the workspace of a 7B is 40 MB
             self.blob.close()
 
     def _check(self, rows: Sequence[Row]) -> None:

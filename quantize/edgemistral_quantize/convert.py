@@ -37,6 +37,7 @@ ENOUGH = 1024           # different tokens that suffice to calibrate any model; 
 WINDOWS_AT_ONCE = 8     # most windows of calibration that pass a layer together; the layer is read again for the next ones
 
 Progress = Callable[[int, int], object]
+Notice = Callable[[str], object]
 
 _NO_CHANGES = Changes({}, {})
 
@@ -54,7 +55,7 @@ def quantize(
     calibration_text: str | os.PathLike[str] | None = None,
     chat_template: str | os.PathLike[str] | None = None,
     lora: str | os.PathLike[str] | None = None,
-    notice: Callable[[str], object] | None = None,
+    notice: Notice | None = None,
 ) -> Path:
     """Make a blob from a checkpoint directory in Hugging Face or Mistral layout, or from a GGUF file; returns its path.
 
@@ -106,7 +107,7 @@ def quantize(
         if notice is not None:
             notice(few_tokens(calibration.different, config.dim))
         calibration = None
-    return convert(checkpoint, Path(dst), recipe, calibration, max_ram, resume, force, progress)
+    return convert(checkpoint, Path(dst), recipe, calibration, max_ram, resume, force, progress, notice)
 
 
 def _choose(
@@ -142,14 +143,22 @@ def few_tokens(different: int, dim: int) -> str:
     )
 
 
+def few_windows(n: int, total: int, max_ram: int, enough: int) -> str:
+    """The notice that only a part of the calibration text is read."""
+    return (
+        f"note: max_ram is {max_ram} bytes, room for {n} of the {total} parts of the calibration text: only these are read. "
+        f"{enough} bytes hold all"
+    )
+
+
 def convert(
     checkpoint: Checkpoint, dst: Path, recipe: Recipe, calibration: Calibration | None, max_ram: int, resume: bool = False,
-    force: bool = False, progress: bool | Progress = True,
+    force: bool = False, progress: bool | Progress = True, notice: Notice | None = None,
 ) -> Path:
     """`quantize` with a checkpoint and calibration tokens that are already read."""
     if dst.exists() and any(dst.samefile(file) for file in checkpoint.files):
         raise BadInput(f"{dst}: a part of the checkpoint itself")
-    strip_bytes, calibration, at_once = _share_memory(checkpoint, calibration, max_ram, recipe.bits)
+    strip_bytes, calibration, at_once = _share_memory(checkpoint, calibration, max_ram, recipe.bits, notice)
 
     config = checkpoint.config
     by_name = {matrix.name: matrix for matrix in matrices(config, recipe)}
@@ -225,7 +234,7 @@ def _telling(progress: Progress, total: int) -> Callable[[int], object]:
 
 
 def _share_memory(
-    checkpoint: Checkpoint, calibration: Calibration | None, max_ram: int, bits: int
+    checkpoint: Checkpoint, calibration: Calibration | None, max_ram: int, bits: int, notice: Notice | None = None
 ) -> tuple[int, Calibration | None, int]:
     """Bytes of a strip, the calibration with as many windows as fit, and how many of them pass a layer at once."""
     needed = STRIPS_IN_WORK * checkpoint.min_strip_bytes
@@ -233,21 +242,20 @@ def _share_memory(
         raise BadInput(f"max_ram is {max_ram} bytes; this checkpoint needs {needed}")
     if calibration is None:
         return min(STRIP_BYTES, max_ram // STRIPS_IN_WORK), None, 0
-    window, n = max(map(len, calibration.windows)), len(calibration.windows)
-    free = max_ram - needed - gptq.work_bytes(checkpoint.config, calibration.method)
-    free -= sample_bytes(checkpoint.config, n) if bits == 8 else 0
-    if free < 0:
-        raise BadInput(f"max_ram is {max_ram} bytes; to calibrate this checkpoint needs {max_ram - free} or more")
+    config, window, total = checkpoint.config, max(map(len, calibration.windows)), len(calibration.windows)
 
     def taken(n: int, at_once: int) -> int:
-        return work_bytes(checkpoint.config, window, n, at_once)
+        """With n windows, `at_once` of them in a layer at the same time."""
+        samples = sample_bytes(config, n) if bits == 8 else 0
+        return needed + gptq.work_bytes(config, calibration.method) + samples + work_bytes(config, window, n, at_once)
 
-    while n > 1 and taken(n, 1) > free:
-        n -= 1
-    if taken(n, 1) > free:
-        raise BadInput(f"max_ram is {max_ram} bytes; to calibrate this checkpoint needs {max_ram - free + taken(1, 1)}")
-    at_once = max(k for k in range(1, WINDOWS_AT_ONCE + 1) if taken(n, k) <= free)
-    strip_bytes = min(STRIP_BYTES, (free + needed - taken(n, at_once)) // STRIPS_IN_WORK)
+    if taken(1, 1) > max_ram:
+        raise BadInput(f"max_ram is {max_ram} bytes; to calibrate this checkpoint needs {taken(1, 1)}")
+    n = max(k for k in range(1, total + 1) if taken(k, 1) <= max_ram)
+    if n < total and notice is not None:
+        notice(few_windows(n, total, max_ram, taken(total, 1)))
+    at_once = max(k for k in range(1, WINDOWS_AT_ONCE + 1) if taken(n, k) <= max_ram)
+    strip_bytes = min(STRIP_BYTES, (max_ram - taken(n, at_once) + needed) // STRIPS_IN_WORK)
     return strip_bytes, dataclasses.replace(calibration, windows=calibration.windows[:n]), at_once
 
 

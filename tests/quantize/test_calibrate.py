@@ -271,10 +271,20 @@ def test_a_text_of_few_different_tokens_calibrates_nothing(
         assert "calibration" not in mixed.metadata and mixed.recipe.eight and len(told) == 2
 
 
-def test_too_little_memory_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    for method in ("fast", "full"):
-        with pytest.raises(BadInput, match="max_ram is 1000000 bytes"):
-            quantize(checkpoint, tmp_path / "b", max_ram=1_000_000, calibrate=method)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("method", ["fast", "full"])
+def test_too_little_memory_is_refused(checkpoint: Path, tmp_path: Path, bits: int, method: str) -> None:
+    """One line says how much is enough; with exactly that, a note says that some of the text is not read."""
+    with pytest.raises(BadInput, match="max_ram is 1000000 bytes; to calibrate this checkpoint needs") as error:
+        quantize(checkpoint, tmp_path / "b", bits=bits, max_ram=1_000_000, calibrate=method)
+    least, told = int(str(error.value).split()[-1]), list[str]()
+    with pytest.raises(BadInput):
+        quantize(checkpoint, tmp_path / "b", bits=bits, max_ram=least - 1, calibrate=method)
+    quantize(checkpoint, tmp_path / "b", bits=bits, max_ram=least, calibrate=method, notice=told.append, progress=False)
+    assert len(told) == 1 and f"max_ram is {least} bytes, room for 1 of the " in told[0]
+    enough = int(told[0].split(". ")[-1].split()[0])
+    quantize(checkpoint, tmp_path / "c", bits=bits, max_ram=enough, calibrate=method, notice=told.append, progress=False)
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("bits", [4, 8])
