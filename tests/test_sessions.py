@@ -12,8 +12,10 @@ import pytest
 
 import edgemistral
 from edgemistral.cli.repl import Chat
+from edgemistral.cli.sessions import describe_session
 from edgemistral.demo import demo_model
 from edgemistral.errors import BadSession, EdgeMistralError
+from edgemistral.files.records import KV_VERSION
 from edgemistral.text.written import WrittenTexts
 from tests.serving import fake_model
 
@@ -236,6 +238,22 @@ def test_run_and_sessions(tmp_path):
     assert code == 2 and "not a session file" in err and (tmp_path / "other.txt").exists()
     assert command("sessions", tmp_path, "--delete")[0] == 0 and not path.exists()
     assert command("sessions", tmp_path / "missing")[0] == 2
+
+
+def test_a_session_of_another_edgemistral_is_listed_as_such(tmp_path, monkeypatch, model):
+    path = tmp_path / "a.session"
+    with monkeypatch.context() as patch:
+        patch.setitem(model._binding, "kv_version", KV_VERSION - 1)
+        with model.session(path) as session:
+            ask(model, PARIS, session)
+    before = path.read_bytes()
+    for verify in (False, True):
+        line = describe_session(path, verify)
+        assert line["state"] == "unusable" and line["tokens"] > 10
+        assert f"({KV_VERSION - 1}; this one has {KV_VERSION}): delete it to start again" in line["note"]
+    with pytest.raises(BadSession, match="delete it to start again"):
+        model.session(path)
+    assert path.read_bytes() == before
 
 
 def test_a_4_bit_session_goes_on_from_the_last_whole_block(tmp_path):

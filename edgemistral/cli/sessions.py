@@ -12,8 +12,9 @@ import click
 from edgemistral.cli.errors import Command
 from edgemistral.cli.options import json_flag
 from edgemistral.errors import BadInput, BadSession
+from edgemistral.files.records import KV_VERSION
 from edgemistral.files.session import SessionFile, delete, summary
-from edgemistral.files.session_header import is_session
+from edgemistral.files.session_header import DIFFERENT, is_session
 
 
 @click.command(cls=Command)
@@ -64,7 +65,7 @@ def session_files(path: Path) -> list[Path]:
 
 
 def describe_session(file: Path, verify: bool) -> dict[str, Any]:
-    """The facts about a session; `state`: "ok" (within the checks made), "damaged" or "in use"."""
+    """The facts about a session; `state`: "ok" (within the checks made), "damaged", "in use" or "unusable"."""
     line: dict[str, Any] = {"file": str(file), "tokens": None, "model": "", "kv_bits": None, "note": "", "state": "ok"}
     stat = file.stat()
     line |= {"bytes": stat.st_size, "modified": int(stat.st_mtime)}
@@ -77,6 +78,10 @@ def describe_session(file: Path, verify: bool) -> dict[str, Any]:
         else:
             header, line["tokens"] = summary(file)
         line |= {"model": header.model, "kv_bits": header.binding.get("kv_bits")}
+        version = header.binding.get("kv_version")
+        if version != KV_VERSION and line["state"] == "ok":
+            note = DIFFERENT["kv_version"].format(theirs=version, ours=KV_VERSION)
+            line |= {"note": note, "state": "unusable"}
     except BadSession as problem:
         line |= {"note": str(problem), "state": "in use" if "in use" in str(problem) else "damaged"}
     return line

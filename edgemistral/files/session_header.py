@@ -25,7 +25,8 @@ DIGEST = 32
 # The message if a part of the binding differs; if several do, the first.
 DIFFERENT = {
     "kv_bits": "holds keys and values of {theirs} bits; this model runs with --kv-bits {ours}",
-    "kv_version": "holds keys and values in a format of another edgemistral ({theirs}; this one has {ours})",
+    "kv_version": "holds keys and values in a format of another edgemistral ({theirs}; this one has {ours}): delete it to "
+    "start again, or use that edgemistral",
     "tokenizer": "is of another model: the tokenizers differ",
     "template": "is of another model: the chat templates differ",
     "blob": "is of another model, {model}",
