@@ -10,15 +10,11 @@ A phase gets everything in one `Pass`: the blueprint, the weights, the work, and
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
-from numpy.typing import NDArray
 
 from edgemistral.files.layout import BLOCK, PANEL
 from edgemistral.kernels.activations import (
     SHORT,
-    Activations,
     inverse_rms,
     keep_residue,
     normalize_block,
@@ -29,20 +25,17 @@ from edgemistral.kernels.activations import (
 from edgemistral.kernels.attention import (
     ATTEND,
     MERGE_SPLITS,
-    AttentionScratch,
-    Partial,
-    Queries,
-    Rows,
     block_at,
     own_block_at,
 )
 from edgemistral.kernels.jit import entry, inlined, part
 from edgemistral.kernels.kv_formats import APPEND, QUANTIZE_QUERY
-from edgemistral.kernels.kv_layout import KV_FORMATS, POSITIONS, KVLayout
-from edgemistral.kernels.matmul import PAIR, STREAM, MatrixAt, MatrixScratch, matrix_at, multiply_pairs, streams_of
+from edgemistral.kernels.kv_layout import KV_FORMATS, POSITIONS
+from edgemistral.kernels.matmul import PAIR, STREAM, MatrixAt, matrix_at, multiply_pairs, streams_of
+from edgemistral.kernels.operands import Pass
 from edgemistral.kernels.rope import rotate
 from edgemistral.kernels.simd import add, load_bf16_as_f32, load_f32, store_f32
-from edgemistral.kernels.sync import Member, barrier, report, take
+from edgemistral.kernels.sync import barrier, report, take
 from edgemistral.kernels.unroll import unrolled
 
 PAIRS_OF_HIDDEN = 2 * BLOCK // PAIR      # pairs of w13's panels that make one block of w2's columns
@@ -50,69 +43,6 @@ UNIT = 8 * BLOCK         # columns of a tile that one thread quantizes
 # What `matmul` does with its product: sets or adds, or adds those of both digits of a token. As numbers: for False and True it
 # would be compiled twice.
 SETS, ADDS, DIGITS = np.int64(0), np.int64(1), np.int64(2)
-
-
-class Shape(NamedTuple):
-    """The blueprint, as the kernels use it. Widths padded to whole blocks of 128 columns are called `*_cols`."""
-
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    group: int           # query heads of one KV head
-    window: int          # positions a query may see, itself included
-    vocab_size: int
-    norm_eps: float
-    dim_cols: int        # of wqkv, w13, output
-    q_cols: int          # of wo
-    hidden_cols: int     # of w2
-    qkv_dim: int         # rows of wqkv
-
-
-class Weights(NamedTuple):
-    """Byte offsets into `blob`, the mapping of the file; nothing is copied."""
-
-    blob: NDArray[np.uint8]         # (bytes of the file,), read-only
-    tok_embeddings: int             # bf16 (vocab_size, dim)
-    matrices: NDArray[np.int64]     # (4 * n_layers + 1, 7): wqkv, wo, w13, w2 of every layer, then the output head; `MatrixAt`s
-    norms: NDArray[np.int64]        # (2 * n_layers + 1,): attention_norm, ffn_norm of every layer, then the last norm; float32
-
-
-class State(NamedTuple):
-    """The memory that the threads share during one step."""
-
-    x: NDArray[np.float32]         # (tokens, dim_cols) the residual stream; zeros behind dim
-    qkv: NDArray[np.float32]       # (tokens, qkv_dim) queries, keys, values
-    attn_out: NDArray[np.float32]  # (tokens, q_cols) outputs of attention; zeros behind q_dim
-    xq: Activations                # quantized inputs of wqkv, wo, w13 and the output head
-    hq: Activations                # quantized inputs of w2
-    queries: Queries
-    partials: Partial              # (SPLIT_ROWS * n_kv_heads rows) what `merge_splits` merges
-    logits: NDArray[np.float32]    # (n_logits, vocab rows)
-    cos: NDArray[np.float32]       # (tokens, head_dim / 2)
-    sin: NDArray[np.float32]       # (tokens, head_dim / 2)
-
-
-class Own(NamedTuple):
-    """The memory of one thread."""
-
-    matrix: MatrixScratch
-    attention: AttentionScratch
-    hidden: NDArray[np.float32]    # (tokens * 128,) one block of SwiGLU's output for every token; of every stream for few
-    row: NDArray[np.float32]       # (128,) one block of one token
-
-
-class Pass(NamedTuple):
-    """One thread's view of one step."""
-
-    member: Member
-    shape: Shape
-    weights: Weights
-    kv: KVLayout
-    rows: Rows
-    state: State
-    own: Own
 
 
 # ---- the phases: each hands out its work with `take` and ends with a `barrier` -----------------------------------------

@@ -3,6 +3,8 @@
 Every operation is one explicit sequence, so results are the same bits on every instruction set; only the operations of
 `lowering` differ. Loads and stores check nothing. They take a one-dimensional array and an index in its elements (bytes in an
 array of bytes, for every loaded type), or an address (int64) and an offset in bytes: the KV cache lies in many mappings.
+
+Over 400 lines: one short function for each word of the vocabulary.
 """
 
 from __future__ import annotations

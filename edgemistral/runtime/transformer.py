@@ -15,9 +15,10 @@ from edgemistral.files.blob import Blob
 from edgemistral.files.layout import ALIGNMENT, BLOCK, GROUP, GROUPS, round_up
 from edgemistral.kernels.activations import DIRECT, LONG, SHORT, Activations
 from edgemistral.kernels.attention import SPAN, AttentionScratch, Partial, Queries, Rows
-from edgemistral.kernels.forward import FORWARD, Own, Shape, State, Weights
+from edgemistral.kernels.forward import FORWARD
 from edgemistral.kernels.kv_layout import DIMS, POSITIONS, QUERY_SUMS, ROWS, SPLIT_BLOCKS, kv_layout
 from edgemistral.kernels.matmul import PAIR, STREAMS, MatrixScratch
+from edgemistral.kernels.operands import Own, Shape, State, Weights
 from edgemistral.runtime.compiling import compile_forward
 from edgemistral.runtime.read_ahead import ReadAhead
 from edgemistral.runtime.segments import Row, SegmentPool

@@ -7,8 +7,8 @@ import numpy as np
 from edgemistral.files import layout
 from edgemistral.files.blob import Blob
 from edgemistral.files.layout import Matrix
-from edgemistral.kernels.forward import Weights
 from edgemistral.kernels.matmul import ZERO_POINTS, MatrixAt
+from edgemistral.kernels.operands import Weights
 
 
 def map_weights(blob: Blob) -> Weights:

@@ -1,4 +1,7 @@
-"""The whole model: close to the float32 reference, and the same bits whatever the threads and the chunks."""
+"""The whole model: close to the float32 reference, and the same bits whatever the threads and the chunks.
+
+Over 400 lines: one set of models and fixtures serves all of it.
+"""
 
 from __future__ import annotations
 
