@@ -139,6 +139,16 @@ def test_it_takes_the_disk_of_its_positions_and_is_deleted_on_close(folder):
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has pages of one size")
+def test_a_segment_asks_for_large_pages(folder):
+    pool = SegmentPool(MISTRAL_7B)
+    segment = pool.allocate()
+    mappings = Path("/proc/self/smaps").read_text("utf-8", errors="replace")
+    flags = mappings.split(f"{segment.address:x}-")[1].split("VmFlags:")[1].split("\n")[0]
+    assert " hg" in flags
+    pool.close()
+
+
 @pytest.mark.skipif(not hasattr(mmap, "MADV_REMOVE"), reason="this system cannot punch holes")
 def test_what_is_evicted_gives_its_room_back_to_the_disk(folder, monkeypatch):
     monkeypatch.setattr(segments, "SPARE", 2 * segment_bytes(SMALL, 8))
