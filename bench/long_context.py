@@ -188,9 +188,8 @@ def print_table(results: dict[str, Any]) -> None:
 @click.option("--only", type=click.Choice(["decode", "prompt"]), help="With --n-layers: measure only this.")
 def main(work: Path, bits: str, n_layers: int | None, only: str | None) -> None:
     if n_layers is not None:
-        whole = n_layers == V2.n_layers
-        blob = work / "7b-q4.safetensors" if whole else synthetic_blob(work, n_layers)
-        by_depth.measure(work, blob, (only,) if only else ("decode", "prompt"), beside_llama_cpp=not whole)
+        blob = synthetic_blob(work, n_layers)
+        by_depth.measure(work, blob, (only,) if only else ("decode", "prompt"), beside_llama_cpp=n_layers < V2.n_layers)
         return
     checkpoint = work / "2-layers"
     blob = work / f"2-layers-q{bits}.safetensors"

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench import harness
+from bench.synthetic import V2, synthetic_blob
 from edgemistral.files.blob import Blob
 from edgemistral.generate.engine import Engine
 from edgemistral.generate.sampler import SamplingParams
@@ -220,9 +221,7 @@ def small_model(work: Path) -> Path:
 @click.command(help=__doc__.split("\n")[0])
 @harness.work_argument
 def main(work: Path) -> None:
-    large = work / "7b-q4.safetensors"
-    if not large.exists():
-        raise click.ClickException(f"{large} is missing: python bench/seven_b.py {work} --only quantize makes it")
+    large = synthetic_blob(work, V2.n_layers)
     blob, threads = Blob.open(small_model(work)), performance_cores()
     tokenizer = tokenizer_of(blob)
     costly = Costly(Transformer(blob, context=2048, threads=threads), Transformer(Blob.open(large), threads=threads))

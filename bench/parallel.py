@@ -1,9 +1,10 @@
 """Several sequences at once, compared with llama.cpp's parallel decoding in turns; a reader during another's long prompt.
 
-    python bench/parallel.py WORK [--n-layers 4] [--reader-blob WORK/7b-q4.safetensors]
+    python bench/parallel.py WORK [--n-layers 32]
 
-Models of 7B shapes with random weights: ours a blob, theirs a GGUF (Q4_0, head Q6_K), both made in WORK. Each has its own
-process, which computes only on request. A step of n sequences computes one token of each, at a depth of about 64 positions.
+Models of 7B shapes with random weights: ours a blob (with all 32 layers the one that seven_b.py leaves in WORK), theirs a GGUF
+(Q4_0, head Q6_K) made from it. With fewer layers less disk is needed, but the head is a larger part than in a 7B. Each has its
+own process, which computes only on request. A step of n sequences computes one token of each, at a depth of about 64 positions.
 """
 
 from __future__ import annotations
@@ -165,19 +166,12 @@ def work(kind: str, model: str, threads: str) -> None:
 
 # ---- the comparison ----------------------------------------------------------------------------------------------------
 
-def n_layers_of(blob: Path) -> int:
-    with Blob.open(blob) as opened:
-        return opened.config.n_layers
-
-
 @click.command(help=__doc__.split("\n")[0])
 @work_argument
-@click.option("--n-layers", default=4, show_default=True)
+@click.option("--n-layers", default=V2.n_layers, show_default=True)
 @click.option("--rounds", default=ROUNDS, show_default=True)
-@click.option("--reader-blob", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="A blob of all layers for the reader: in four layers the head takes an eighth of its time.")
 @click.option("--reader-rounds", default=3, show_default=True)
-def main(work: Path, n_layers: int, rounds: int, reader_blob: Path | None, reader_rounds: int) -> None:
+def main(work: Path, n_layers: int, rounds: int, reader_rounds: int) -> None:
     blob, threads = synthetic_blob(work, n_layers), performance_cores()
     gguf = work / f"{blob.stem}-{TYPES[4]}.gguf"
     if not gguf.exists():
@@ -202,17 +196,17 @@ def main(work: Path, n_layers: int, rounds: int, reader_blob: Path | None, reade
     through["of_possible"] = through["gain"] / (4 / cost)
     click.echo(f"4 clients of one server: {through['gain']:.2f} times one client's tokens/s, "
                f"{through['of_possible']:.2f} of what the steps allow")
-    beside = reader(reader_blob or blob, threads, reader_rounds)
+    beside = reader(blob, threads, reader_rounds)
     kept, slower = median(s["reader"] for s in beside), median(s["prompt"] for s in beside)
     click.echo(f"a reader keeps {kept:.2f} of its tokens/s beside a prompt of {PROMPT}, which takes {slower:.2f} x as long")
     fork = fork_seconds()
     click.echo(f"a fork of a 7B conversation of {FORKED} tokens takes {1000 * fork:.1f} ms at most")
-    command = f"python bench/parallel.py WORK --n-layers {n_layers}"
-    save("parallel", command + (f" --reader-blob WORK/{reader_blob.name}" if reader_blob else ""), {
+    command = "python bench/parallel.py WORK" + (f" --n-layers {n_layers}" if n_layers < V2.n_layers else "")
+    save("parallel", command, {
         "n_layers": n_layers, "threads": threads, "rows": rows, "samples": samples, "llama_cpp": facts_of(sys.executable),
         "through_server": through,
         "reader": {
-            "n_layers": n_layers_of(reader_blob or blob), "keeps": kept, "prompt_slower": slower, "prompt": PROMPT,
+            "keeps": kept, "prompt_slower": slower, "prompt": PROMPT,
             "samples": beside,
         },
         "fork": {"positions": FORKED, "seconds": fork},

@@ -28,7 +28,7 @@ COMMANDS = (     # as named in the sections of bench/report.py
     "python bench/peers.py WORK --avx2 PYTHON",
     "python bench/batches.py WORK",
     "python bench/batches.py WORK --bits 8",
-    "python bench/parallel.py WORK --n-layers 4 --reader-blob WORK/7b-q4.safetensors",
+    "python bench/parallel.py WORK",
     "python bench/against.py WORK --revision c7b2ec9",
     "python bench/speed.py WORK",
     "python bench/long_context.py WORK --bits 4",

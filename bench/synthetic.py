@@ -36,9 +36,14 @@ PIECE = 1 << 22     # values written at a time
 
 
 def synthetic_blob(work: Path, n_layers: int) -> Path:
-    """A 4-bit blob of so many layers of a 7B, in WORK; made if it is not there."""
+    """A 4-bit blob of so many layers of a 7B, in WORK; made if it is not there. One of all layers is seven_b.py's."""
     from edgemistral_quantize import quantize
 
+    if n_layers == V2.n_layers:
+        whole = work / "7b-q4.safetensors"
+        if not whole.exists():
+            raise click.ClickException(f"{whole} is missing: python bench/seven_b.py {work} --only quantize makes it")
+        return whole
     blob, source = work / f"{n_layers}-layers-q4.safetensors", work / f"{n_layers}-layers"
     if not blob.exists():
         harness.prepare(work, 10**9 * n_layers)
