@@ -30,6 +30,8 @@ from edgemistral.server.scheduler import QueueFull, Unavailable
 from edgemistral.server.service import Refused
 
 INVALID = "invalid_request_error"
+PROMPT_FIELDS = {"/v1/completions": "prompt", "/v1/responses": "input", "/score": "input_data.input_string",
+                 "/": "input_data.input_string"}      # "messages" elsewhere
 
 
 class ErrorBody(BaseModel):
@@ -74,14 +76,14 @@ def response(status: int, body: Mapping[str, Any], headers: Mapping[str, str] | 
     return Response(json.dumps(body), status, headers, media_type="application/json")
 
 
-def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """An error of ours as (status, body, headers)."""
+def describe(error: Exception, prompt_field: str = "messages") -> tuple[int, dict[str, Any], dict[str, str]]:
+    """An error of ours as (status, body, headers). prompt_field: the field of the request that holds the prompt."""
     if isinstance(error, ContextOverflow):
         message = (                       # clients search for these words
             f"This model's maximum context length is {error.context} tokens. However, your messages resulted in "
             f"{error.n_tokens} tokens: {error}."
         )
-        return 400, body_of(message, param="messages", code="context_length_exceeded"), {}
+        return 400, body_of(message, param=prompt_field, code="context_length_exceeded"), {}
     if isinstance(error, BadRequest):
         return 422, body_of(str(error), param=error.field, code="invalid_value"), {}
     if isinstance(error, BadSession):
@@ -99,8 +101,9 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
 
 def install(app: FastAPI) -> None:
     """Turn every error of the app's endpoints into such a response."""
-    async def own(_: Request, error: Exception) -> Response:
-        return response(*describe(error))
+    async def own(request: Request, error: Exception) -> Response:
+        path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))      # where the host put this app
+        return response(*describe(error, PROMPT_FIELDS.get(path, "messages")))
 
     async def invalid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

@@ -301,7 +301,11 @@ def test_a_body_that_is_no_request_is_refused(url, body):
 def test_a_prompt_over_the_context_has_the_code_that_clients_look_for(client, model):
     with pytest.raises(openai.BadRequestError, match="more than the context of 512") as error:
         ask(client, [{"role": "user", "content": "word " * 600}])
-    assert error.value.code == "context_length_exceeded"
+    assert error.value.code == "context_length_exceeded" and error.value.param == "messages"
+    for path, field in (("completions", "prompt"), ("responses", "input")):
+        with pytest.raises(openai.BadRequestError) as error:
+            client.post(f"/{path}", body={"model": "any", field: "word " * 600}, cast_to=object)
+        assert error.value.code == "context_length_exceeded" and error.value.param == field
     with pytest.raises(openai.BadRequestError):
         ask(client, [{"role": "user", "content": "word " * 600}], stream=True)
     assert ask(client).choices[0].finish_reason == "length"   # and the server goes on

@@ -112,3 +112,4 @@ def test_a_prompt_over_the_context(url):
     body = {"input_data": {"input_string": ["word " * 3000]}}
     answer = HTTP.post(f"{url}/score", json=body)
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+    assert answer.json()["error"]["param"] == "input_data.input_string"
