@@ -18,7 +18,7 @@ from edgemistral.errors import BadRequest
 
 LEAST_DUTY = 0.01
 LEAST_STEP = 64   # tokens of a step at the lowest duty: its maximum number of rows
-SLOWER = 1.93     # factor by which readers may slow down while another prompt is read; what surrounds a step counts too
+SLOWER = 1.97     # factor by which readers may slow down while another prompt is read; what surrounds a step counts too
 LONGEST = 12      # a step counts as at most this many r: the machine may have slept or been busy
 TRIAL = 32        # one of this many steps with a prompt tries another size, to measure it: trials cost some speed
 FEW = 4           # tokens that a step computes for little more than the time of one: it waits for memory
