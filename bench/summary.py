@@ -95,7 +95,7 @@ ROWS: list[tuple[str, str, Cell]] = [
     ("decode, share of the read bandwidth", "peers_q4", _share("decode")),
     ("prompt of 512, share of the int8 peak", "peers_q4", _share("prefill")),
     ("8 tokens at once cost, times one token", "batches_q4", _batch(8)),
-    ("4 sequences at once, 4 layers of a 7B, beside llama.cpp", "parallel", lambda r: next(
+    ("4 sequences at once, 7B shapes, beside llama.cpp", "parallel", lambda r: next(
         f"{row['ratio']:.2f} x ({row['ours']:.1f}, {row['theirs']:.1f})" for row in r["rows"] if row["sequences"] == 4)),
     ("first token of `edgemistral run demo`", "startup", lambda r: f"{r['first_token_seconds']:.2f} s"),
     ("first run ever: kernels are compiled", "startup", lambda r: f"{r['first_run_seconds']:.0f} s"),
