@@ -247,19 +247,19 @@ def multiply_pairs(blob, matrix, pair, apart, x, tokens, scratch):
     far, scales_far = 2 * apart * panel_bytes, 4 * PAIR * apart
     if bits == 4:
         if tokens == 1:
-            _panels_4bit_1(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, 1, result)
+            _panels_4bit_1(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, tiles, result)
         elif tokens == 2:
-            _panels_4bit_2(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, 1, result)
+            _panels_4bit_2(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, tiles, result)
         elif tokens <= 4:
-            _panels_4bit_4(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, 1, result)
+            _panels_4bit_4(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, tiles, result)
         else:
             _panels_4bit_8(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, tiles, result)
     elif tokens == 1:
-        _panels_8bit_1(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, 1, result)
+        _panels_8bit_1(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, tiles, result)
     elif tokens == 2:
-        _panels_8bit_2(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, 1, result)
+        _panels_8bit_2(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, tiles, result)
     elif tokens <= 4:
-        _panels_8bit_4(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, 1, result)
+        _panels_8bit_4(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, tiles, result)
     else:
         _panels_8bit_8(blob, at, far, panel_bytes, blocks, levels, scales, scales_far, x, tiles, result)
 
