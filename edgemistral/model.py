@@ -54,7 +54,7 @@ def load(
 ) -> Model:
     """Map a blob and prepare to run it; a context manager.
 
-    context: positions to make room for; None means the model's own maximum (the KV file is sparse).
+    context: positions to make room for; None means the model's own maximum (the KV cache grows as it is used).
     kv_bits: 8, 4 for half the memory, or 16 for reference. threads: None means the performance cores that this
     process may use, "auto" the best number measured with this model (once, then remembered). max_ram: bytes.
     lookup: guess tokens from earlier text and verify several at once. Answers are the same, and faster if they quote.
@@ -144,7 +144,7 @@ class Model:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the KV file now. It grows as the context fills."""
+        """Bytes that the KV cache takes on the disk now. It grows as the context fills."""
         return self.engine.kv_bytes
 
     @property
@@ -254,7 +254,7 @@ class Model:
         return Reply(generation, self._decoder(ids), stops)
 
     def close(self) -> None:
-        """Wait for the current step, then release the KV file, the threads and the blob. Unfinished answers raise
+        """Wait for the current step, then release the KV cache, the threads and the blob. Unfinished answers raise
         EdgeMistralError."""
         self.engine.close()
         self._answering.close()

@@ -24,7 +24,7 @@ class Stats:
     work_bytes: int          # ordinary memory
     kv_budget: int           # bytes for conversations that are kept
     context: int             # positions
-    kv_bytes: int            # of the KV file now
+    kv_bytes: int            # that the KV cache takes on the disk now
     duty: float
 
     @property

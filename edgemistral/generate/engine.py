@@ -83,7 +83,7 @@ class Engine:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the KV file now. Returns at once, even while another thread computes."""
+        """Bytes that the KV cache takes on the disk now. Returns at once, even while another thread computes."""
         transformer = self._transformer
         return transformer.pool.file_bytes if transformer is not None else 0
 
@@ -140,6 +140,7 @@ class Engine:
     def pin(self, make: Callable[[SegmentPool], Pinned]) -> Pinned:
         """Keep the sequence that `make` returns until `unpin`: it is never evicted."""
         with self._lock:
+            self._open().wait()
             made = make(self._open().pool)
             self._kept.pin(made)
             return made

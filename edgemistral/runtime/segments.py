@@ -1,10 +1,9 @@
 """The KV cache: segments of 256 positions, each in a separate mapping, and the sequences made of them.
 
 A segment holds the keys and values of 256 positions for all layers and KV heads: for each of them four blocks of 64
-positions, in the order in which attention reads them (`kernels.attention` describes a block's bytes). All segments lie in one
-temporary file. Each is mapped when it is made and never moves, so addresses stay valid while the file grows. If memory is
-short, the system writes pages back and drops them: 32768 tokens of a 7B are 2.1 GiB in 8 bits, and only the pages in use need
-to be in memory.
+positions, in the order in which attention reads them (`kernels.attention` describes a block's bytes). Each segment lies in a
+temporary file without a name, which is mapped when it is made and never moves. If memory is short, the system writes pages
+back and drops them: 32768 tokens of a 7B are 2.1 GiB in 8 bits, and only the pages in use need to be in memory.
 
 A `Sequence` is token ids and segments. Sequences with a common prefix share its full segments; the last, partial one is copied.
 With a 4-bit cache it also has, in ordinary memory, an 8-bit copy of the block of 64 positions that it ends in (see
@@ -20,9 +19,8 @@ import mmap
 import os
 import shutil
 import tempfile
-import weakref
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +35,7 @@ from edgemistral.runtime.memory import physical_memory
 
 GRANULE = 1 << 16      # offsets of mappings are multiples of this: the allocation granularity of Windows
 PADDING = 4096         # behind a segment: kernels load whole vectors at its end
-SPARE = 1 << 28        # unused bytes of the file that are kept for new segments; the rest is given back to the disk
+SPARE = 1 << 28        # bytes of unused segments that are kept for new ones; the rest is given back to the disk
 KV_BITS = tuple(KV_FORMATS)
 
 
@@ -71,23 +69,19 @@ def _folder() -> Path:
 
 
 class Segment:
-    """One mapping. `users`: how many sequences use it. `frozen`: it is never written to. `offset`: its place in the pool's
-    file, where it is used again; None for a mapping of another file."""
+    """One mapping. `users`: how many sequences use it. `frozen`: it is never written to. `pooled`: it may be used again for
+    another sequence; False for a mapping of a session's or the store's file."""
 
-    def __init__(self, mapping: mmap.mmap, offset: int | None = None, frozen: bool = False) -> None:
-        self.mapping, self.offset, self.frozen = mapping, offset, frozen
+    def __init__(self, mapping: mmap.mmap, pooled: bool = False, frozen: bool = False) -> None:
+        self.mapping, self.pooled, self.frozen = mapping, pooled, frozen
         _prefer_large_pages(mapping)
         self.data: NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
         self.address = address_of(self.data)
         self.users = 1
 
-    @property
-    def pooled(self) -> bool:
-        return self.offset is not None
-
 
 class SegmentPool:
-    """All segments of one model. The file is deleted on close, and at a crash. Not thread-safe: the caller holds a lock."""
+    """All segments of one model. Nothing of them stays behind, even at a crash. Not thread-safe: the caller holds a lock."""
 
     def __init__(self, config: ModelConfig, kv_bits: int = 8, budget: int | None = None) -> None:
         """budget: bytes, for `capacity`; None means `default_kv_budget()`."""
@@ -100,16 +94,14 @@ class SegmentPool:
         # In segments. The caller checks it before `allocate`.
         self.capacity = max(1, min(self.budget // self.segment_bytes, most_mappings()))
         self.used = 0
-        self._made = 0                       # segments that the file has room for
+        self._made = 0                       # segments in use or free, but for those of other files
         self._free: list[Segment] = []
-        self._holes: list[Segment] = []      # free segments that take no room on the disk
         self._spare = max(1, SPARE // self.segment_bytes)
-        self._file: IO[bytes] | None = None
 
     @property
     def file_bytes(self) -> int:
-        """Bytes that the file takes on the disk now."""
-        return (self._made - len(self._holes)) * self.segment_bytes
+        """Bytes that the temporary files take on the disk now."""
+        return self._made * self.segment_bytes
 
     @property
     def used_bytes(self) -> int:
@@ -121,14 +113,7 @@ class SegmentPool:
 
         OSError: the disk is full; nothing else changed.
         """
-        if self._free:
-            segment = self._free.pop()
-        elif self._holes:
-            assert self._holes[-1].offset is not None
-            self._take_room(self._holes[-1].offset)
-            segment = self._holes.pop()
-        else:
-            segment = self._extend()
+        segment = self._free.pop() if self._free else self._make()
         segment.users = 1
         self.used += 1
         return segment
@@ -139,14 +124,15 @@ class SegmentPool:
         return Segment(mapping, frozen=frozen)
 
     def release(self, segment: Segment) -> None:
-        """Remove one user. Without users the segment may be allocated again; its mapping stays."""
+        """Remove one user. Without users the segment may be allocated again, or is unmapped: no step may work on it."""
         segment.users -= 1
         if segment.users == 0:
             self.used -= 1
             if segment.pooled:
                 self._free.append(segment)
-                if len(self._free) > self._spare and _punch(segment.mapping):
-                    self._holes.append(self._free.pop())
+                if len(self._free) > self._spare:
+                    del self._free[0]      # the one that was free for longest
+                    self._made -= 1
 
     def copy(self, segment: Segment, positions: int) -> Segment:
         """A new segment with the first `positions` positions of another."""
@@ -162,41 +148,33 @@ class SegmentPool:
         to.data[:size].reshape(shape)[:, :blocks] = segment.data[:size].reshape(shape)[:, :blocks]
 
     def close(self) -> None:
-        """Unmap the unused segments and delete the file."""
-        self._free, self._holes, self._made = [], [], 0
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Unmap the unused segments."""
+        self._free, self._made = [], 0
 
-    def _extend(self) -> Segment:
-        """Make the file longer by one segment, and map it."""
-        if self._file is None:
-            try:
-                _folder().mkdir(parents=True, exist_ok=True)
-                self._file = tempfile.TemporaryFile(dir=_folder())  # noqa: SIM115
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(_folder())) from None
-            weakref.finalize(self, self._file.close)
-        file, had = self._file.fileno(), self._made * self.segment_bytes
-        os.truncate(file, had + self.segment_bytes)
+    def _make(self) -> Segment:
+        """A segment in a file of its own. In a common file, one large page can hold a segment's end and the next one's begin:
+        while one is in use, the room of the other could not be given back for good."""
+        folder = _folder()
         try:
-            self._take_room(had)
-        except OSError:
-            os.truncate(file, had)
-            raise
-        made = Segment(mmap.mmap(file, self.segment_bytes, offset=had), had)
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:      # the mapping keeps it
+                os.truncate(file.fileno(), self.segment_bytes)
+                _take_room(file.fileno(), self.segment_bytes)
+                mapping = mmap.mmap(file.fileno(), self.segment_bytes)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from None
         self._made += 1
-        return made
+        return Segment(mapping, pooled=True)
 
-    def _take_room(self, offset: int) -> None:
-        """Allocate a segment's disk space now: a full disk is then an error here instead of a SIGBUS in a kernel."""
-        assert self._file is not None
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(self._file.fileno(), offset, self.segment_bytes)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):      # otherwise the file system does not support it
-                    raise OSError(error.errno, error.strerror, str(_folder())) from None
+
+def _take_room(file: int, size: int) -> None:
+    """Allocate the disk space of a file now: a full disk is then an error here instead of a SIGBUS in a kernel."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file, 0, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):      # otherwise the file system does not support it
+                raise
 
 
 def most_mappings() -> int:
@@ -214,15 +192,6 @@ def _prefer_large_pages(mapping: mmap.mmap) -> None:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
             mapping.madvise(mmap.MADV_HUGEPAGE)
-
-
-def _punch(mapping: mmap.mmap) -> bool:
-    """Give the disk space of a mapped part back; it then reads as zeros. False: this system does not support it."""
-    if hasattr(mmap, "MADV_REMOVE"):                                  # Linux
-        with contextlib.suppress(OSError):
-            mapping.madvise(mmap.MADV_REMOVE)
-            return True
-    return False
 
 
 class Row(NamedTuple):

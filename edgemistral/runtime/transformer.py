@@ -98,7 +98,7 @@ class Transformer:
         self._team.wait()
 
     def close(self) -> None:
-        """Stop the threads, delete the KV file, unmap the weights."""
+        """Stop the threads, release the KV cache, unmap the weights."""
         self._team.close()
         self._read_ahead.close()
         self.pool.close()
