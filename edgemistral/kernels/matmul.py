@@ -241,7 +241,7 @@ def multiply_pairs(blob, matrix, pair, apart, x, tokens, scratch):
     if tokens > DIRECT:
         _multiply_tiles(blob, matrix, at, panel_bytes, scales, x, tokens, scratch)
         return
-    tiles = (tokens + SHORT - 1) // SHORT
+    tiles = (tokens + SHORT - 1) // SHORT      # 1 for few tokens; a literal 1 would be a type of its own, compiled again
     if pair + apart >= matrix.pairs:
         apart = 0
     far, scales_far = 2 * apart * panel_bytes, 4 * PAIR * apart
